@@ -1,0 +1,4 @@
+"""Draft heads: small networks on the target model's hidden states that predict several tokens ahead."""
+
+if not __name__.startswith("specdec."):
+    raise ImportError("import it as specdec.heads: 'heads' alone is not a package of this project")

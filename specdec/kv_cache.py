@@ -1,0 +1,260 @@
+"""The kv cache of the target: preallocated, ragged, holding a token tree behind the committed tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, DynamicSlidingWindowLayer
+
+ATTENTION_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+GROWTH = 256
+"""Slots added at least when a cache must grow; growing copies it once."""
+
+
+class TreeLayer(CacheLayerMixin):
+    """Keys and values of one layer: a view of a pool that all layers of the same shape share."""
+
+    is_sliding = False
+
+    def __init__(self, cache: TreeCache, layer_type: str) -> None:
+        super().__init__()
+        self.cache = cache
+        self.layer_type = layer_type
+        self.num_appended = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+        self.cache.allocate(self, key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self.cache.write(self, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.num_appended if self.cache.is_prefilling else self.cache.width
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _Pool:
+    """Keys and values of several layers of one shape, `[layers, batch, heads, slots, head_dim]` each."""
+
+    def __init__(self, kind: tuple[Any, ...], layers: int, key: Tensor, value: Tensor, slots: int) -> None:
+        self.kind = kind
+        self.keys = key.new_zeros((layers, *key.shape[:2], slots, key.shape[-1]))
+        self.values = value.new_zeros((layers, *value.shape[:2], slots, value.shape[-1]))
+        self.members: list[TreeLayer] = []
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        for i, layer in enumerate(self.members):
+            layer.keys, layer.values = keys[i], values[i]
+
+
+class TreeCache(Cache):
+    """A transformers `Cache` that keeps the committed tokens of every row and, behind them, one token tree.
+
+    Row `b` holds its committed tokens in slots `0 .. lengths[b]` (left padding included, as the prompt came) and node
+    `i` of the tree in slot `lengths[b] + i`. Nothing is copied per step: a tree pass writes behind the committed
+    tokens, `commit` moves the accepted path forward (only where it is not in place already), and what was rejected is
+    overwritten by the next tree. What a row has beyond its own length must be hidden by the attention mask.
+
+    Args:
+        layer_types: Per layer `"full_attention"`, `"sliding_attention"`, `"chunked_attention"` or `"dummy"`. Layers
+            with a window keep every token too; the window is the mask's work.
+        capacity: Slots to allocate at first. Grows when needed.
+        one_device: Whether all layers live on one device; if so, layers of the same shape share one allocation.
+    """
+
+    def __init__(self, layer_types: Sequence[str], capacity: int, one_device: bool = True) -> None:
+        layers = [DummyLayer() if kind == "dummy" else TreeLayer(self, kind) for kind in layer_types]
+        super().__init__(layers=layers)
+        self.capacity = capacity
+        self.lengths: list[int] = []
+        self.is_prefilling = True
+        self._layers_of_type = Counter(layer_types) if one_device else Counter()
+        self._pools: list[_Pool] = []
+        self._slots: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def width(self) -> int:
+        """Committed slots of the longest row."""
+        return max(self.lengths, default=0)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether rows have different lengths."""
+        return len(set(self.lengths)) > 1
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(t.numel() * t.element_size() for pool in self._pools for t in (pool.keys, pool.values))
+
+    def tree_layers(self) -> list[TreeLayer]:
+        """The layers that hold keys and values."""
+        return [layer for layer in self.layers if isinstance(layer, TreeLayer)]
+
+    def allocate(self, layer: TreeLayer, key: Tensor, value: Tensor) -> None:
+        """Gives `layer` its place in a pool of its shape, creating the pool if there is none."""
+        kind = (layer.layer_type, key.shape[1], key.shape[-1], value.shape[1], value.shape[-1], key.dtype, key.device)
+        pool = next((p for p in self._pools if p.kind == kind and len(p.members) < len(p.keys)), None)
+        if pool is None:
+            self.capacity = max(self.capacity, key.shape[-2])
+            pool = _Pool(kind, max(self._layers_of_type[layer.layer_type], 1), key, value, self.capacity)
+            self._layers_of_type[layer.layer_type] = 0
+            self._pools.append(pool)
+        pool.members.append(layer)
+        pool.replace(pool.keys, pool.values)
+
+    def reserve(self, slots: int) -> None:
+        """Makes room for `slots` slots in all."""
+        if slots <= self.capacity:
+            return
+        more = max(slots - self.capacity, GROWTH, self.capacity // 4)
+        self.capacity += more
+        for pool in self._pools:
+            pool.replace(*(torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (pool.keys, pool.values)))
+
+    def write(self, layer: TreeLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values, `[batch, heads, new, head_dim]`, and returns all that attention may look at."""
+        new = key.shape[-2]
+        start = layer.get_seq_length()
+        self.reserve(start + new)
+        keys, values = layer.keys, layer.values
+        assert keys is not None and values is not None
+        if self.is_prefilling or not self.is_ragged:
+            keys[:, :, start : start + new] = key
+            values[:, :, start : start + new] = value
+        else:
+            rows, slots = self._ragged_slots(new, key.device)
+            keys[rows, :, slots] = key.transpose(1, 2)
+            values[rows, :, slots] = value.transpose(1, 2)
+        if self.is_prefilling:
+            layer.num_appended += new
+        return keys[:, :, : start + new], values[:, :, : start + new]
+
+    def _ragged_slots(self, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        cached = self._slots.get(device)
+        if cached is None or cached[1].shape[1] != new:
+            lengths = torch.tensor(self.lengths, device=device)
+            rows = torch.arange(len(self.lengths), device=device)[:, None]
+            cached = self._slots[device] = (rows, lengths[:, None] + torch.arange(new, device=device))
+        return cached
+
+    def end_prefill(self, batch: int) -> None:
+        """Declares all that was appended so far committed, and tree passes to follow."""
+        layers = self.tree_layers()
+        self.lengths = [max((layer.num_appended for layer in layers), default=0)] * batch
+        self.is_prefilling = False
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keeps one path of the tree per row and forgets the other nodes.
+
+        Args:
+            paths: Per row the nodes to keep, from the root (node 0) down. An empty path keeps nothing.
+        """
+        moves = [row for row, path in enumerate(paths) if any(node != i for i, node in enumerate(path))]
+        if moves:
+            longest = max(len(paths[row]) for row in moves)
+            source = [
+                [self.lengths[row] + (paths[row][i] if i < len(paths[row]) else i) for i in range(longest)]
+                for row in moves
+            ]
+            target = [[self.lengths[row] + i for i in range(longest)] for row in moves]
+            for pool in self._pools:
+                rows = torch.tensor(moves, device=pool.keys.device)[:, None]
+                old, new = torch.tensor([source, target], device=pool.keys.device)
+                for tensor in (pool.keys, pool.values):
+                    tensor[:, rows, :, new] = tensor[:, rows, :, old]
+        self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
+        self._slots.clear()
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drops every row of the batch that is not listed."""
+        for pool in self._pools:
+            index = torch.tensor(rows, device=pool.keys.device)
+            pool.replace(pool.keys.index_select(1, index), pool.values.index_select(1, index))
+        self.lengths = [self.lengths[row] for row in rows]
+        self._slots.clear()
+
+    def row(self, row: int) -> list[tuple[Tensor, Tensor] | None]:
+        """Committed keys and values of one row per layer, `[heads, length, head_dim]`; None for a dummy layer."""
+        out: list[tuple[Tensor, Tensor] | None] = []
+        for layer in self.layers:
+            if isinstance(layer, TreeLayer) and layer.keys is not None and layer.values is not None:
+                length = self.lengths[row]
+                out.append((layer.keys[row, :, :length], layer.values[row, :, :length]))
+            else:
+                out.append(None)
+        return out
+
+    def load(self, past: Cache) -> None:
+        """Copies the tokens of another cache to the front of this empty one.
+
+        Raises:
+            ValueError: A layer's kind cannot be read.
+        """
+        for mine, theirs in zip(self.layers, past.layers, strict=True):
+            length = theirs.get_seq_length() if isinstance(theirs, CacheLayerMixin) else 0
+            if not isinstance(mine, TreeLayer) or length == 0:
+                continue
+            keys, values = theirs.keys, theirs.values
+            if keys is None or values is None:
+                raise ValueError(f"past_key_values holds a {type(theirs).__name__}, whose tokens cannot be read")
+            if not mine.is_initialized:
+                mine.lazy_initialization(keys, values)
+            self.reserve(length)
+            assert mine.keys is not None and mine.values is not None
+            # A layer with a window holds its last tokens only; the window hides the ones before them anyway.
+            mine.keys[:, :, length - keys.shape[-2] : length] = keys
+            mine.values[:, :, length - values.shape[-2] : length] = values
+            mine.num_appended = length
+
+
+def supports(cache: Cache | None) -> bool:
+    """Whether a cache that a user handed in can be read into a `TreeCache` and written back."""
+    return cache is None or (isinstance(cache, DynamicCache) and not cache.offloading)
+
+
+def store(rows: Sequence[Sequence[tuple[Tensor, Tensor] | None]], past: Cache) -> None:
+    """Writes committed rows back into a `DynamicCache`, as plain decoding would have left it.
+
+    Args:
+        rows: Per row what `TreeCache.row` returned when the row ended. Shorter rows are filled up with zeros.
+        past: The cache to fill; what it held is replaced.
+    """
+    while len(past.layers) < len(rows[0]) and past.layer_class_to_replicate is not None:
+        past.layers.append(past.layer_class_to_replicate())
+    for index, layer in enumerate(past.layers):
+        parts = [part for row in rows if (part := row[index]) is not None]
+        if not parts:
+            continue
+        length = max(key.shape[1] for key, _ in parts)
+        kept = length
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            kept = min(length, layer.sliding_window - 1)
+            layer.cumulative_length = length
+
+        def stacked(which: int, parts: Any = parts, length: int = length, kept: int = kept) -> Tensor:
+            padded = [torch.nn.functional.pad(p[which], (0, 0, 0, length - p[which].shape[1])) for p in parts]
+            return torch.stack(padded)[:, :, length - kept :]
+
+        keys, values = stacked(0), stacked(1)
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values

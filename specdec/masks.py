@@ -1,0 +1,92 @@
+"""Attention masks for a token tree behind committed tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class MaskFormat:
+    """How a model takes a ready-made 4-D mask.
+
+    Args:
+        additive: A float mask with the dtype's minimum at hidden places (eager attention), not a boolean one.
+        by_layer_type: One mask per layer type in a dict (models that mix windows with full attention).
+        layer_types: The distinct layer types of the model.
+        window: Tokens a sliding layer sees, the current one included, or None.
+        chunk: Length of a chunk of chunked attention, or None.
+    """
+
+    additive: bool = False
+    by_layer_type: bool = False
+    layer_types: tuple[str, ...] = ("full_attention",)
+    window: int | None = None
+    chunk: int | None = None
+
+    def build(
+        self, tree: TokenTree, lengths: Sequence[int], prompt_mask: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | dict[str, Tensor]:
+        """Masks in this format; see `tree_mask` for the arguments and shapes."""
+        masks = {}
+        for kind in self.layer_types:
+            window = self.window if kind == "sliding_attention" else None
+            chunk = self.chunk if kind == "chunked_attention" else None
+            mask = tree_mask(tree, lengths, prompt_mask, window, chunk)
+            if self.additive:
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            masks[kind] = mask
+        return masks if self.by_layer_type else next(iter(masks.values()))
+
+
+def tree_mask(
+    tree: TokenTree,
+    lengths: Sequence[int],
+    prompt_mask: Tensor | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """What each node may attend to: the committed tokens of its row, its ancestors and itself.
+
+    Args:
+        tree: `[batch, nodes]`.
+        lengths: Committed slots of each row (left padding included); node `i` of row `b` is in slot `lengths[b] + i`.
+        prompt_mask: `[batch, prompt]`, False at padding; None when nothing is padded.
+        window: Hides tokens `window` or more positions back.
+        chunk: Hides tokens of other chunks; chunks are counted from the row's first real token.
+
+    Returns:
+        `[batch, 1, nodes, max(lengths) + nodes]`, bool.
+    """
+    device = tree.tokens.device
+    nodes, width = tree.num_nodes, max(lengths)
+    if window is None and chunk is None and prompt_mask is None and min(lengths) == width:
+        mask = torch.ones((len(lengths), nodes, width + nodes), dtype=torch.bool, device=device)
+        mask[:, :, width:] = tree.ancestor_mask
+        return mask[:, None]
+
+    length = torch.tensor(lengths, device=device)[:, None]  # [B, 1]
+    slot = torch.arange(width + nodes, device=device)[None]  # [1, S]
+    node = slot - length  # [B, S], negative at committed slots
+    committed = node < 0
+    if prompt_mask is not None:
+        committed[:, : prompt_mask.shape[1]] &= prompt_mask
+    index = node.clamp(0, nodes - 1)
+    in_tree = tree.ancestor_mask.gather(2, index[:, None].expand(-1, nodes, -1))
+    in_tree &= ((node >= 0) & (node < nodes))[:, None]
+    mask = committed[:, None] | in_tree  # [B, N, S]
+
+    if window is not None or chunk is not None:
+        query = length + tree.depths  # [B, N], position of each node, left padding counted
+        key = torch.where(node < 0, slot, length + tree.depths.gather(1, index))  # [B, S]
+        if window is not None:
+            mask &= query[:, :, None] - key[:, None] < window
+        if chunk is not None:
+            padding = 0 if prompt_mask is None else (prompt_mask.cumsum(1) == 0).sum(1, keepdim=True)
+            mask &= ((query - padding) // chunk)[:, :, None] == ((key - padding) // chunk)[:, None]
+    return mask[:, None]

@@ -1,0 +1,292 @@
+"""The user's model: prefill, and one forward over a whole tree."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+
+from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
+from specdec.masks import MaskFormat
+from specdec.tree import NODE_BUCKETS, TokenTree
+
+DECODE_KWARGS_HANDLED = frozenset(
+    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
+)
+"""Arguments of the model's forward that a pass sets itself or that belong to the prefill."""
+
+
+def cache_layer_types(model: PreTrainedModel) -> list[str]:
+    """What each layer keeps between steps, in transformers' words (`"full_attention"`, `"linear_attention"`, ...)."""
+    return list(get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0])
+
+
+def accepts(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model's forward takes an argument of this name."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def is_on_one_device(model: PreTrainedModel) -> bool:
+    """Whether accelerate has not spread the model over several devices."""
+    return len(set(map(str, getattr(model, "hf_device_map", {}).values()))) <= 1
+
+
+class TargetModel(ABC):
+    """The user's unmodified model during one call of `generate`.
+
+    Args:
+        model: Any causal LM of transformers.
+        generation_config: As prepared by `generate`.
+        model_kwargs: As prepared by `generate`: masks, positions, the cache, whatever else the forward takes.
+    """
+
+    lockstep = False
+    """Whether all rows must keep the same number of tokens in each step."""
+
+    def __init__(
+        self, model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> None:
+        self.model = model
+        self.generation_config = generation_config
+        self.model_kwargs = model_kwargs
+        self.past: Cache | None = model_kwargs.get("past_key_values")
+        self.extra = {
+            name: value
+            for name, value in model_kwargs.items()
+            if name not in DECODE_KWARGS_HANDLED and not isinstance(value, Tensor)
+        }
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Token ids that the model can take are below."""
+        embedding = self.model.get_input_embeddings()
+        weight = getattr(embedding, "weight", None)
+        return int(weight.shape[0]) if weight is not None else int(self.model.config.get_text_config().vocab_size)
+
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Runs the prompt as `generate` itself would.
+
+        Returns:
+            Logits after the last token, `[batch, 1, vocab]`.
+        """
+        kwargs = {**self.model_kwargs, "past_key_values": self._cache()}
+        logits = self.model._prefill(input_ids, self.generation_config, kwargs).logits[:, -1:]
+        self._end_prefill(input_ids)
+        return logits  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def _cache(self) -> Cache:
+        """The cache to fill."""
+
+    @abstractmethod
+    def _end_prefill(self, input_ids: Tensor) -> None:
+        """Sets up what the passes need."""
+
+    @abstractmethod
+    def forward(self, tree: TokenTree) -> Tensor:
+        """One target pass.
+
+        Args:
+            tree: One row per row still in the cache, `[batch, nodes]`.
+
+        Returns:
+            Logits at every node, `[batch, nodes, vocab]`.
+        """
+
+    @abstractmethod
+    def commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None = None) -> None:
+        """Keeps the nodes listed per row and rolls back the others.
+
+        Args:
+            paths: Per row the nodes to keep, from the root down.
+            unfinished: The rows that go on, where only they matter (a finished row's path may then be ignored).
+        """
+
+    def trial_pass(self, roots: Tensor, nodes: int) -> None:
+        """Runs a pass of a given size to its end on the device, and rolls it back.
+
+        Args:
+            roots: `[batch]`.
+            nodes: Width of the tree.
+        """
+        tokens = roots[:, None].expand(-1, nodes)
+        # Trees as a fan, one token deep: positions beyond the model's last one are not asked for.
+        parents = torch.arange(-1, nodes - 1) if self.lockstep else (torch.arange(nodes) > 0).long() - 1
+        logits = self.forward(TokenTree(tokens, parents.to(tokens.device).expand_as(tokens)))
+        self.commit([[]] * len(roots))
+        if logits.device.type != "cpu":
+            torch.get_device_module(logits.device).synchronize(logits.device)
+
+    @abstractmethod
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Ends all rows that are not listed (indices among the rows still in the cache)."""
+
+    @abstractmethod
+    def finish(self) -> Cache | None:
+        """Leaves the cache that `generate` was given as plain decoding would leave it, and returns it."""
+
+    def _positions(self, batch: int) -> Tensor | None:
+        """Position of the first generated token, `[..., batch, 1]`, or None where the model takes no positions."""
+        positions: Tensor | None = self.model_kwargs.get("position_ids")
+        if positions is None:
+            return None
+        return (positions[..., -1:] + 1).expand(*positions.shape[:-2], batch, 1)
+
+
+class TreeTarget(TargetModel):
+    """Branching trees: own kv cache, 4-D masks, explicit positions.
+
+    Args:
+        mask_format: How this model takes its mask, as the probe found out.
+        keep_cache: Whether the caller will look at the cache afterwards.
+        max_nodes: Widest tree to expect.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        mask_format: MaskFormat,
+        keep_cache: bool = False,
+        max_nodes: int = NODE_BUCKETS[-1],
+    ) -> None:
+        super().__init__(model, generation_config, model_kwargs)
+        self.mask_format = mask_format
+        self.keep_cache = keep_cache
+        self.max_nodes = max_nodes
+        self.ended: dict[int, Any] = {}
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Type of the mask, when it is additive."""
+        return self.model.dtype
+
+    def _cache(self) -> TreeCache:
+        types = cache_layer_types(self.model)
+        assert set(types) <= ATTENTION_LAYER_TYPES | {"dummy"}
+        length = self.past.get_seq_length() if self.past is not None else 0
+        inputs = self.model_kwargs.get("inputs_embeds")
+        length += inputs.shape[1] if inputs is not None else 0
+        new = min(self.generation_config.max_length - length, 1024)
+        self.cache = TreeCache(types, length + new + self.max_nodes, is_on_one_device(self.model))
+        if length and self.past is not None:
+            self.cache.load(self.past)
+        return self.cache
+
+    def _end_prefill(self, input_ids: Tensor) -> None:
+        batch = input_ids.shape[0]
+        self.cache.end_prefill(batch)
+        self.rows = list(range(batch))
+        self.prefilled = self.cache.width
+        self.positions = self._positions(batch)
+        mask = self.model_kwargs.get("attention_mask")
+        self.prompt_mask = None if mask is None or bool(mask.all()) else mask.bool()
+
+    def forward(self, tree: TokenTree) -> Tensor:
+        # One node, nothing padded: the model's own mask is the right one, and often none at all.
+        is_plain = tree.num_nodes == 1 and self.prompt_mask is None and not self.cache.is_ragged
+        mask = None if is_plain else self.mask_format.build(tree, self.cache.lengths, self.prompt_mask, self.dtype)
+        inputs: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
+        if self.positions is not None:
+            generated = torch.tensor(self.cache.lengths, device=self.positions.device)[:, None] - self.prefilled
+            inputs["position_ids"] = self.positions + generated + tree.depths
+        outputs = self.model(
+            input_ids=tree.tokens, past_key_values=self.cache, use_cache=True, return_dict=True, **inputs, **self.extra
+        )
+        return outputs.logits  # type: ignore[no-any-return]
+
+    def commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None = None) -> None:
+        self.cache.commit(paths)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        if self.keep_cache:
+            for i in set(range(len(self.rows))) - set(rows):
+                row = self.cache.row(i)
+                # A clone only where more rows go on: the pools of the last ones are not written any more.
+                self.ended[self.rows[i]] = [p and (p[0].clone(), p[1].clone()) for p in row] if rows else row
+        self.rows = [self.rows[i] for i in rows]
+        if not rows:
+            return
+        self.cache.keep_rows(rows)
+        index = torch.tensor(rows, device=self.prompt_mask.device if self.prompt_mask is not None else None)
+        if self.prompt_mask is not None:
+            self.prompt_mask = self.prompt_mask[index]
+        if self.positions is not None:
+            self.positions = self.positions.index_select(-2, index.to(self.positions.device))
+
+    def finish(self) -> Cache | None:
+        if not self.keep_cache or self.past is None:
+            return self.past
+        self.keep_rows([])
+        store([self.ended[row] for row in sorted(self.ended)], self.past)
+        return self.past
+
+
+class ChainTarget(TargetModel):
+    """Chains only: the model's own kind of cache with its own rollback.
+
+    For models to which a branching tree cannot be shown (positions or masks of their own making, convolutions). The
+    cache of transformers rolls all rows back by the same number of tokens, so rows go in lockstep.
+    """
+
+    lockstep = True
+
+    def _cache(self) -> Cache:
+        assert self.past is not None
+        return self.past
+
+    def _end_prefill(self, input_ids: Tensor) -> None:
+        self._cache().activate_past_recording()
+        self._cache().crop(0)
+        self.positions = self._positions(input_ids.shape[0])
+        self.mask: Tensor | None = self.model_kwargs.get("attention_mask")
+
+    def forward(self, tree: TokenTree) -> Tensor:
+        batch, nodes = tree.tokens.shape
+        self.nodes = nodes
+        inputs: dict[str, Any] = {}
+        if self.mask is not None:
+            inputs["attention_mask"] = torch.cat([self.mask, self.mask.new_ones((batch, nodes))], dim=1)
+        if self.positions is not None:
+            inputs["position_ids"] = self.positions + torch.arange(nodes, device=self.positions.device)
+        outputs = self.model(
+            input_ids=tree.tokens,
+            past_key_values=self._cache(),
+            use_cache=True,
+            return_dict=True,
+            **inputs,
+            **self.extra,
+        )
+        return outputs.logits  # type: ignore[no-any-return]
+
+    def commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None = None) -> None:
+        kept = min(len(paths[row]) for row in unfinished or range(len(paths)))
+        self._cache().crop(kept - self.nodes)
+        if self.mask is not None:
+            self.mask = torch.nn.functional.pad(self.mask, (0, kept), value=1)
+        if self.positions is not None:
+            self.positions = self.positions + kept
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        if not rows:
+            return
+        index = torch.tensor(rows)
+        self._cache().reorder_cache(index)
+        if self.mask is not None:
+            self.mask = self.mask[index.to(self.mask.device)]
+        if self.positions is not None:
+            self.positions = self.positions.index_select(-2, index.to(self.positions.device))
+
+    def finish(self) -> Cache | None:
+        for layer in self._cache().layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+        return self.past

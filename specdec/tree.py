@@ -1,0 +1,196 @@
+"""Token trees: what drafters propose and the target verifies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+NODE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Node counts a target pass may have, so that shapes are few and a step can be captured."""
+
+
+def bucket_of(nodes: int, buckets: Sequence[int] = NODE_BUCKETS) -> int:
+    """Smallest bucket that holds `nodes` nodes; the largest when none does."""
+    return next((n for n in buckets if n >= nodes), buckets[-1])
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """One token tree per row of the batch.
+
+    Node 0 is the root: the last committed token, whose keys and values are not in the kv cache yet. Every other node
+    is a draft token. Parents stand before their children. A node after the root whose parent is -1 is padding.
+
+    Drafters list their nodes best first, so that the first `n` nodes are a tree again, and the best one of that size.
+
+    Args:
+        tokens: Token ids, `[batch, nodes]`, int64.
+        parents: Index of each node's parent, `[batch, nodes]`, int64; `parents[:, 0] == -1`.
+        scores: The drafter's estimate of P(accepted | parent accepted), `[batch, nodes]`, float32, or None.
+        draft_probs: Distribution each node's children were drawn from, `[batch, nodes, vocab]`, or None when the draft
+            tokens are a deterministic function of the past (or the drafter does not tell).
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    scores: Tensor | None = None
+    draft_probs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or self.tokens.shape != self.parents.shape:
+            raise ValueError(
+                f"tokens and parents must both be [batch, nodes], got {list(self.tokens.shape)} and "
+                f"{list(self.parents.shape)}"
+            )
+
+    @classmethod
+    def root_only(cls, roots: Tensor) -> TokenTree:
+        """The tree without draft tokens: plain decoding.
+
+        Args:
+            roots: Last committed token of each row, `[batch]`.
+        """
+        return cls(roots[:, None], torch.full_like(roots[:, None], -1))
+
+    @classmethod
+    def from_rows(
+        cls,
+        tokens: Sequence[Sequence[int]],
+        parents: Sequence[Sequence[int]],
+        scores: Sequence[Sequence[float]] | None = None,
+    ) -> TokenTree:
+        """Builds a tree from ragged rows (lists or arrays), padding the shorter ones.
+
+        Args:
+            tokens: Per row the root and the draft tokens.
+            parents: Per row each node's parent; the first is -1.
+            scores: Per row P(accepted | parent accepted) of each node; the root's is not used.
+        """
+        nodes = max(len(row) for row in tokens)
+
+        def padded(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+            out = torch.full((len(rows), nodes), fill, dtype=dtype)
+            for i, row in enumerate(rows):
+                out[i, : len(row)] = torch.as_tensor(row, dtype=dtype)
+            return out
+
+        return cls(
+            padded(tokens, 0, torch.int64),
+            padded(parents, -1, torch.int64),
+            None if scores is None else padded(scores, 0.0, torch.float32),
+        )
+
+    @property
+    def num_nodes(self) -> int:
+        """Width of the tree, root and padding included."""
+        return self.tokens.shape[1]
+
+    @cached_property
+    def is_real(self) -> Tensor:
+        """False at padding nodes, `[batch, nodes]`."""
+        real = self.parents >= 0
+        real[:, 0] = True
+        return real
+
+    @cached_property
+    def ancestor_mask(self) -> Tensor:
+        """`mask[b, i, j]`: node j is node i or one of its ancestors, `[batch, nodes, nodes]`, bool.
+
+        Padding nodes see the root and themselves. Found by pointer doubling: log2(nodes) matrix products.
+        """
+        nodes = self.num_nodes
+        eye = torch.eye(nodes, dtype=torch.bool, device=self.tokens.device)
+        step = eye | (self.parents[:, :, None] == torch.arange(nodes, device=self.tokens.device))
+        step[:, :, 0] = True
+        reach = step
+        span = 1
+        while span < nodes - 1:
+            reach = (reach.float() @ reach.float()) > 0
+            span *= 2
+        return reach
+
+    @cached_property
+    def depths(self) -> Tensor:
+        """Distance from the root, `[batch, nodes]`, int64. Padding nodes have depth 1."""
+        return self.ancestor_mask.sum(-1) - 1
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether every node's parent is the node before it, padding at the end allowed. Waits for the device."""
+        expected = torch.arange(-1, self.num_nodes - 1, device=self.tokens.device)
+        return bool(((self.parents == expected) | ~self.is_real).all())
+
+    def first(self, nodes: int) -> TokenTree:
+        """The tree of the first `nodes` nodes (all of it when it has no more)."""
+        if nodes >= self.num_nodes:
+            return self
+        cut = slice(0, nodes)
+        tree = TokenTree(
+            self.tokens[:, cut],
+            self.parents[:, cut],
+            None if self.scores is None else self.scores[:, cut],
+            None if self.draft_probs is None else self.draft_probs[:, cut],
+        )
+        if "ancestor_mask" in self.__dict__:
+            tree.__dict__["ancestor_mask"] = self.ancestor_mask[:, cut, cut]
+        return tree
+
+    def first_chain(self) -> TokenTree:
+        """The chain of first children from the root down: the best single path of a best-first tree."""
+        chains = []
+        for parents in self.parents.tolist():
+            first_child: dict[int, int] = {}
+            for node in range(self.num_nodes - 1, 0, -1):
+                first_child[parents[node]] = node
+            chain = [0]
+            while chain[-1] in first_child:
+                chain.append(first_child[chain[-1]])
+            chains.append(chain)
+        nodes = max(map(len, chains))
+        index = torch.tensor([chain + [0] * (nodes - len(chain)) for chain in chains], device=self.tokens.device)
+        parents = [[*range(-1, len(chain) - 1)] + [-1] * (nodes - len(chain)) for chain in chains]
+        return TokenTree(
+            self.tokens.gather(1, index),
+            torch.tensor(parents, device=self.tokens.device),
+            None if self.scores is None else self.scores.gather(1, index),
+        )
+
+    def validate(self, vocab_size: int) -> None:
+        """Checks token ids and parents; waits for the device.
+
+        Raises:
+            ValueError: A token is not below `vocab_size`, or a parent does not stand before its child.
+        """
+        if bool((self.tokens.min() < 0) | (self.tokens.max() >= vocab_size)):
+            raise ValueError(
+                f"draft tokens must be in [0, {vocab_size}), got {int(self.tokens.min())} to {int(self.tokens.max())}"
+            )
+        index = torch.arange(self.num_nodes, device=self.parents.device)
+        if bool((self.parents >= index).any() | (self.parents < -1).any()):
+            raise ValueError("every parent must stand before its child; parents[:, 0] must be -1, as at padding")
+
+    def padded_to(self, nodes: int) -> TokenTree:
+        """The same tree with padding nodes up to a width of `nodes`."""
+        more = nodes - self.num_nodes
+        if more <= 0:
+            return self
+        pad = torch.nn.functional.pad
+        return TokenTree(
+            pad(self.tokens, (0, more)),
+            pad(self.parents, (0, more), value=-1),
+            None if self.scores is None else pad(self.scores, (0, more)),
+            None if self.draft_probs is None else pad(self.draft_probs, (0, 0, 0, more)),
+        )
+
+    def to(self, device: torch.device | str) -> TokenTree:
+        """The same tree on `device`."""
+        return TokenTree(
+            self.tokens.to(device, non_blocking=True),
+            self.parents.to(device, non_blocking=True),
+            None if self.scores is None else self.scores.to(device, non_blocking=True),
+            None if self.draft_probs is None else self.draft_probs.to(device, non_blocking=True),
+        )
