@@ -1,0 +1,86 @@
+"""What a drafter is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from specdec.tree import TokenTree
+
+
+@dataclass
+class DraftContext:
+    """What a drafter may look at when it proposes.
+
+    Only rows that still generate are listed; `rows` names them, so that a drafter can keep state per row.
+
+    Args:
+        rows: Index in the batch of each active row.
+        sequences: Per active row, every token so far (prompt without padding, then committed tokens), int32. The last
+            one is the root. The arrays are views: copy what you keep.
+        prompt_lengths: Per active row, how many of these tokens are the prompt.
+        max_depth: Per active row, how many draft tokens could still be used before a length limit.
+        device: Where the target runs.
+    """
+
+    rows: list[int]
+    sequences: list[NDArray[np.int32]]
+    prompt_lengths: list[int]
+    max_depth: list[int]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass
+class Step:
+    """What a drafter is told after each target pass.
+
+    Args:
+        rows: Index in the batch of each row that took part.
+        tree: The tree that was verified (cut to what the budget chose, padded to a bucket), on the CPU or the device.
+        accepted: Per row, how many draft tokens were accepted.
+    """
+
+    rows: list[int]
+    tree: TokenTree
+    accepted: Sequence[int]
+
+
+class Drafter(ABC):
+    """Guesses the next tokens as a tree.
+
+    A drafter knows nothing of verification or of the kv cache: a bad guess costs time, never a wrong token. Concrete
+    drafters are dataclasses whose fields are their hyper-parameters.
+    """
+
+    name: str = "drafter"
+
+    def start(self, context: DraftContext) -> None:
+        """Called once per `generate()` call, when the prompt is known."""
+
+    @abstractmethod
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        """Proposes at most `max_nodes` nodes per row, the root included, best first.
+
+        Args:
+            context: The active rows.
+            max_nodes: Upper bound of the tree's width.
+
+        Returns:
+            A tree with one row per active row. A row with nothing to propose has its root only.
+        """
+
+    def observe(self, context: DraftContext, step: Step) -> None:
+        """Called after each target pass, with the context as it is after the step."""
+
+    def finish(self, context: DraftContext) -> None:
+        """Called when the call ends, normally or not; `context` lists all rows."""
+
+    def settings(self) -> dict[str, Any]:
+        """Hyper-parameters by name, for reports."""
+        return {}

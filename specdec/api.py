@@ -1,0 +1,258 @@
+"""What a user calls: `accelerate`, `speculate` and `SpeculativeModel`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
+
+from specdec.budget import Budget
+from specdec.capability import Capability, probe
+from specdec.drafters import DRAFTERS
+from specdec.drafters.base import Drafter
+from specdec.generation import Speculation
+from specdec.report import SpeculationReport
+from specdec.verifiers import VERIFIERS
+from specdec.verifiers.base import Verifier
+
+DrafterLike = str | Drafter | Sequence[str | Drafter] | None
+RETURN_SELF = frozenset({"to", "cuda", "cpu", "eval", "train", "float", "half", "bfloat16", "requires_grad_"})
+
+
+def accelerate(
+    model: Any,
+    drafter: DrafterLike = "auto",
+    verifier: str | Verifier = "exact",
+    strict: bool = False,
+    *,
+    max_nodes: int = 64,
+    capability: str = "auto",
+    budget: Budget | None = None,
+) -> SpeculativeModel:
+    """Wraps a causal LM so that `generate()` gives the same tokens sooner.
+
+    Args:
+        model: A transformers causal LM, or a PEFT model around one. It is not changed.
+        drafter: `"lookahead"`, `"auto"`, a `Drafter`, or None for drafting off.
+        verifier: `"exact"` or a `Verifier`.
+        strict: Raise a drafter's errors instead of going on without it.
+        max_nodes: Largest token tree per target pass, root included: 1, 2, 4, ... 128.
+        capability: `"auto"` to find out by a probe how the model can be run ahead, or `"tree"`, `"chain"`, `"plain"`.
+        budget: Takes the place of the budget that `max_nodes` would make.
+
+    Returns:
+        A stand-in for `model`, with `generate`, `report`, `capability`, `drafter` and `verifier`.
+
+    Raises:
+        TypeError: `model` is not a transformers model, or drafter or verifier are of no known kind.
+        ValueError: A name or a setting is not known, or the model cannot generate.
+    """
+    _check_model(model)
+    return SpeculativeModel(model, _speculation(drafter, verifier, strict, max_nodes, capability, budget))
+
+
+def speculate(
+    drafter: DrafterLike = "auto",
+    verifier: str | Verifier = "exact",
+    strict: bool = False,
+    *,
+    max_nodes: int = 64,
+    capability: str = "auto",
+    budget: Budget | None = None,
+    streamer: Any = None,
+) -> Speculation:
+    """The same as `accelerate`, for transformers' own hook: `model.generate(..., custom_generate=speculate(...))`.
+
+    Arguments are those of `accelerate`, and:
+
+    Args:
+        streamer: `generate` does not hand its streamer to a custom method; pass it here, and not there.
+
+    Returns:
+        A callable to pass as `custom_generate`. Keep it and pass it again to let the drafter remember; `.report` tells
+        about its last call.
+    """
+    speculation = _speculation(drafter, verifier, strict, max_nodes, capability, budget)
+    speculation.streamer = streamer
+    return speculation
+
+
+def _speculation(
+    drafter: DrafterLike,
+    verifier: str | Verifier,
+    strict: bool,
+    max_nodes: int,
+    capability: str,
+    budget: Budget | None,
+) -> Speculation:
+    return Speculation(
+        resolve_drafter(drafter), resolve_verifier(verifier), budget or Budget(max_nodes), strict, capability
+    )
+
+
+def resolve_drafter(drafter: DrafterLike) -> Drafter | None:
+    """A drafter from its name, or the drafter itself.
+
+    Raises:
+        ValueError: The name is not known.
+        TypeError: It is neither a name nor a drafter.
+    """
+    if drafter is None or isinstance(drafter, Drafter):
+        return drafter
+    if isinstance(drafter, str):
+        if drafter not in DRAFTERS:
+            known = ", ".join(map(repr, DRAFTERS))
+            raise ValueError(f"drafter={drafter!r} is not known; use one of {known}, a Drafter, or None for none")
+        return DRAFTERS[drafter]()
+    if isinstance(drafter, Sequence) and len(drafter) == 1:
+        return resolve_drafter(drafter[0])
+    if isinstance(drafter, type) and issubclass(drafter, Drafter):
+        raise TypeError(f"drafter={drafter.__name__} is a class; pass an instance: {drafter.__name__}()")
+    raise TypeError(
+        f"drafter must be a name ({', '.join(map(repr, DRAFTERS))}), one Drafter or None, not {_described(drafter)}"
+    )
+
+
+def resolve_verifier(verifier: str | Verifier) -> Verifier:
+    """A verifier from its name, or the verifier itself.
+
+    Raises:
+        ValueError: The name is not known.
+        TypeError: It is neither a name nor a verifier.
+    """
+    if isinstance(verifier, Verifier):
+        return verifier
+    if isinstance(verifier, str):
+        if verifier not in VERIFIERS:
+            known = ", ".join(map(repr, VERIFIERS))
+            raise ValueError(f"verifier={verifier!r} is not known; use one of {known}, or a Verifier")
+        return VERIFIERS[verifier]()
+    raise TypeError(f"verifier must be a name ({', '.join(map(repr, VERIFIERS))}) or a Verifier, not {verifier!r}")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, PreTrainedModel):
+        return f"a {type(value).__name__} (a model is not a drafter by itself)"
+    return repr(value)
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, SpeculativeModel):
+        raise TypeError("this model is accelerated already; pass its .model to wrap it another way")
+    if isinstance(model, str):
+        raise TypeError(f"model={model!r} is a name; load it first: AutoModelForCausalLM.from_pretrained({model!r})")
+    if not hasattr(model, "generate") or not hasattr(model, "config"):
+        raise TypeError(f"model must be a transformers causal LM, not {type(model).__name__}")
+    can_generate = getattr(model, "can_generate", lambda: True)
+    if not can_generate():
+        raise ValueError(
+            f"{type(model).__name__} cannot generate text; load a causal LM, "
+            "for instance with AutoModelForCausalLM.from_pretrained(...)"
+        )
+
+
+class SpeculativeModel:
+    """A stand-in for a causal LM whose `generate()` speculates. Everything else is the model's own.
+
+    Args:
+        model: The wrapped model.
+        speculation: How to speculate.
+    """
+
+    _own = frozenset({"model", "speculation"})
+
+    def __init__(self, model: Any, speculation: Speculation) -> None:
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "speculation", speculation)
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """What guesses; None when drafting is off."""
+        return self.speculation.drafter  # type: ignore[no-any-return]
+
+    @property
+    def verifier(self) -> Verifier:
+        """What accepts."""
+        return self.speculation.verifier  # type: ignore[no-any-return]
+
+    @property
+    def report(self) -> SpeculationReport:
+        """Report of the last `generate()` call."""
+        return self.speculation.report  # type: ignore[no-any-return]
+
+    @property
+    def capability(self) -> Capability:
+        """How this model can be run ahead; found out at first use."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return probe(model, self.speculation.capability)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate` with the same arguments and the same result, sooner."""
+        if "custom_generate" in kwargs:
+            raise ValueError("custom_generate cannot be combined with specdec.accelerate; call .model.generate instead")
+        reason = next((f"{k} is given" for k in ("assistant_model", "prompt_lookup_num_tokens") if kwargs.get(k)), None)
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            reason = "the model is an encoder-decoder"
+        try:
+            kwargs = reason is None and self._with_stop_strings(kwargs) or kwargs
+        except LookupError as error:
+            reason = str(error)
+        if reason is not None:
+            self.speculation.begin_fallback(reason)
+            return self.model.generate(*args, **kwargs)
+        # `generate` sends a custom method neither streamer nor tokenizer, so both are brought in from here.
+        self.speculation.streamer = kwargs.get("streamer")
+        try:
+            return self.model.generate(*args, custom_generate=self.speculation, **kwargs)
+        finally:
+            self.speculation.streamer = None
+
+    def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Turns stop strings into the criterion that `generate` would make of them.
+
+        Raises:
+            LookupError: They are a default of the model, out of reach.
+        """
+        config = kwargs.get("generation_config")
+        strings = kwargs.get("stop_strings") or getattr(config, "stop_strings", None)
+        if not strings:
+            if getattr(self.model.generation_config, "stop_strings", None):
+                raise LookupError("stop_strings are set in the model's generation_config; pass them to generate()")
+            return kwargs
+        if (tokenizer := kwargs.get("tokenizer")) is None:
+            return kwargs  # generate() says what is missing
+        kwargs = {**kwargs, "tokenizer": None}
+        kwargs.pop("stop_strings", None)
+        if config is not None:
+            kwargs["generation_config"] = copy.deepcopy(config)
+            kwargs["generation_config"].stop_strings = None
+        criterion = StopStringCriteria(tokenizer, strings)
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
+        return kwargs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(object.__getattribute__(self, "model"), name)
+        return self._returning_self(value) if name in RETURN_SELF else value
+
+    def _returning_self(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            return self if result is self.model else result
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.model, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.model)})
+
+    def __repr__(self) -> str:
+        name = self.drafter.name if self.drafter else None
+        return f"SpeculativeModel({type(self.model).__name__}, drafter={name!r}, verifier={self.verifier.name!r})"

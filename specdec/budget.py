@@ -1,0 +1,162 @@
+"""How many nodes are worth verifying now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from specdec.target import TargetModel
+from specdec.tree import NODE_BUCKETS, TokenTree, bucket_of
+
+SCORE_BINS = 12
+DECAY = 0.98
+"""Forgetting per step of the acceptance counts: a memory of about fifty steps."""
+PRIOR_WEIGHT = 4.0
+"""How many observations the drafter's own score is worth against what was counted."""
+
+
+class StepTimes:
+    """Seconds a target pass takes by node count, for one model and batch size: measured, then kept up to date.
+
+    Args:
+        max_nodes: Largest node count of interest.
+    """
+
+    def __init__(self, max_nodes: int) -> None:
+        self.buckets = [n for n in NODE_BUCKETS if n <= max_nodes]
+        self.seconds: dict[int, float] = {}
+
+    def measure(self, run: Callable[[int], None], patience: float = 2.0) -> None:
+        """Times `run(nodes)` for the buckets, a few rounds, as long as `patience` seconds are not used up.
+
+        Args:
+            run: One pass with this many nodes, ending when the device has finished.
+            patience: Seconds after which the rest is interpolated.
+        """
+        start = time.perf_counter()
+        run(self.buckets[-1])  # warm-up
+        for _ in range(3):
+            for nodes in sorted(self.buckets, key=lambda n: (n not in (1, 8, self.buckets[-1]), n)):
+                before = time.perf_counter()
+                run(nodes)
+                taken = time.perf_counter() - before
+                self.seconds[nodes] = min(taken, self.seconds.get(nodes, taken))
+                if time.perf_counter() - start > patience and len(self.seconds) > 1:
+                    return
+
+    def of(self, nodes: int) -> float:
+        """Seconds of a pass over a tree of this size; at least one size must have been measured."""
+        known = sorted(self.seconds)
+        # A larger tree cannot be cheaper: what seems so is noise of the measurement.
+        times = np.maximum.accumulate([self.seconds[n] for n in known])
+        return float(np.interp(np.log2(nodes), np.log2(known), times))
+
+    def update(self, nodes: int, seconds: float) -> None:
+        """Takes in the time of a real pass."""
+        bucket = bucket_of(nodes, self.buckets)
+        old = self.seconds.get(bucket, seconds)
+        self.seconds[bucket] = old + 0.05 * (min(seconds, 2 * old) - old)
+
+
+_TIMES: WeakKeyDictionary[nn.Module, dict[int, StepTimes]] = WeakKeyDictionary()
+
+
+class Budget:
+    """Chooses the number of nodes n that maximises expected tokens per second.
+
+    `(rows + expected accepted draft tokens in the first n nodes) / t(n)`, over the node-count buckets, one node
+    ("no draft") included. Expectations are products of calibrated scores along paths; scores are calibrated by decayed
+    counts of how often drafts of such a score, whose parent had been accepted, were accepted. Growing best-first by
+    path product is optimal at every size at once (OPT-Tree, arXiv 2406.17276; Sequoia, arXiv 2402.12374, for t(n)).
+
+    Args:
+        max_nodes: Largest tree to verify, root included.
+        fixed: Always verify as many nodes as proposed (up to `max_nodes`): for measuring and tests.
+    """
+
+    def __init__(self, max_nodes: int = 64, fixed: bool = False) -> None:
+        if max_nodes not in NODE_BUCKETS:
+            raise ValueError(f"max_nodes={max_nodes} is not allowed; use one of {', '.join(map(str, NODE_BUCKETS))}")
+        self.max_nodes = max_nodes
+        self.fixed = fixed
+        self.tried: NDArray[np.float64] = np.zeros(SCORE_BINS)
+        self.hit: NDArray[np.float64] = np.zeros(SCORE_BINS)
+        self._times: dict[int, StepTimes] = {}
+
+    def is_ready(self, rows: int) -> bool:
+        """Whether the step times at this batch size are known (or not needed)."""
+        return self.fixed or _size(rows) in self._times
+
+    def measure(self, target: TargetModel, roots: Tensor, room: int) -> None:
+        """Finds the step times at the current batch size; measures them the first time this model is seen with it.
+
+        Args:
+            target: The model in mid-generation; what is run is rolled back.
+            roots: `[batch]`, on the device of the trees.
+            room: Tokens that may still be generated; a chain is not run beyond.
+        """
+        known = _TIMES.setdefault(target.model, {})
+        size = _size(len(roots))
+        if size not in known or known[size].buckets[-1] < self.max_nodes:
+            widest = min(self.max_nodes, room) if target.lockstep else self.max_nodes
+            known[size] = StepTimes(max(widest, 1))
+            known[size].measure(lambda nodes: target.trial_pass(roots, nodes))
+        self._times[size] = known[size]
+
+    def choose(self, tree: TokenTree) -> TokenTree:
+        """The part of a proposal that is worth a target pass; the root alone when none is."""
+        tree = tree.first(self.max_nodes)
+        times = self._times.get(_size(len(tree.tokens)))
+        if self.fixed or times is None or tree.num_nodes == 1 or tree.scores is None:
+            return tree
+        gain = self._path_probabilities(tree).sum(0).cumsum()  # [N], expected accepted tokens of all rows
+        rows = len(tree.tokens)
+        sizes = [n for n in times.buckets if n < tree.num_nodes] + [tree.num_nodes]
+        best = max(sizes, key=lambda n: (rows + gain[n - 1]) / times.of(n))
+        return tree.first(best)
+
+    def _path_probabilities(self, tree: TokenTree) -> NDArray[np.float64]:
+        """Probability that each draft node is accepted, `[batch, nodes]`; zero at root and padding."""
+        assert tree.scores is not None
+        scores = tree.scores.cpu().numpy()
+        rate = (self.hit + PRIOR_WEIGHT * (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS) / (self.tried + PRIOR_WEIGHT)
+        calibrated = np.log(np.interp(scores, (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS, rate).clip(1e-6, 1.0))
+        calibrated[:, 0] = 0.0
+        log_path = np.einsum("bij,bj->bi", tree.ancestor_mask.cpu().numpy(), calibrated)
+        probability: NDArray[np.float64] = np.exp(log_path) * tree.is_real.cpu().numpy()
+        probability[:, 0] = 0.0
+        return probability
+
+    def observe(self, tree: TokenTree, accepted: list[list[int]]) -> None:
+        """Counts which nodes were accepted where their parent had been.
+
+        Args:
+            tree: The verified tree.
+            accepted: Per row the accepted draft nodes, from the root's child down.
+        """
+        if tree.num_nodes == 1 or tree.scores is None:
+            return
+        self.tried *= DECAY
+        self.hit *= DECAY
+        parents, scores = tree.parents.cpu().numpy(), tree.scores.cpu().numpy()
+        bins = np.clip((scores * SCORE_BINS).astype(np.int64), 0, SCORE_BINS - 1)
+        for row, nodes in enumerate(accepted):
+            tested = np.isin(parents[row], [0, *nodes])
+            self.tried += np.bincount(bins[row][tested], minlength=SCORE_BINS)
+            if nodes:
+                self.hit += np.bincount(bins[row][nodes], minlength=SCORE_BINS)
+
+    def record(self, rows: int, nodes: int, seconds: float) -> None:
+        """Takes in the time a step took, from target pass to accepted tokens."""
+        if times := self._times.get(_size(rows)):
+            times.update(nodes, seconds)
+
+
+def _size(rows: int) -> int:
+    """Batch sizes are told apart by powers of two."""
+    return 1 << (rows - 1).bit_length()

@@ -1,0 +1,143 @@
+"""The decoding loop: propose, target pass, verify, commit, observe."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdec.budget import Budget
+from specdec.drafting import GuardedDrafter
+from specdec.report import SpeculationReport
+from specdec.sampling import Sampler
+from specdec.sequences import Sequences
+from specdec.stopping import StopRule
+from specdec.streaming import StreamFeeder
+from specdec.target import TargetModel
+from specdec.tree import TokenTree, bucket_of
+from specdec.verifiers.base import Verifier
+
+
+@dataclass
+class Decoder:
+    """One call of `generate`: the objects that each own one arrow of the loop, and the loop."""
+
+    target: TargetModel
+    drafter: GuardedDrafter
+    verifier: Verifier
+    sampler: Sampler
+    stop: StopRule
+    budget: Budget
+    sequences: Sequences
+    streamer: StreamFeeder
+    report: SpeculationReport
+    rows: list[int] = field(default_factory=list)
+    kept_scores: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+
+    def run(self, input_ids: Tensor) -> None:
+        """Generates until every row is finished; the tokens are then in `sequences`.
+
+        `rows` are the rows that still generate, by their index in the batch. Trees, logits, accepted nodes and counts
+        have one entry per such row.
+
+        Args:
+            input_ids: The prompts as `generate` prepared them, `[batch, prompt]`.
+        """
+        self.rows = list(range(len(self.sequences)))
+        self.kept_scores = [[] for _ in self.rows]
+        with self.report.timed("prefill"):
+            logits = self.target.prefill(input_ids)  # [B, 1, V]
+        self.report.count_pass([0] * len(self.rows))
+        tree = self._last_prompt_tokens(input_ids)
+        with self.report.timed("verify"):
+            accepted, new_tokens = self._verify(tree, logits)
+        unfinished = self._commit(tree, accepted, new_tokens)
+        self.drafter.start(self.sequences, self.rows)
+        try:
+            while unfinished:
+                self._end_rows(unfinished)
+                with self.report.timed("draft"):
+                    tree = self._propose()
+                started = time.perf_counter()
+                with self.report.timed("target"):
+                    logits = self.target.forward(tree)  # [B, N, V]
+                with self.report.timed("verify"):
+                    accepted, new_tokens = self._verify(tree, logits)
+                self.budget.record(len(self.rows), tree.num_nodes, time.perf_counter() - started)
+                with self.report.timed("commit"):
+                    unfinished = self._commit(tree, accepted, new_tokens, is_in_cache=False)
+                    self.budget.observe(tree, accepted)
+                    self.drafter.observe(self.sequences, self.rows, tree, accepted)
+        finally:
+            self.drafter.finish(self.sequences)
+        self.streamer.end()
+
+    def _last_prompt_tokens(self, input_ids: Tensor) -> TokenTree:
+        """The tree that the prefill has verified: the prompt's last token alone."""
+        if input_ids.shape[1] == 0:  # the prompt came as embeddings
+            return TokenTree.root_only(input_ids.new_zeros(len(input_ids)))
+        return TokenTree.root_only(input_ids[:, -1])
+
+    def _propose(self) -> TokenTree:
+        """The next tree: the drafter's, cut to what is worth verifying, or the roots alone."""
+        tree = self.drafter.propose(self.sequences, self.rows, self.budget.max_nodes)
+        if tree is not None:
+            if not self.budget.is_ready(len(self.rows)):
+                with self.report.timed("calibrate"):
+                    self.budget.measure(self.target, self.sequences.roots(self.rows), self._least_room())
+            tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree)
+            if self.sequences.device.type != "cpu":  # few shapes, so that a pass can be captured
+                tree = tree.padded_to(bucket_of(tree.num_nodes))
+        else:
+            tree = TokenTree.root_only(self.sequences.roots(self.rows))
+        self.report.count_pass((tree.is_real.sum(1) - 1).tolist())
+        return tree.to(self.sequences.device)
+
+    def _least_room(self) -> int:
+        return min(self.sequences.room(row) for row in self.rows)
+
+    def _verify(self, tree: TokenTree, logits: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """Accepted nodes, and accepted tokens with the next one, per row: the step's one transfer to the host."""
+        acceptance = self.verifier.verify(tree, logits, self.sampler, self.rows)
+        packed = torch.cat([acceptance.num_accepted[:, None], acceptance.nodes, acceptance.tokens], 1).tolist()
+        width = acceptance.nodes.shape[1]
+        nodes = [row[1 : 1 + row[0]] for row in packed]
+        return nodes, [row[1 + width : 2 + width + row[0]] for row in packed]
+
+    def _commit(
+        self, tree: TokenTree, accepted: list[list[int]], new_tokens: list[list[int]], is_in_cache: bool = True
+    ) -> list[int]:
+        """Keeps new tokens up to where their row ends; the cache gets all but the last, which is the next root.
+
+        Returns:
+            Which rows go on, as indices into `rows`.
+        """
+        counts, is_done = zip(
+            *(self.stop.count(row, tokens) for row, tokens in zip(self.rows, new_tokens, strict=True)), strict=True
+        )
+        unfinished = [i for i, done in enumerate(is_done) if not done]
+        if self.target.lockstep and unfinished:
+            shortest = min(counts[i] for i in unfinished)
+            counts = tuple(min(count, shortest) if i in unfinished else count for i, count in enumerate(counts))
+        paths = []
+        for i, row in enumerate(self.rows):
+            self.sequences.append(row, new_tokens[i][: counts[i]])
+            paths.append([0, *accepted[i]][: counts[i]])
+            if self.sampler.keep_scores:
+                self.kept_scores[row] += self.sampler.kept(i, paths[i])
+        if not is_in_cache:
+            for path in paths:
+                self.report.count_accepted(len(path) - 1)
+            self.target.commit(paths, unfinished)
+        self.streamer.feed([self.rows[i] for i in unfinished])
+        return unfinished
+
+    def _end_rows(self, unfinished: list[int]) -> None:
+        """Takes finished rows out of the computation and frees what no row needs any more."""
+        if len(unfinished) < len(self.rows):
+            self.target.keep_rows(unfinished)
+            self.rows = [self.rows[i] for i in unfinished]
+        if self.sampler.noise is not None:
+            self.sampler.noise.forget(min(self.sequences.num_generated(row) for row in self.rows))

@@ -1,0 +1,98 @@
+"""The loop's side of a drafter: its context, and what happens when it fails."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from specdec.drafters.base import DraftContext, Drafter, Step
+from specdec.report import SpeculationReport
+from specdec.sequences import Sequences
+from specdec.tree import TokenTree
+
+
+class DrafterSwitchedOffWarning(RuntimeWarning):
+    """A drafter raised in mid-generation. The call goes on without it, and its output is complete."""
+
+
+class GuardedDrafter:
+    """Calls a drafter, and goes on without it after an error.
+
+    Args:
+        drafter: None for drafting off.
+        vocab_size: Draft tokens must be below.
+        report: Takes the error.
+        strict: Raise a drafter's errors instead.
+    """
+
+    def __init__(self, drafter: Drafter | None, vocab_size: int, report: SpeculationReport, strict: bool) -> None:
+        self.drafter = drafter
+        self.vocab_size = vocab_size
+        self.report = report
+        self.strict = strict
+
+    def start(self, sequences: Sequences, rows: Sequence[int]) -> None:
+        """Tells the drafter that a call begins."""
+        self._call("start", self._context(sequences, rows))
+
+    def propose(self, sequences: Sequences, rows: Sequence[int], max_nodes: int) -> TokenTree | None:
+        """The drafter's tree, or None when there is no draft token in it."""
+        if self.drafter is None or max_nodes == 1:
+            return None
+        context = self._context(sequences, rows)
+        if max(context.max_depth) < 1:
+            return None
+        tree: TokenTree | None = self._call("propose", context, max_nodes)
+        return tree if tree is not None and tree.num_nodes > 1 else None
+
+    def observe(self, sequences: Sequences, rows: Sequence[int], tree: TokenTree, accepted: list[list[int]]) -> None:
+        """Tells the drafter what became of a tree."""
+        if self.drafter is not None:
+            self._call("observe", self._context(sequences, rows), Step(list(rows), tree, [len(a) for a in accepted]))
+
+    def finish(self, sequences: Sequences) -> None:
+        """Tells the drafter that the call is over."""
+        self._call("finish", self._context(sequences, range(len(sequences))))
+
+    def _context(self, sequences: Sequences, rows: Sequence[int]) -> DraftContext:
+        return DraftContext(
+            rows=list(rows),
+            sequences=[sequences.real(row) for row in rows],
+            prompt_lengths=[sequences.prompt - sequences.padding[row] for row in rows],
+            max_depth=[sequences.room(row) - 1 for row in rows],
+            device=sequences.device,
+        )
+
+    def _call(self, method: str, *args: Any) -> Any:
+        if self.drafter is None:
+            return None
+        try:
+            result = getattr(self.drafter, method)(*args)
+            if method == "propose":
+                self._check(result, *args)
+            return result
+        except Exception as error:
+            if self.strict:
+                raise
+            self.report.drafter_error = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"drafter {self.report.drafter!r} failed in {method}() and is switched off for the rest of this call; "
+                f"the output is complete and the same as without it. {self.report.drafter_error}. "
+                "Pass strict=True to raise instead.",
+                DrafterSwitchedOffWarning,
+                stacklevel=2,
+            )
+            self.drafter = None
+            return None
+
+    def _check(self, tree: TokenTree, context: DraftContext, max_nodes: int) -> None:
+        """A wrong tree must not reach the target: an embedding lookup out of range ends a CUDA process."""
+        if not isinstance(tree, TokenTree):
+            raise TypeError(f"propose() returned a {type(tree).__name__}, a TokenTree is needed")
+        if len(tree.tokens) != len(context.rows) or tree.num_nodes > max_nodes:
+            raise ValueError(
+                f"propose() returned a tree of {list(tree.tokens.shape)}, "
+                f"at most [{len(context.rows)}, {max_nodes}] was asked for"
+            )
+        tree.validate(self.vocab_size)

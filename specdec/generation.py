@@ -1,0 +1,234 @@
+"""Between transformers' `generate()` and the decoding loop."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
+
+from specdec import kv_cache, sampling, stopping
+from specdec.budget import Budget
+from specdec.capability import Capability, probe
+from specdec.decoding import Decoder
+from specdec.drafters.base import Drafter
+from specdec.drafting import GuardedDrafter
+from specdec.noise import NoiseQueue
+from specdec.report import SpeculationReport
+from specdec.sampling import Sampler
+from specdec.sequences import Sequences
+from specdec.stopping import StopRule
+from specdec.streaming import StreamFeeder
+from specdec.target import DECODE_KWARGS_HANDLED, ChainTarget, TargetModel, TreeTarget
+from specdec.verifiers.base import Verifier
+
+
+class FallbackWarning(UserWarning):
+    """The model's own `generate` did the work, because the call cannot be speculated on."""
+
+
+class Speculation:
+    """A decoding method for `model.generate(custom_generate=...)`.
+
+    `generate` prepares everything as always (arguments, processors, criteria, masks, cache) and then calls this in
+    place of its own sampling loop.
+
+    Args:
+        drafter: What guesses, or None.
+        verifier: What accepts.
+        budget: How large a tree may be.
+        strict: Raise a drafter's errors.
+        capability: `"auto"`, or how to run the target.
+    """
+
+    def __init__(
+        self, drafter: Drafter | None, verifier: Verifier, budget: Budget, strict: bool, capability: str
+    ) -> None:
+        self.drafter = drafter
+        self.verifier = verifier
+        self.budget = budget
+        self.strict = strict
+        self.capability = capability
+        self.streamer: Any = None
+        self.report = self._new_report()
+        self._warned: set[str] = set()
+
+    def _new_report(self) -> SpeculationReport:
+        name = self.drafter.name if self.drafter else "none"
+        return SpeculationReport(name, self.verifier.name, self.verifier.guarantee)
+
+    def begin_fallback(self, reason: str) -> None:
+        """Starts a report of a call that the model's own `generate` does, and warns once per reason."""
+        self.report = self._new_report()
+        self.report.fallback, self.report.capability = reason, "plain"
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"generating without speculation: {reason}. The result is the same.", FallbackWarning, stacklevel=3
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The decoding method; arguments as `generate` passes them to its own sampling loop."""
+        streamer = streamer if streamer is not None else self.streamer
+        reason = _impossible(generation_config, model_kwargs, input_ids, logits_processor, stopping_criteria)
+        if synced_gpus:
+            reason = "several processes must run the same number of passes (synced_gpus)"
+        capability = probe(model, self.capability) if reason is None else Capability("plain", reason)
+        keep_cache = _keeps_cache(generation_config, model_kwargs)
+        if capability.mode == "chain" and keep_cache and len(input_ids) > 1:
+            capability = Capability("plain", "the kv cache of a batch is wanted back, and rows leave it as they end")
+        if capability.mode == "plain" or (capability.mode == "chain" and self.drafter is None):
+            return self._plain(
+                capability, model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus,
+                streamer, model_kwargs,
+            )  # fmt: skip
+        target: TargetModel
+        if capability.mode == "tree":
+            assert capability.mask_format is not None
+            target = TreeTarget(
+                model, generation_config, model_kwargs, capability.mask_format, keep_cache,
+                self.budget.max_nodes if self.drafter else 1,
+            )  # fmt: skip
+        else:
+            target = ChainTarget(model, generation_config, model_kwargs)
+        self.report = self._new_report()
+        self.report.capability = capability.mode
+        return self._speculate(target, input_ids, logits_processor, stopping_criteria, streamer)
+
+    def _plain(
+        self,
+        capability: Capability,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        """The model's own decoding method."""
+        self.begin_fallback(capability.reason)
+        mode = generation_config.get_generation_mode()
+        method = getattr(type(model), GENERATION_MODES_MAPPING[mode], GenerationMixin._sample)
+        extra = {"streamer": streamer} if streamer is not None else {}
+        output = method(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            **extra,
+            **model_kwargs,
+        )
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        new = sequences.shape[1] - input_ids.shape[1]
+        self.report.num_target_passes = new
+        self.report.num_row_passes = self.report.num_generated_tokens = new * len(sequences)
+        return output
+
+    def _speculate(
+        self,
+        target: TargetModel,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        streamer: Any,
+    ) -> Any:
+        """Runs the loop and wraps up its result as `generate` would."""
+        config, report = target.generation_config, self.report
+        sequences = Sequences(input_ids, target.model_kwargs.get("attention_mask"), config.max_length)
+        noise = NoiseQueue(len(input_ids), input_ids.device) if config.do_sample else None
+        keep_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
+        pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
+        decoder = Decoder(
+            target=target,
+            drafter=GuardedDrafter(self.drafter, target.vocab_size, report, self.strict),
+            verifier=self.verifier,
+            sampler=Sampler(processors, config.do_sample, sequences, noise, keep_scores),
+            stop=StopRule(criteria, sequences),
+            budget=self.budget,
+            sequences=sequences,
+            streamer=StreamFeeder(streamer, sequences, pad),
+            report=report,
+        )
+        try:
+            decoder.run(input_ids)
+        finally:
+            generated = [sequences.num_generated(row) for row in range(len(sequences))]
+            report.num_generated_tokens = sum(generated)
+            if noise is not None:
+                noise.restore(max(generated))
+        past = target.finish()
+        output = sequences.output(pad)
+        if not config.return_dict_in_generate:
+            return output
+        scores, logits = _by_position(decoder.kept_scores) if keep_scores else (None, None)
+        return GenerateDecoderOnlyOutput(
+            sequences=output,
+            scores=scores if config.output_scores else None,
+            logits=logits if config.output_logits else None,
+            past_key_values=past,
+        )
+
+
+def _by_position(rows: list[list[tuple[Tensor, Tensor]]]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Scores and logits per generated position, `[batch, vocab]` each; zeros where a row had ended."""
+    empty = (torch.zeros_like(rows[0][0][0]), torch.zeros_like(rows[0][0][1]))
+    positions = [[row[t] if t < len(row) else empty for row in rows] for t in range(max(map(len, rows)))]
+    scores, logits = (tuple(torch.stack([row[i] for row in rows]) for rows in positions) for i in (0, 1))
+    return scores, logits
+
+
+def _keeps_cache(config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:
+    past = model_kwargs.get("past_key_values")
+    return bool(config.return_dict_in_generate or getattr(past, "_is_user_defined", False))
+
+
+def _impossible(
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+) -> str | None:
+    """Why a call cannot be speculated on, or None."""
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return f"the decoding method is {mode.value.replace('_', ' ')}"
+    if not model_kwargs.get("use_cache", True):
+        return "use_cache is False"
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        return "attentions or hidden states of every pass are wanted"
+    past = model_kwargs.get("past_key_values")
+    if past is None or not kv_cache.supports(past):
+        return f"the kv cache is a {type(past).__name__}, not a DynamicCache"
+    tensors = [
+        name
+        for name, value in model_kwargs.items()
+        if isinstance(value, Tensor) and name not in DECODE_KWARGS_HANDLED
+    ]
+    if tensors:
+        return f"the model is given {', '.join(tensors)}"
+    if input_ids.ndim != 2:
+        return f"input_ids have {input_ids.ndim} dimensions"
+    if len(input_ids) > 1 and (names := sampling.not_row_wise(processors) + stopping.not_row_wise(criteria)):
+        return f"{', '.join(names)} may look at the whole batch, whose rows are at different positions"
+    return None

@@ -1,0 +1,112 @@
+"""What a call of `generate` did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PHASES = ("prefill", "calibrate", "draft", "target", "verify", "commit")
+
+
+@dataclass
+class SpeculationReport:
+    """Counts and times of one call, in vLLM's words.
+
+    Args:
+        drafter: Name of the drafter, or "none".
+        verifier: Name of the verifier.
+        guarantee: `"token-identical"`, `"distribution"` or `"approximate"`.
+        capability: `"tree"`, `"chain"` or `"plain"`: how the target was run.
+        num_drafts: Proposals with at least one draft token that went into a target pass, counted per row.
+        num_draft_tokens: Draft tokens in target passes.
+        num_accepted_tokens: Draft tokens that were accepted.
+        num_accepted_tokens_per_pos: Accepted draft tokens by depth in the tree, the root's children first.
+        num_target_passes: Forwards of the target, the prefill included.
+        num_row_passes: The same, counted per row.
+        num_generated_tokens: Tokens returned, over all rows.
+        seconds: Wall time per phase.
+        fallback: Why the model's own `generate` did the work; None when specdec did.
+        drafter_error: What the drafter raised before it was switched off; None when it did not.
+    """
+
+    drafter: str = "none"
+    verifier: str = "exact"
+    guarantee: str = "token-identical"
+    capability: str = "tree"
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_target_passes: int = 0
+    num_row_passes: int = 0
+    num_generated_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    fallback: str | None = None
+    drafter_error: str | None = None
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens returned per target pass and row."""
+        return self.num_generated_tokens / max(self.num_row_passes, 1)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the draft tokens that were accepted."""
+        return self.num_accepted_tokens / max(self.num_draft_tokens, 1)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the time spent inside to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+    def count_pass(self, draft_tokens: list[int]) -> None:
+        """Counts a target pass over rows with these numbers of draft tokens."""
+        self.num_target_passes += 1
+        self.num_row_passes += len(draft_tokens)
+        self.num_drafts += sum(n > 0 for n in draft_tokens)
+        self.num_draft_tokens += sum(draft_tokens)
+
+    def count_accepted(self, accepted: int) -> None:
+        """Counts one row's accepted draft tokens of one pass."""
+        self.num_accepted_tokens += accepted
+        missing = accepted - len(self.num_accepted_tokens_per_pos)
+        self.num_accepted_tokens_per_pos += [0] * missing
+        for depth in range(accepted):
+            self.num_accepted_tokens_per_pos[depth] += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and derived figures, ready for JSON."""
+        return asdict(self) | {"tokens_per_pass": self.tokens_per_pass, "acceptance_rate": self.acceptance_rate}
+
+    def __rich__(self) -> Table:
+        table = Table(title="specdec report", show_header=False, title_justify="left")
+        for name, value in self.to_dict().items():
+            if name == "seconds":
+                value = ", ".join(f"{phase} {spent:.3f}" for phase, spent in self.seconds.items() if spent)
+            elif isinstance(value, float):
+                value = f"{value:.3f}"
+            if value is not None:
+                table.add_row(name, str(value))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=100, record=True, file=open_null())
+        console.print(self)
+        return console.export_text().rstrip()
+
+
+def open_null() -> Any:
+    """A file that keeps nothing, for rendering to text."""
+    import io
+
+    return io.StringIO()

@@ -1,0 +1,200 @@
+"""Which token the target picks at each node of a tree."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.generation import logits_process as lp
+from transformers.generation.logits_process import LogitsProcessorList
+
+from specdec.noise import NoiseQueue
+from specdec.sequences import Sequences
+from specdec.tree import TokenTree
+
+SCORE_ONLY = frozenset(
+    {
+        lp.TemperatureLogitsWarper,
+        lp.TopKLogitsWarper,
+        lp.TopPLogitsWarper,
+        lp.TopHLogitsWarper,
+        lp.MinPLogitsWarper,
+        lp.TypicalLogitsWarper,
+        lp.EpsilonLogitsWarper,
+        lp.EtaLogitsWarper,
+        lp.InfNanRemoveLogitsProcessor,
+        lp.LogitNormalization,
+        lp.SuppressTokensLogitsProcessor,
+    }
+)
+"""Processors that look at the scores alone: any number of nodes in one call."""
+
+PREFIX = frozenset(
+    {
+        lp.MinLengthLogitsProcessor,
+        lp.MinNewTokensLengthLogitsProcessor,
+        lp.NoRepeatNGramLogitsProcessor,
+        lp.SequenceBiasLogitsProcessor,
+        lp.NoBadWordsLogitsProcessor,
+        lp.ForcedBOSTokenLogitsProcessor,
+        lp.ForcedEOSTokenLogitsProcessor,
+        lp.ExponentialDecayLengthPenalty,
+        lp.SuppressTokensAtBeginLogitsProcessor,
+        lp.WatermarkLogitsProcessor,
+    }
+)
+"""Processors that are a function of one row's own tokens and scores."""
+
+BATCH_INDEXED = {
+    lp.RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
+    lp.EncoderRepetitionPenaltyLogitsProcessor: "encoder_input_ids",
+}
+"""Processors that keep one entry per row of the batch, and where."""
+
+SORTING = frozenset({lp.TopKLogitsWarper, lp.TopPLogitsWarper, lp.TopHLogitsWarper, lp.TypicalLogitsWarper})
+"""Processors whose cost per node is worth avoiding on a CPU."""
+
+
+def not_row_wise(processors: LogitsProcessorList) -> list[str]:
+    """Names of processors that may depend on the batch or on earlier calls.
+
+    With one row even those are exact, because every walk calls them once per committed token, in order, as plain
+    decoding does. In a batch the rows of a tree step are at different positions, so plain decoding must be used.
+    """
+    return [type(p).__name__ for p in processors if type(p) not in SCORE_ONLY | PREFIX | BATCH_INDEXED.keys()]
+
+
+def for_rows(processors: LogitsProcessorList, rows: Sequence[int], batch: int) -> LogitsProcessorList:
+    """The processors as they apply to some rows of the batch."""
+    if list(rows) == list(range(batch)):
+        return processors
+    out = LogitsProcessorList()
+    for processor in processors:
+        name = BATCH_INDEXED.get(type(processor))
+        if name and isinstance(entries := getattr(processor, name), Tensor):
+            processor = copy.copy(processor)
+            setattr(processor, name, entries[list(rows)])
+        out.append(processor)
+    return out
+
+
+class Sampler:
+    """Applies the logits processors along each node's own path and picks the target's token there.
+
+    Args:
+        processors: As prepared by `generate`.
+        do_sample: Sample with `noise`; otherwise take the most likely token.
+        sequences: The tokens so far.
+        noise: The random draws; needed when `do_sample`.
+        keep_scores: Keep scores and logits of the nodes for `output_scores` / `output_logits`.
+    """
+
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        do_sample: bool,
+        sequences: Sequences,
+        noise: NoiseQueue | None = None,
+        keep_scores: bool = False,
+    ) -> None:
+        self.processors = processors
+        self.sequences = sequences
+        self.noise = noise if do_sample else None
+        self.keep_scores = keep_scores
+        kinds = {type(p) for p in processors}
+        self.is_flat = kinds <= SCORE_ONLY and not (sequences.device.type == "cpu" and kinds & SORTING)
+        self.scores: Tensor | None = None  # [B, N, V] of the last call, rows of unvisited nodes undefined
+        self.logits: Tensor | None = None
+
+    def pick(self, tree: TokenTree, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """The target's token at each node.
+
+        Args:
+            tree: The verified tree, `[batch, nodes]`.
+            logits: The target's logits, `[batch, nodes, vocab]`, any float dtype.
+            rows: Index in the whole batch of each row of the tree.
+
+        Returns:
+            Token ids `[batch, nodes]`, int64. When the processors are costly or need a prefix, only the nodes on the
+            target's own path are computed; the others are -1 (equal to no token).
+        """
+        logits = logits.to(self.sequences.device, torch.float32)
+        if self.noise is not None:
+            self.noise.begin(logits.shape[-1])
+        if self.is_flat:
+            scores = logits
+            if self.processors:
+                flat = logits.reshape(-1, logits.shape[-1])
+                ids = tree.tokens.reshape(-1, 1)
+                scores = self.processors(ids, flat.clone()).view_as(logits)
+            picks = self._select(scores, tree, rows)
+        else:
+            scores = logits.clone() if self.keep_scores else logits
+            picks = self._walk(tree, logits, scores, rows)
+        if self.keep_scores:
+            self.logits, self.scores = logits, scores
+        return picks
+
+    def kept(self, i: int, path: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Processed scores and raw logits, `[vocab]` each, at the nodes of row `i`'s path in the last tree."""
+        assert self.scores is not None and self.logits is not None
+        return list(zip(self.scores[i, path], self.logits[i, path], strict=True))
+
+    def _select(self, scores: Tensor, tree: TokenTree, rows: Sequence[int]) -> Tensor:
+        """Picks at every node at once. `scores`: `[batch, nodes, vocab]`."""
+        if self.noise is None:
+            return scores.argmax(-1)
+        probs = torch.softmax(scores, dim=-1)
+        depths = tree.depths
+        deepest = int(depths.max()) if depths.device.type == "cpu" else tree.num_nodes - 1
+        picks = torch.empty_like(tree.tokens)
+        for i, row in enumerate(rows):
+            first = self.sequences.num_generated(row)
+            noise = torch.stack([self.noise.at(first + depth, row) for depth in range(deepest + 1)])
+            picks[i] = (probs[i] / noise[depths[i]]).argmax(-1)
+        return picks
+
+    def _walk(self, tree: TokenTree, logits: Tensor, scores: Tensor, rows: Sequence[int]) -> Tensor:
+        """Picks from the root down the target's own path, one node per row and depth."""
+        picks = torch.full_like(tree.tokens, -1)
+        tokens, parents = tree.tokens.cpu().numpy(), tree.parents.cpu().numpy()
+        node = dict.fromkeys(range(len(rows)), 0)
+        paths: dict[int, list[int]] = {i: [] for i in node}
+        while node:
+            for group in self._same_length(rows, paths, node):
+                nodes = [node[i] for i in group]
+                ids = self.sequences.prefixes([rows[i] for i in group], [paths[i] for i in group])
+                processors = for_rows(self.processors, [rows[i] for i in group], len(self.sequences))
+                processed = processors(ids, logits[group, nodes])
+                if self.keep_scores:
+                    scores[group, nodes] = processed
+                for i, at, token in zip(group, nodes, self._one_each(processed, rows, group, paths), strict=True):
+                    picks[i, at] = token
+                    children = ((parents[i] == at) & (tokens[i] == token)).nonzero()[0]
+                    if len(children):
+                        node[i] = int(children[0])
+                        paths[i].append(token)
+                    else:
+                        del node[i]
+        return picks
+
+    def _same_length(
+        self, rows: Sequence[int], paths: dict[int, list[int]], node: dict[int, int]
+    ) -> list[list[int]]:
+        """Rows whose prefixes have the same length: processors need a rectangle of ids."""
+        groups = defaultdict(list)
+        for i in node:
+            groups[self.sequences.lengths[rows[i]] + len(paths[i])].append(i)
+        return list(groups.values())
+
+    def _one_each(
+        self, scores: Tensor, rows: Sequence[int], group: list[int], paths: dict[int, list[int]]
+    ) -> list[int]:
+        """Picks one token per row of a group. `scores`: `[group, vocab]`."""
+        if self.noise is None:
+            return scores.argmax(-1).tolist()  # type: ignore[no-any-return]
+        noise = torch.stack([self.noise.at(self.sequences.num_generated(rows[i]) + len(paths[i]), rows[i]) for i in group])
+        return (torch.softmax(scores, dim=-1) / noise).argmax(-1).tolist()  # type: ignore[no-any-return]

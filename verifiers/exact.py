@@ -1,0 +1,48 @@
+"""The lossless default: follow the target's own token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.sampling import Sampler
+from specdec.tree import TokenTree
+from specdec.verifiers.base import Acceptance, Verifier
+
+
+@dataclass
+class ExactVerifier(Verifier):
+    """Steps from the root to the child that holds the token the target itself picks, until there is none.
+
+    Lossless for any tree, greedy or sampled: the output is what the target picks at each accepted node, so a draft
+    decides only how many picks one pass is worth. For deterministic drafts no rule accepts more ("Accelerating Large
+    Language Model Decoding with Speculative Sampling", arXiv 2302.01318, restated for trees with the target's own
+    sample in place of the acceptance test).
+    """
+
+    name = "exact"
+    guarantee = "token-identical"
+
+    def verify(self, tree: TokenTree, logits: Tensor, sampler: Sampler, rows: Sequence[int]) -> Acceptance:
+        picks = sampler.pick(tree, logits, rows)  # [B, N]
+        if tree.num_nodes == 1:
+            none = picks.new_empty((len(picks), 0))
+            return Acceptance(none, picks, picks.new_zeros(len(picks)))
+
+        is_match = (picks.gather(1, tree.parents.clamp(min=0)) == tree.tokens) & tree.is_real
+        is_match[:, 0] = True
+        is_accepted = ~(tree.ancestor_mask & ~is_match[:, None]).any(-1)
+        num_accepted, last = (tree.depths * is_accepted).max(1)  # among equal siblings the first
+
+        # The last node's ancestors, sorted by index, are its path: parents stand before their children.
+        on_path = tree.ancestor_mask[torch.arange(len(last), device=last.device), last]
+        on_path[:, 0] = False
+        index = torch.arange(tree.num_nodes, device=last.device)
+        behind = tree.num_nodes
+        nodes = torch.where(on_path, index, behind).sort(1).values
+        accepted = tree.tokens.gather(1, nodes.clamp(max=behind - 1))
+        tokens = torch.cat([accepted, accepted[:, :1]], 1).scatter(1, num_accepted[:, None], picks.gather(1, last[:, None]))
+        return Acceptance(nodes.masked_fill(nodes == behind, -1), tokens, num_accepted)
