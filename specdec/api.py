@@ -162,7 +162,8 @@ class SpeculativeModel:
         speculation: How to speculate.
     """
 
-    _own = frozenset({"model", "speculation"})
+    model: Any
+    speculation: Speculation
 
     def __init__(self, model: Any, speculation: Speculation) -> None:
         object.__setattr__(self, "model", model)
@@ -171,17 +172,17 @@ class SpeculativeModel:
     @property
     def drafter(self) -> Drafter | None:
         """What guesses; None when drafting is off."""
-        return self.speculation.drafter  # type: ignore[no-any-return]
+        return self.speculation.drafter
 
     @property
     def verifier(self) -> Verifier:
         """What accepts."""
-        return self.speculation.verifier  # type: ignore[no-any-return]
+        return self.speculation.verifier
 
     @property
     def report(self) -> SpeculationReport:
         """Report of the last `generate()` call."""
-        return self.speculation.report  # type: ignore[no-any-return]
+        return self.speculation.report
 
     @property
     def capability(self) -> Capability:
@@ -197,7 +198,7 @@ class SpeculativeModel:
         if getattr(self.model.config, "is_encoder_decoder", False):
             reason = "the model is an encoder-decoder"
         try:
-            kwargs = reason is None and self._with_stop_strings(kwargs) or kwargs
+            kwargs = kwargs if reason else self._with_stop_strings(kwargs)
         except LookupError as error:
             reason = str(error)
         if reason is not None:

@@ -10,12 +10,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
 
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.masks import MaskFormat
-from specdec.target import ChainTarget, TargetModel, TreeTarget, accepts
+from specdec.target import CausalLM, ChainTarget, TargetModel, TreeTarget, accepts
 from specdec.tree import TokenTree
 
 Mode = Literal["tree", "chain", "plain"]
@@ -44,10 +44,10 @@ class Capability:
         return f"{self.mode}: {self.reason}"
 
 
-_KNOWN: WeakKeyDictionary[PreTrainedModel, dict[Any, Capability]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[CausalLM, dict[Any, Capability]] = WeakKeyDictionary()
 
 
-def probe(model: PreTrainedModel, mode: str = "auto") -> Capability:
+def probe(model: CausalLM, mode: str = "auto") -> Capability:
     """Tells how `model` can be run ahead, by comparing a tiny tree with the same paths run one token at a time.
 
     A tree of seven nodes over two left-padded rows goes through the public forward; one row keeps a path of three
@@ -73,14 +73,14 @@ def probe(model: PreTrainedModel, mode: str = "auto") -> Capability:
     return known[key]
 
 
-def _demanded_tree(model: PreTrainedModel) -> Capability:
+def _demanded_tree(model: CausalLM) -> Capability:
     formats, problem = _mask_formats(model)
     if problem:
         raise ValueError(f"capability='tree' cannot be used with {type(model).__name__}: {problem}")
     return Capability("tree", "demanded by the caller", formats[0])
 
 
-def _mask_formats(model: PreTrainedModel) -> tuple[list[MaskFormat], str | None]:
+def _mask_formats(model: CausalLM) -> tuple[list[MaskFormat], str | None]:
     """Ways to hand this model a tree mask, the likeliest first, or why there is none."""
     try:
         types, kwargs = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
@@ -104,11 +104,11 @@ def _mask_formats(model: PreTrainedModel) -> tuple[list[MaskFormat], str | None]
     return list(dict.fromkeys(f for f in formats if f.by_layer_type or len(kinds) == 1)), None
 
 
-def _probe(model: PreTrainedModel) -> Capability:
+def _probe(model: CausalLM) -> Capability:
     found: list[Capability] = []
 
     def inside(
-        model: PreTrainedModel,
+        model: CausalLM,
         input_ids: Tensor,
         logits_processor: Any,
         stopping_criteria: Any,
@@ -143,7 +143,7 @@ def _probe(model: PreTrainedModel) -> Capability:
 class _Trial:
     """The probe's prompt as `generate` prepared it, and its reference logits."""
 
-    model: PreTrainedModel
+    model: CausalLM
     input_ids: Tensor
     generation_config: GenerationConfig
     model_kwargs: dict[str, Any]

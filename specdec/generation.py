@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
@@ -24,7 +24,7 @@ from specdec.sampling import Sampler
 from specdec.sequences import Sequences
 from specdec.stopping import StopRule
 from specdec.streaming import StreamFeeder
-from specdec.target import DECODE_KWARGS_HANDLED, ChainTarget, TargetModel, TreeTarget
+from specdec.target import DECODE_KWARGS_HANDLED, CausalLM, ChainTarget, TargetModel, TreeTarget, embedding_rows
 from specdec.verifiers.base import Verifier
 
 
@@ -75,7 +75,7 @@ class Speculation:
     @torch.no_grad()
     def __call__(
         self,
-        model: PreTrainedModel,
+        model: CausalLM,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -86,6 +86,7 @@ class Speculation:
     ) -> Any:
         """The decoding method; arguments as `generate` passes them to its own sampling loop."""
         streamer = streamer if streamer is not None else self.streamer
+        _check_ids(model, input_ids)
         reason = _impossible(generation_config, model_kwargs, input_ids, logits_processor, stopping_criteria)
         if synced_gpus:
             reason = "several processes must run the same number of passes (synced_gpus)"
@@ -114,7 +115,7 @@ class Speculation:
     def _plain(
         self,
         capability: Capability,
-        model: PreTrainedModel,
+        model: CausalLM,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -126,7 +127,7 @@ class Speculation:
         """The model's own decoding method."""
         self.begin_fallback(capability.reason)
         mode = generation_config.get_generation_mode()
-        method = getattr(type(model), GENERATION_MODES_MAPPING[mode], GenerationMixin._sample)
+        method: Any = getattr(type(model), GENERATION_MODES_MAPPING[mode], GenerationMixin._sample)
         extra = {"streamer": streamer} if streamer is not None else {}
         output = method(
             model,
@@ -160,7 +161,7 @@ class Speculation:
         pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
         decoder = Decoder(
             target=target,
-            drafter=GuardedDrafter(self.drafter, target.vocab_size, report, self.strict),
+            drafter=GuardedDrafter(self.drafter, embedding_rows(target.model), report, self.strict),
             verifier=self.verifier,
             sampler=Sampler(processors, config.do_sample, sequences, noise, keep_scores),
             stop=StopRule(criteria, sequences),
@@ -180,12 +181,21 @@ class Speculation:
         output = sequences.output(pad)
         if not config.return_dict_in_generate:
             return output
-        scores, logits = _by_position(decoder.kept_scores) if keep_scores else (None, None)
-        return GenerateDecoderOnlyOutput(
-            sequences=output,
-            scores=scores if config.output_scores else None,
-            logits=logits if config.output_logits else None,
-            past_key_values=past,
+        fields: dict[str, Any] = {"sequences": output, "past_key_values": past}
+        if keep_scores:
+            scores, logits = _by_position(decoder.kept_scores)
+            fields |= {"scores": scores if config.output_scores else None}
+            fields |= {"logits": logits if config.output_logits else None}
+        return GenerateDecoderOnlyOutput(**fields)
+
+
+def _check_ids(model: CausalLM, input_ids: Tensor) -> None:
+    """Token ids out of range end a CUDA process without a word of the cause."""
+    known = embedding_rows(model)
+    if input_ids.numel() and (int(input_ids.min()) < 0 or int(input_ids.max()) >= known):
+        raise ValueError(
+            f"input_ids hold token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
+            f"0 to {known - 1}; were they made by another model's tokenizer?"
         )
 
 
@@ -221,9 +231,7 @@ def _impossible(
     if past is None or not kv_cache.supports(past):
         return f"the kv cache is a {type(past).__name__}, not a DynamicCache"
     tensors = [
-        name
-        for name, value in model_kwargs.items()
-        if isinstance(value, Tensor) and name not in DECODE_KWARGS_HANDLED
+        name for name, value in model_kwargs.items() if isinstance(value, Tensor) and name not in DECODE_KWARGS_HANDLED
     ]
     if tensors:
         return f"the model is given {', '.join(tensors)}"

@@ -77,7 +77,7 @@ class TreeCache(Cache):
     """
 
     def __init__(self, layer_types: Sequence[str], capacity: int, one_device: bool = True) -> None:
-        layers = [DummyLayer() if kind == "dummy" else TreeLayer(self, kind) for kind in layer_types]
+        layers: list[Any] = [DummyLayer() if kind == "dummy" else TreeLayer(self, kind) for kind in layer_types]
         super().__init__(layers=layers)
         self.capacity = capacity
         self.lengths: list[int] = []
@@ -209,6 +209,7 @@ class TreeCache(Cache):
         Raises:
             ValueError: A layer's kind cannot be read.
         """
+        theirs: Any
         for mine, theirs in zip(self.layers, past.layers, strict=True):
             length = theirs.get_seq_length() if isinstance(theirs, CacheLayerMixin) else 0
             if not isinstance(mine, TreeLayer) or length == 0:
@@ -240,6 +241,7 @@ def store(rows: Sequence[Sequence[tuple[Tensor, Tensor] | None]], past: Cache) -
     """
     while len(past.layers) < len(rows[0]) and past.layer_class_to_replicate is not None:
         past.layers.append(past.layer_class_to_replicate())
+    layer: Any
     for index, layer in enumerate(past.layers):
         parts = [part for row in rows if (part := row[index]) is not None]
         if not parts:

@@ -31,7 +31,7 @@ class NoiseQueue:
     def _get_state(self) -> Tensor:
         if self.device.type == "cpu":
             return torch.get_rng_state()
-        return torch.get_device_module(self.device).get_rng_state(self.device)  # type: ignore[no-any-return]
+        return torch.get_device_module(self.device).get_rng_state(self.device)
 
     def _set_state(self, state: Tensor) -> None:
         if self.device.type == "cpu":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def not_row_wise(processors: LogitsProcessorList) -> list[str]:
     return [type(p).__name__ for p in processors if type(p) not in SCORE_ONLY | PREFIX | BATCH_INDEXED.keys()]
 
 
-def for_rows(processors: LogitsProcessorList, rows: Sequence[int], batch: int) -> LogitsProcessorList:
+def for_rows(processors: LogitsProcessorList, rows: Sequence[int], batch: int) -> Any:
     """The processors as they apply to some rows of the batch."""
     if list(rows) == list(range(batch)):
         return processors
@@ -100,7 +101,7 @@ class Sampler:
         noise: NoiseQueue | None = None,
         keep_scores: bool = False,
     ) -> None:
-        self.processors = processors
+        self.processors: Any = processors
         self.sequences = sequences
         self.noise = noise if do_sample else None
         self.keep_scores = keep_scores
@@ -149,11 +150,10 @@ class Sampler:
             return scores.argmax(-1)
         probs = torch.softmax(scores, dim=-1)
         depths = tree.depths
-        deepest = int(depths.max()) if depths.device.type == "cpu" else tree.num_nodes - 1
         picks = torch.empty_like(tree.tokens)
         for i, row in enumerate(rows):
             first = self.sequences.num_generated(row)
-            noise = torch.stack([self.noise.at(first + depth, row) for depth in range(deepest + 1)])
+            noise = torch.stack([self.noise.at(first + depth, row) for depth in range(tree.deepest + 1)])
             picks[i] = (probs[i] / noise[depths[i]]).argmax(-1)
         return picks
 
@@ -181,9 +181,7 @@ class Sampler:
                         del node[i]
         return picks
 
-    def _same_length(
-        self, rows: Sequence[int], paths: dict[int, list[int]], node: dict[int, int]
-    ) -> list[list[int]]:
+    def _same_length(self, rows: Sequence[int], paths: dict[int, list[int]], node: dict[int, int]) -> list[list[int]]:
         """Rows whose prefixes have the same length: processors need a rectangle of ids."""
         groups = defaultdict(list)
         for i in node:
@@ -195,6 +193,7 @@ class Sampler:
     ) -> list[int]:
         """Picks one token per row of a group. `scores`: `[group, vocab]`."""
         if self.noise is None:
-            return scores.argmax(-1).tolist()  # type: ignore[no-any-return]
-        noise = torch.stack([self.noise.at(self.sequences.num_generated(rows[i]) + len(paths[i]), rows[i]) for i in group])
-        return (torch.softmax(scores, dim=-1) / noise).argmax(-1).tolist()  # type: ignore[no-any-return]
+            return scores.argmax(-1).tolist()
+        positions = [self.sequences.num_generated(rows[i]) + len(paths[i]) for i in group]
+        noise = torch.stack([self.noise.at(at, rows[i]) for at, i in zip(positions, group, strict=True)])
+        return (torch.softmax(scores, dim=-1) / noise).argmax(-1).tolist()

@@ -6,16 +6,19 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.masks import MaskFormat
 from specdec.tree import NODE_BUCKETS, TokenTree
+
+CausalLM: TypeAlias = Any
+"""A `PreTrainedModel` that is a `GenerationMixin`; transformers has no type for the two together."""
 
 DECODE_KWARGS_HANDLED = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
@@ -23,19 +26,25 @@ DECODE_KWARGS_HANDLED = frozenset(
 """Arguments of the model's forward that a pass sets itself or that belong to the prefill."""
 
 
-def cache_layer_types(model: PreTrainedModel) -> list[str]:
+def cache_layer_types(model: CausalLM) -> list[str]:
     """What each layer keeps between steps, in transformers' words (`"full_attention"`, `"linear_attention"`, ...)."""
     return list(get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0])
 
 
-def accepts(model: PreTrainedModel, name: str) -> bool:
+def accepts(model: CausalLM, name: str) -> bool:
     """Whether the model's forward takes an argument of this name."""
     return name in inspect.signature(model.forward).parameters
 
 
-def is_on_one_device(model: PreTrainedModel) -> bool:
+def is_on_one_device(model: CausalLM) -> bool:
     """Whether accelerate has not spread the model over several devices."""
     return len(set(map(str, getattr(model, "hf_device_map", {}).values()))) <= 1
+
+
+def embedding_rows(model: CausalLM) -> int:
+    """Token ids that the model can take are below."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return int(weight.shape[0] if weight is not None else model.config.get_text_config().vocab_size)
 
 
 class TargetModel(ABC):
@@ -50,9 +59,7 @@ class TargetModel(ABC):
     lockstep = False
     """Whether all rows must keep the same number of tokens in each step."""
 
-    def __init__(
-        self, model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-    ) -> None:
+    def __init__(self, model: CausalLM, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
         self.model = model
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
@@ -63,13 +70,6 @@ class TargetModel(ABC):
             if name not in DECODE_KWARGS_HANDLED and not isinstance(value, Tensor)
         }
 
-    @cached_property
-    def vocab_size(self) -> int:
-        """Token ids that the model can take are below."""
-        embedding = self.model.get_input_embeddings()
-        weight = getattr(embedding, "weight", None)
-        return int(weight.shape[0]) if weight is not None else int(self.model.config.get_text_config().vocab_size)
-
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Runs the prompt as `generate` itself would.
 
@@ -79,7 +79,7 @@ class TargetModel(ABC):
         kwargs = {**self.model_kwargs, "past_key_values": self._cache()}
         logits = self.model._prefill(input_ids, self.generation_config, kwargs).logits[:, -1:]
         self._end_prefill(input_ids)
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     @abstractmethod
     def _cache(self) -> Cache:
@@ -151,7 +151,7 @@ class TreeTarget(TargetModel):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: CausalLM,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         mask_format: MaskFormat,
@@ -201,7 +201,7 @@ class TreeTarget(TargetModel):
         outputs = self.model(
             input_ids=tree.tokens, past_key_values=self.cache, use_cache=True, return_dict=True, **inputs, **self.extra
         )
-        return outputs.logits  # type: ignore[no-any-return]
+        return outputs.logits
 
     def commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None = None) -> None:
         self.cache.commit(paths)
@@ -265,7 +265,7 @@ class ChainTarget(TargetModel):
             **inputs,
             **self.extra,
         )
-        return outputs.logits  # type: ignore[no-any-return]
+        return outputs.logits
 
     def commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None = None) -> None:
         kept = min(len(paths[row]) for row in unfinished or range(len(paths)))
@@ -279,7 +279,7 @@ class ChainTarget(TargetModel):
         if not rows:
             return
         index = torch.tensor(rows)
-        self._cache().reorder_cache(index)
+        self._cache().reorder_cache(index)  # type: ignore[arg-type]
         if self.mask is not None:
             self.mask = self.mask[index.to(self.mask.device)]
         if self.positions is not None:

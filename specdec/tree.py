@@ -119,6 +119,11 @@ class TokenTree:
         return self.ancestor_mask.sum(-1) - 1
 
     @cached_property
+    def deepest(self) -> int:
+        """Largest depth of a node. Waits for the device."""
+        return int(self.depths.max())
+
+    @cached_property
     def is_chain(self) -> bool:
         """Whether every node's parent is the node before it, padding at the end allowed. Waits for the device."""
         expected = torch.arange(-1, self.num_nodes - 1, device=self.tokens.device)
@@ -186,11 +191,15 @@ class TokenTree:
             None if self.draft_probs is None else pad(self.draft_probs, (0, 0, 0, more)),
         )
 
-    def to(self, device: torch.device | str) -> TokenTree:
+    def to(self, device: torch.device) -> TokenTree:
         """The same tree on `device`."""
-        return TokenTree(
+        if self.tokens.device == device:
+            return self
+        tree = TokenTree(
             self.tokens.to(device, non_blocking=True),
             self.parents.to(device, non_blocking=True),
             None if self.scores is None else self.scores.to(device, non_blocking=True),
             None if self.draft_probs is None else self.draft_probs.to(device, non_blocking=True),
         )
+        tree.__dict__["deepest"] = self.deepest  # read here, where it is known without waiting
+        return tree

@@ -44,5 +44,6 @@ class ExactVerifier(Verifier):
         behind = tree.num_nodes
         nodes = torch.where(on_path, index, behind).sort(1).values
         accepted = tree.tokens.gather(1, nodes.clamp(max=behind - 1))
-        tokens = torch.cat([accepted, accepted[:, :1]], 1).scatter(1, num_accepted[:, None], picks.gather(1, last[:, None]))
+        next_token = picks.gather(1, last[:, None])
+        tokens = torch.cat([accepted, next_token], 1).scatter(1, num_accepted[:, None], next_token)
         return Acceptance(nodes.masked_fill(nodes == behind, -1), tokens, num_accepted)

@@ -1,0 +1,228 @@
+"""Replays recorded answers through a drafter: what it would gain, without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from specdec.drafters.base import DraftContext, Drafter, Step
+from specdec.tree import TokenTree
+
+Record = Mapping[str, Sequence[int]]
+"""`{"prompt": [ids], "answer": [ids]}`"""
+
+
+@dataclass
+class ReplayReport:
+    """What a drafter did on recorded answers.
+
+    Args:
+        drafter: The drafter's name.
+        settings: Its hyper-parameters.
+        max_nodes: Largest tree that was asked for, the root included.
+        num_records: Answers replayed.
+        num_drafts: Target passes there would have been after the prefill, each with one draft.
+        num_draft_tokens: Nodes proposed, roots excepted.
+        num_accepted_tokens: Draft tokens that were the recorded ones.
+        num_accepted_tokens_per_pos: How many drafts had at least 1, 2, ... tokens accepted.
+        num_generated_tokens: Tokens these passes gave: accepted ones and one more each.
+        draft_seconds: Time of each `propose`, `[drafts]`, float64.
+        expected_accepted_tokens: The drafter's own estimate of the accepted ones, or None when it gives no scores.
+    """
+
+    drafter: str
+    settings: dict[str, Any]
+    max_nodes: int
+    num_records: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_generated_tokens: int = 0
+    draft_seconds: list[float] = field(default_factory=list, repr=False)
+    expected_accepted_tokens: float | None = None
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens a target pass gives on average; 1 is plain decoding."""
+        return self.num_generated_tokens / max(self.num_drafts, 1)
+
+    @property
+    def acceptance_per_pos(self) -> list[float]:
+        """Share of drafts whose 1st, 2nd, ... token was accepted."""
+        return [count / self.num_drafts for count in self.num_accepted_tokens_per_pos]
+
+    @property
+    def mean_draft_seconds(self) -> float:
+        """Mean time of one `propose`."""
+        return float(np.mean(self.draft_seconds)) if self.draft_seconds else 0.0
+
+    @property
+    def p99_draft_seconds(self) -> float:
+        """99th percentile of the time of one `propose`."""
+        return float(np.percentile(self.draft_seconds, 99)) if self.draft_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, ready for JSON."""
+        figures = asdict(self)
+        del figures["draft_seconds"]
+        return figures | {
+            "tokens_per_pass": self.tokens_per_pass,
+            "acceptance_per_pos": self.acceptance_per_pos,
+            "mean_draft_seconds": self.mean_draft_seconds,
+            "p99_draft_seconds": self.p99_draft_seconds,
+        }
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"Replay of {self.num_records} answers, drafter {self.drafter}, {self.max_nodes} nodes")
+        table.add_column("figure")
+        table.add_column("value", justify="right")
+        table.add_row("tokens per pass", f"{self.tokens_per_pass:.2f}")
+        table.add_row("generated tokens", f"{self.num_generated_tokens:,}")
+        table.add_row("target passes", f"{self.num_drafts:,}")
+        table.add_row("draft tokens per pass", f"{self.num_draft_tokens / max(self.num_drafts, 1):.1f}")
+        table.add_row("accepted tokens", f"{self.num_accepted_tokens:,}")
+        if self.expected_accepted_tokens is not None:
+            table.add_row("accepted, by the drafter's scores", f"{self.expected_accepted_tokens:,.0f}")
+        rates = " ".join(f"{rate:.2f}" for rate in self.acceptance_per_pos[:8])
+        table.add_row("acceptance per position (first 8)", rates or "-")
+        table.add_row("mean draft time", f"{self.mean_draft_seconds * 1e6:.0f} µs")
+        table.add_row("p99 draft time", f"{self.p99_draft_seconds * 1e6:.0f} µs")
+        return table
+
+    def _count(self, tree: TokenTree, accepted: int, committed: int, seconds: float) -> None:
+        self.num_drafts += 1
+        self.num_draft_tokens += int(tree.is_real.sum()) - 1
+        self.num_accepted_tokens += accepted
+        self.num_generated_tokens += committed
+        self.draft_seconds.append(seconds)
+        per_pos = self.num_accepted_tokens_per_pos
+        per_pos.extend([0] * (accepted - len(per_pos)))
+        for position in range(accepted):
+            per_pos[position] += 1
+        if tree.scores is not None:
+            self.expected_accepted_tokens = (self.expected_accepted_tokens or 0.0) + _expected_accepted(tree)
+
+
+def replay(drafter: Drafter, records: Iterable[Record], max_nodes: int = 64) -> ReplayReport:
+    """Lets a drafter propose along recorded answers, as if a target wrote them, one call per record.
+
+    At each step the longest path of the tree that equals the answer is accepted, and one more token is committed. The
+    answer's first token counts as the prefill's. What the drafter keeps between calls it keeps here, so the order of
+    the records matters.
+
+    Args:
+        drafter: The drafter; one that needs the target's logits or hidden states cannot be replayed.
+        records: Token ids by `prompt` and `answer`.
+        max_nodes: Largest tree asked for, the root included.
+
+    Raises:
+        ValueError: For a record that is not of this form, or `max_nodes` below 1.
+    """
+    if max_nodes < 1:
+        raise ValueError(f"max_nodes must be at least 1 (the root only), got {max_nodes}; 64 is usual")
+    report = ReplayReport(drafter.name, drafter.settings(), max_nodes)
+    for number, record in enumerate(records):
+        prompt, answer = (_token_ids(record, key, f"record {number}") for key in ("prompt", "answer"))
+        if len(answer):
+            report.num_records += 1
+            _replay_one(drafter, prompt, answer, max_nodes, report)
+    return report
+
+
+def replay_file(
+    path: str | os.PathLike[str], drafter: Drafter, max_nodes: int = 64, limit: int | None = None
+) -> ReplayReport:
+    """Replays a JSONL file, one `{"prompt": [ids], "answer": [ids]}` per line.
+
+    Args:
+        path: The file.
+        drafter: The drafter.
+        max_nodes: Largest tree asked for, the root included.
+        limit: Replay so many records at most.
+
+    Raises:
+        ValueError: For a missing file, or a line that is not a record.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"path: {file} is not a file; give a JSONL file of recorded prompts and answers")
+    with file.open(encoding="utf-8") as lines:
+        return replay(drafter, islice(_parsed(file, lines), limit), max_nodes)
+
+
+def _parsed(file: Path, lines: Iterable[str]) -> Iterable[Record]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"path: line {number} of {file} is not JSON ({error}); write one object a line"
+                ) from None
+            for key in ("prompt", "answer"):
+                _token_ids(record, key, f"line {number} of {file}")
+            yield record
+
+
+def _token_ids(record: Any, key: str, where: str) -> NDArray[np.int32]:
+    ids = np.asarray(record.get(key) if isinstance(record, Mapping) else None)
+    if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31)):
+        raise ValueError(
+            f"{where}: {key!r} must be a list of token ids in 0 <= id < 2**31; record "
+            '{"prompt": [ids], "answer": [ids]} with the target\'s own tokenizer'
+        )
+    return ids.astype(np.int32)
+
+
+def _replay_one(
+    drafter: Drafter, prompt: NDArray[np.int32], answer: NDArray[np.int32], max_nodes: int, report: ReplayReport
+) -> None:
+    sequence = np.concatenate([prompt, answer])
+
+    def context(length: int) -> DraftContext:
+        return DraftContext([0], [sequence[:length]], [len(prompt)], [max(len(sequence) - length - 1, 0)])
+
+    drafter.start(context(len(prompt)))
+    length = len(prompt) + 1
+    while length < len(sequence):
+        before = context(length)
+        began = perf_counter_ns()
+        tree = drafter.propose(before, max_nodes)
+        seconds = (perf_counter_ns() - began) * 1e-9
+        accepted = _accepted(tree, sequence[length:-1])
+        length += accepted + 1
+        report._count(tree, accepted, accepted + 1, seconds)
+        drafter.observe(context(length), Step([0], tree, [accepted]))
+    drafter.finish(context(length))
+
+
+def _accepted(tree: TokenTree, answer: NDArray[np.int32]) -> int:
+    """How many tokens of the answer are a path from the root of the only row."""
+    tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
+    children = {(parent, token): node for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)) if node}
+    node = 0
+    for depth, token in enumerate(answer.tolist()):
+        node = children.get((node, token), -1)
+        if node < 0:
+            return depth
+    return len(answer)
+
+
+def _expected_accepted(tree: TokenTree) -> float:
+    """Sum over the nodes of the product of the scores along their paths."""
+    assert tree.scores is not None
+    paths = [1.0]
+    for parent, score in zip(tree.parents[0, 1:].tolist(), tree.scores[0, 1:].tolist(), strict=True):
+        paths.append(paths[parent] * score if parent >= 0 else 0.0)
+    return float(sum(paths[1:]))
