@@ -1,0 +1,63 @@
+# One environment in .venv serves every target. It is made on first use, and again when pyproject.toml or
+# constraints.txt change. Needed beforehand: Python 3.11 or newer, make, gcc.
+#
+#   make test PYTHON=/opt/python3.11/bin/python3     another Python (default: the first one that is new enough)
+#   make test ARGS="-k tree -x"                      arguments for pytest
+#   make demo ARGS="--help"                          arguments for `specdec demo`
+#   make env TORCH_INDEX=https://download.pytorch.org/whl/cu128     another build of torch
+
+VENV ?= .venv
+ARGS ?=
+WORKERS ?= logical
+# One thread per worker: on small tensors, workers side by side beat threads that wait for each other.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+INSTALLED = $(VENV)/.installed
+
+export PYTHON TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test slow lint format wheel check-wheel clean distclean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+env: $(INSTALLED) ## The environment, .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@.ci/create_env $(VENV) -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## The demonstration: trained models of the package, plain against speculative decoding
+	@$(VENV)/bin/specdec demo $(ARGS)
+
+test: $(INSTALLED) ## The fast tests
+	@$(PYTEST) $(ARGS)
+
+slow: $(INSTALLED) ## The slow tests
+	@$(PYTEST) -m slow --timeout 1800 $(ARGS) || { code=$$?; test $$code -eq 5 && echo "There are no slow tests."; }
+
+lint: $(INSTALLED) ## Style, formatting, types
+	@echo "ruff check"; $(VENV)/bin/ruff check .
+	@echo "ruff format --check"; $(VENV)/bin/ruff format --check .
+	@echo "mypy (the first run takes about a minute)"; $(VENV)/bin/mypy
+
+format: $(INSTALLED) ## Formats the code and fixes what can be fixed
+	@$(VENV)/bin/ruff check --fix-only .
+	@$(VENV)/bin/ruff format .
+
+wheel: $(INSTALLED) ## The sdist, and the wheel from it, in dist/
+	@rm -rf build dist *.egg-info
+	@echo "Building the sdist and the wheel in dist/ ..."
+	@$(VENV)/bin/python -m build . > build.log 2>&1 || { cat build.log; exit 1; }
+	@rm -rf build build.log; ls -l dist
+
+check-wheel: $(INSTALLED) ## Installs the wheel in an environment of its own and imports every module there
+	@$(VENV)/bin/python .ci/check_wheel
+
+clean: ## Removes what was built and cached, not .venv
+	@rm -rf build dist build.log *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	@find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+distclean: clean ## Removes .venv too
+	@if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
