@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
@@ -51,6 +51,8 @@ def accelerate(
         ValueError: A name or a setting is not known, or the model cannot generate.
     """
     _check_model(model)
+    if isinstance(drafter, PreTrainedModel):
+        _refuse_draft_model(model, drafter)
     return SpeculativeModel(model, _speculation(drafter, verifier, strict, max_nodes, capability, budget))
 
 
@@ -112,7 +114,7 @@ def resolve_drafter(drafter: DrafterLike) -> Drafter | None:
     if isinstance(drafter, type) and issubclass(drafter, Drafter):
         raise TypeError(f"drafter={drafter.__name__} is a class; pass an instance: {drafter.__name__}()")
     raise TypeError(
-        f"drafter must be a name ({', '.join(map(repr, DRAFTERS))}), one Drafter or None, not {_described(drafter)}"
+        f"drafter must be a name ({', '.join(map(repr, DRAFTERS))}), one Drafter or None, not {drafter!r:.200}"
     )
 
 
@@ -133,10 +135,17 @@ def resolve_verifier(verifier: str | Verifier) -> Verifier:
     raise TypeError(f"verifier must be a name ({', '.join(map(repr, VERIFIERS))}) or a Verifier, not {verifier!r}")
 
 
-def _described(value: Any) -> str:
-    if isinstance(value, PreTrainedModel):
-        return f"a {type(value).__name__} (a model is not a drafter by itself)"
-    return repr(value)
+def _refuse_draft_model(model: Any, draft_model: PreTrainedModel) -> NoReturn:
+    sizes = [m.config.get_text_config().vocab_size for m in (model, draft_model)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"drafter is a {type(draft_model).__name__} with a vocabulary of {sizes[1]} tokens, the model's has "
+            f"{sizes[0]}: a draft model must have the target's tokenizer"
+        )
+    raise TypeError(
+        f"drafter is a {type(draft_model).__name__}, and a model is not a drafter by itself; "
+        f"use one of {', '.join(map(repr, DRAFTERS))}, or a Drafter of your own that calls it"
+    )
 
 
 def _check_model(model: Any) -> None:

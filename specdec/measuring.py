@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -28,21 +20,20 @@ class Settings:
     """What all methods are asked for.
 
     Args:
-        max_new_tokens: Tokens per prompt, if no end of text comes before.
-        do_sample: Sample from the whole distribution, instead of greedy decoding.
-        temperature: Of the sampling.
+        arguments: Of `generate`.
         seed: Prompt i is sampled with seed + i, by every method.
     """
 
-    max_new_tokens: int = 128
-    do_sample: bool = False
-    temperature: float = 1.0
+    arguments: Mapping[str, Any]
     seed: int = 0
 
-    def generation_kwargs(self) -> dict[str, Any]:
-        """Arguments of `generate`."""
-        kwargs: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.do_sample, "num_beams": 1}
-        return kwargs | ({"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.do_sample else {})
+    @classmethod
+    def of(
+        cls, max_new_tokens: int = 128, do_sample: bool = False, temperature: float = 1.0, seed: int = 0
+    ) -> Settings:
+        """Greedy decoding, or sampling from the target's whole distribution."""
+        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
+        return cls({"max_new_tokens": max_new_tokens, "do_sample": do_sample, "num_beams": 1, **sampling}, seed)
 
 
 @dataclass(frozen=True)
@@ -72,10 +63,12 @@ class EncodedPrompt:
     Args:
         id: For tables.
         input_ids: `[1, tokens]`, on the target's device.
+        attention_mask: Of the same shape; ones if None.
     """
 
     id: str
     input_ids: Tensor
+    attention_mask: Tensor | None = None
 
 
 @dataclass
@@ -179,7 +172,7 @@ class Measurement:
         """Everything, ready for JSON."""
         return {
             "reference": self.reference,
-            "settings": asdict(self.settings) | {"generate": self.settings.generation_kwargs()},
+            "settings": asdict(self.settings),
             "methods": [asdict(row) for row in self.rows()],
             "failed": self.failed,
             "samples": [asdict(sample) for sample in self.samples],
@@ -198,7 +191,7 @@ def run_interleaved(
     settings: Settings,
     warm_up: EncodedPrompt | None = None,
     repeats: int = 1,
-    on_warm_up: Callable[[Method], None] = lambda method: None,
+    on_warm_up: Callable[[str, str | None], None] = lambda method, failure: None,
     on_sample: Callable[[Sample], None] = lambda sample: None,
 ) -> Measurement:
     """Runs every method on each prompt before the next prompt, beginning with another method each time.
@@ -210,7 +203,7 @@ def run_interleaved(
         settings: The same for all.
         warm_up: Prompt of one run per method beforehand that is not measured; the first prompt if None.
         repeats: How often each prompt is run.
-        on_warm_up: Called after each warm-up run.
+        on_warm_up: Called after each warm-up run with the method's name, and the reason if it is left out.
         on_sample: Called after each measured run, outside the clock.
 
     Raises:
@@ -226,9 +219,9 @@ def run_interleaved(
         except Exception as error:
             if not method.optional:
                 raise
-            result.failed[method.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            result.failed[method.name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             usable.remove(method)
-        on_warm_up(method)
+        on_warm_up(method.name, result.failed.get(method.name))
     runners = {method.name: method.prepare() for method in usable if method.remembers}
     for repeat in range(repeats):
         for number, prompt in enumerate(prompts):
@@ -267,13 +260,12 @@ def run_once(
         repeat: Noted in the sample.
     """
     ids = prompt.input_ids
+    mask = torch.ones_like(ids) if prompt.attention_mask is None else prompt.attention_mask
     torch.manual_seed(settings.seed + number)
     _synchronize(ids.device)
     with _PassCounter(target).attached() as counter:
         start = perf_counter()
-        output = runner.generate(
-            ids, attention_mask=torch.ones_like(ids), **settings.generation_kwargs(), **method.kwargs
-        )
+        output = runner.generate(ids, attention_mask=mask, **settings.arguments, **method.kwargs)
         _synchronize(ids.device)
         end = perf_counter()
     sequence = (output if isinstance(output, Tensor) else output.sequences)[0].tolist()
@@ -342,83 +334,3 @@ def _synchronize(device: torch.device) -> None:
 def _check_distinct(what: str, names: Sequence[str]) -> None:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{what} must be named distinctly, and there must be some; got {list(names)}")
-
-
-def circumstances() -> dict[str, Any]:
-    """What a figure depends on besides the settings: time, command, hardware, versions, commit."""
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": versions(),
-        "commit": commit(),
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores, threads, memory in GiB and accelerators of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
-    cuda = torch.cuda
-    return {
-        "cpu": _cpu_name(),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "memory_gib": memory and round(memory, 1),
-        "platform": platform.platform(),
-        "gpus": [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else [],
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that matter."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("specdec-hf", "torch", "transformers", "numpy", "numba"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def commit() -> str | None:
-    """The checkout's commit, with `+changes` if files differ from it; None outside a checkout of this project."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*args: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(root), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def model_info(name: str, model: Any) -> dict[str, Any]:
-    """What to say of a model beside its figures."""
-    return {
-        "name": name,
-        "class": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "attention": getattr(model.config, "_attn_implementation", None),
-    }
-
-
-def write_json(path: Path, results: Mapping[str, Any]) -> None:
-    """Writes results, making the folder if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,12 +63,14 @@ class SpeculationReport:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds the time spent inside to a phase."""
+        """Adds the time spent inside to a phase; a phase inside another one is not counted twice."""
         start = time.perf_counter()
+        counted_before = sum(self.seconds.values())
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - start
+            counted_inside = sum(self.seconds.values()) - counted_before
+            self.seconds[phase] += time.perf_counter() - start - counted_inside
 
     def count_pass(self, draft_tokens: list[int]) -> None:
         """Counts a target pass over rows with these numbers of draft tokens."""
@@ -100,13 +103,7 @@ class SpeculationReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=100, record=True, file=open_null())
-        console.print(self)
-        return console.export_text().rstrip()
-
-
-def open_null() -> Any:
-    """A file that keeps nothing, for rendering to text."""
-    import io
-
-    return io.StringIO()
+        console = Console(width=100, file=io.StringIO())
+        with console.capture() as text:
+            console.print(self)
+        return text.get().rstrip()
