@@ -83,15 +83,15 @@ class Decoder:
     def _propose(self) -> TokenTree:
         """The next tree: the drafter's, cut to what is worth verifying, or the roots alone."""
         tree = self.drafter.propose(self.sequences, self.rows, self.budget.max_nodes)
-        if tree is not None:
-            if not self.budget.is_ready(len(self.rows)):
-                with self.report.timed("calibrate"):
-                    self.budget.measure(self.target, self.sequences.roots(self.rows), self._least_room())
-            tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree)
-            if self.sequences.device.type != "cpu":  # few shapes, so that a pass can be captured
-                tree = tree.padded_to(bucket_of(tree.num_nodes))
-        else:
-            tree = TokenTree.root_only(self.sequences.roots(self.rows))
+        if tree is None:
+            self.report.count_pass([0] * len(self.rows))
+            return TokenTree.root_only(self.sequences.roots(self.rows))
+        if not self.budget.is_ready(len(self.rows)):
+            with self.report.timed("calibrate"):
+                self.budget.measure(self.target, self.sequences.roots(self.rows), self._least_room())
+        tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree)
+        if self.sequences.device.type != "cpu":  # few shapes, so that a pass can be captured
+            tree = tree.padded_to(bucket_of(tree.num_nodes))
         self.report.count_pass((tree.is_real.sum(1) - 1).tolist())
         return tree.to(self.sequences.device)
 

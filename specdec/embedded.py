@@ -61,13 +61,19 @@ def load_embedded(name: str = "target") -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(path)
 
 
-def heldout_prompts() -> list[Prompt]:
+def heldout_prompts(count: int | None = None) -> list[Prompt]:
     """Beginnings of Python functions and classes from files that the embedded models were not trained on.
+
+    Args:
+        count: So many at most, spread over all files; None for all.
 
     Raises:
         FileNotFoundError: The prompts are missing from this installation.
     """
-    return read_prompts(_asset("heldout.jsonl"))
+    prompts = read_prompts(_asset("heldout.jsonl"))
+    if count is None or count >= len(prompts):
+        return prompts
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def read_prompts(path: Path) -> list[Prompt]:

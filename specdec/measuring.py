@@ -263,7 +263,7 @@ def run_once(
     mask = torch.ones_like(ids) if prompt.attention_mask is None else prompt.attention_mask
     torch.manual_seed(settings.seed + number)
     _synchronize(ids.device)
-    with _PassCounter(target).attached() as counter:
+    with _PassCounter(target, ids.device).attached() as counter:
         start = perf_counter()
         output = runner.generate(ids, attention_mask=mask, **settings.arguments, **method.kwargs)
         _synchronize(ids.device)
@@ -306,8 +306,9 @@ def end_tokens(target: Any) -> frozenset[int]:
 class _PassCounter:
     """Counts forwards of a module, and notes when the first one has ended."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
+        self.device = device
         self.count = 0
         self.first_end: float | None = None
 
@@ -322,7 +323,7 @@ class _PassCounter:
     def _counted(self, module: nn.Module, args: Any, output: Any) -> None:
         self.count += 1
         if self.first_end is None:
-            _synchronize(next(module.parameters()).device)
+            _synchronize(self.device)
             self.first_end = perf_counter()
 
 

@@ -31,7 +31,8 @@ class ReplayReport:
         settings: Its hyper-parameters.
         max_nodes: Largest tree that was asked for, the root included.
         num_records: Answers replayed.
-        num_drafts: Target passes there would have been after the prefill, each with one draft.
+        num_target_passes: Target passes there would have been after the prefill.
+        num_drafts: Drafts: one per pass, but for a pass that could use none (one token was left to generate).
         num_draft_tokens: Nodes proposed, roots excepted.
         num_accepted_tokens: Draft tokens that were the recorded ones.
         num_accepted_tokens_per_pos: How many drafts had at least 1, 2, ... tokens accepted.
@@ -44,6 +45,7 @@ class ReplayReport:
     settings: dict[str, Any]
     max_nodes: int
     num_records: int = 0
+    num_target_passes: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -55,7 +57,7 @@ class ReplayReport:
     @property
     def tokens_per_pass(self) -> float:
         """Tokens a target pass gives on average; 1 is plain decoding."""
-        return self.num_generated_tokens / max(self.num_drafts, 1)
+        return self.num_generated_tokens / max(self.num_target_passes, 1)
 
     @property
     def acceptance_per_pos(self) -> list[float]:
@@ -89,8 +91,8 @@ class ReplayReport:
         table.add_column("value", justify="right")
         table.add_row("tokens per pass", f"{self.tokens_per_pass:.2f}")
         table.add_row("generated tokens", f"{self.num_generated_tokens:,}")
-        table.add_row("target passes", f"{self.num_drafts:,}")
-        table.add_row("draft tokens per pass", f"{self.num_draft_tokens / max(self.num_drafts, 1):.1f}")
+        table.add_row("target passes", f"{self.num_target_passes:,}")
+        table.add_row("draft tokens per draft", f"{self.num_draft_tokens / max(self.num_drafts, 1):.1f}")
         table.add_row("accepted tokens", f"{self.num_accepted_tokens:,}")
         if self.expected_accepted_tokens is not None:
             table.add_row("accepted, by the drafter's scores", f"{self.expected_accepted_tokens:,.0f}")
@@ -100,11 +102,10 @@ class ReplayReport:
         table.add_row("p99 draft time", f"{self.p99_draft_seconds * 1e6:.0f} µs")
         return table
 
-    def _count(self, tree: TokenTree, accepted: int, committed: int, seconds: float) -> None:
+    def _count(self, tree: TokenTree, accepted: int, seconds: float) -> None:
         self.num_drafts += 1
         self.num_draft_tokens += int(tree.is_real.sum()) - 1
         self.num_accepted_tokens += accepted
-        self.num_generated_tokens += committed
         self.draft_seconds.append(seconds)
         per_pos = self.num_accepted_tokens_per_pos
         per_pos.extend([0] * (accepted - len(per_pos)))
@@ -196,14 +197,18 @@ def _replay_one(
     drafter.start(context(len(prompt)))
     length = len(prompt) + 1
     while length < len(sequence):
-        before = context(length)
-        began = perf_counter_ns()
-        tree = drafter.propose(before, max_nodes)
-        seconds = (perf_counter_ns() - began) * 1e-9
-        accepted = _accepted(tree, sequence[length:-1])
+        accepted = 0
+        if len(sequence) - length > 1:
+            before = context(length)
+            began = perf_counter_ns()
+            tree = drafter.propose(before, max_nodes)
+            seconds = (perf_counter_ns() - began) * 1e-9
+            accepted = _accepted(tree, sequence[length:-1])
+            report._count(tree, accepted, seconds)
+            drafter.observe(context(length + accepted + 1), Step([0], tree, [accepted]))
         length += accepted + 1
-        report._count(tree, accepted, accepted + 1, seconds)
-        drafter.observe(context(length), Step([0], tree, [accepted]))
+        report.num_target_passes += 1
+        report.num_generated_tokens += accepted + 1
     drafter.finish(context(length))
 
 

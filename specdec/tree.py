@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,20 +103,24 @@ class TokenTree:
 
         Padding nodes see the root and themselves. Found by pointer doubling: log2(nodes) matrix products.
         """
-        nodes = self.num_nodes
-        eye = torch.eye(nodes, dtype=torch.bool, device=self.tokens.device)
-        step = eye | (self.parents[:, :, None] == torch.arange(nodes, device=self.tokens.device))
-        step[:, :, 0] = True
-        reach = step
+        batch, nodes = self.tokens.shape
+        if nodes == 1:
+            return self.tokens.new_ones((batch, 1, 1), dtype=torch.bool)
+        index = torch.arange(nodes, device=self.tokens.device)
+        # A step leads to the node itself, to its parent, and to the root.
+        reach = ((self.parents[:, :, None] == index) | (index[:, None] == index)).float()
+        reach[:, :, 0] = 1.0
         span = 1
         while span < nodes - 1:
-            reach = (reach.float() @ reach.float()) > 0
+            reach = (reach @ reach).clamp_(max=1.0)
             span *= 2
-        return reach
+        return reach > 0
 
     @cached_property
     def depths(self) -> Tensor:
         """Distance from the root, `[batch, nodes]`, int64. Padding nodes have depth 1."""
+        if self.num_nodes == 1:
+            return torch.zeros_like(self.tokens)
         return self.ancestor_mask.sum(-1) - 1
 
     @cached_property
@@ -170,12 +175,10 @@ class TokenTree:
         Raises:
             ValueError: A token is not below `vocab_size`, or a parent does not stand before its child.
         """
-        if bool((self.tokens.min() < 0) | (self.tokens.max() >= vocab_size)):
-            raise ValueError(
-                f"draft tokens must be in [0, {vocab_size}), got {int(self.tokens.min())} to {int(self.tokens.max())}"
-            )
-        index = torch.arange(self.num_nodes, device=self.parents.device)
-        if bool((self.parents >= index).any() | (self.parents < -1).any()):
+        tokens, parents = self.tokens.cpu().numpy(), self.parents.cpu().numpy()
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            raise ValueError(f"draft tokens must be in [0, {vocab_size}), got {tokens.min()} to {tokens.max()}")
+        if (parents >= np.arange(self.num_nodes)).any() or parents.min() < -1:
             raise ValueError("every parent must stand before its child; parents[:, 0] must be -1, as at padding")
 
     def padded_to(self, nodes: int) -> TokenTree:
