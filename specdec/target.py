@@ -17,6 +17,9 @@ from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.masks import MaskFormat
 from specdec.tree import NODE_BUCKETS, TokenTree
 
+MAX_NEW_SLOTS = 1024
+"""New tokens that get slots from the start; for more the cache grows."""
+
 CausalLM: TypeAlias = Any
 """A `PreTrainedModel` that is a `GenerationMixin`; transformers has no type for the two together."""
 
@@ -76,13 +79,13 @@ class TargetModel(ABC):
         Returns:
             Logits after the last token, `[batch, 1, vocab]`.
         """
-        kwargs = {**self.model_kwargs, "past_key_values": self._cache()}
+        kwargs = {**self.model_kwargs, "past_key_values": self._start_cache(input_ids)}
         logits = self.model._prefill(input_ids, self.generation_config, kwargs).logits[:, -1:]
         self._end_prefill(input_ids)
         return logits
 
     @abstractmethod
-    def _cache(self) -> Cache:
+    def _start_cache(self, input_ids: Tensor) -> Cache:
         """The cache to fill."""
 
     @abstractmethod
@@ -169,15 +172,16 @@ class TreeTarget(TargetModel):
         """Type of the mask, when it is additive."""
         return self.model.dtype
 
-    def _cache(self) -> TreeCache:
+    def _start_cache(self, input_ids: Tensor) -> TreeCache:
         types = cache_layer_types(self.model)
         assert set(types) <= ATTENTION_LAYER_TYPES | {"dummy"}
-        length = self.past.get_seq_length() if self.past is not None else 0
-        inputs = self.model_kwargs.get("inputs_embeds")
-        length += inputs.shape[1] if inputs is not None else 0
-        new = min(self.generation_config.max_length - length, 1024)
-        self.cache = TreeCache(types, length + new + self.max_nodes, is_on_one_device(self.model))
-        if length and self.past is not None:
+        past = self.past.get_seq_length() if self.past is not None else 0
+        embeds = self.model_kwargs.get("inputs_embeds")
+        prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
+        prompt += past if prompt <= past else 0  # input_ids hold all tokens, or only those behind the past
+        new = min(self.generation_config.max_length - input_ids.shape[1], MAX_NEW_SLOTS)
+        self.cache = TreeCache(types, prompt + new + self.max_nodes, is_on_one_device(self.model))
+        if past and self.past is not None:
             self.cache.load(self.past)
         return self.cache
 
@@ -238,6 +242,9 @@ class ChainTarget(TargetModel):
     """
 
     lockstep = True
+
+    def _start_cache(self, input_ids: Tensor) -> Cache:
+        return self._cache()
 
     def _cache(self) -> Cache:
         assert self.past is not None
