@@ -1,0 +1,337 @@
+"""Retrieval of what followed the last tokens before, as a tree."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from specdec.drafters.base import DraftContext, Drafter
+from specdec.drafters.call_indexes import CORPUS, SHARED, CallIndexes
+from specdec.drafters.documents import Documents, token_documents, tokenizer_fingerprint
+from specdec.drafters.ngram_index import (
+    SEPARATOR,
+    IntArray,
+    NgramIndex,
+    find_matches,
+    power_of_two,
+    room_for_matches,
+)
+from specdec.drafters.ngram_store import load_indexes, save_indexes
+from specdec.drafters.trie_growth import grow_tree
+from specdec.tree import TokenTree
+
+SCOPES = ("request", "shared", "corpus")
+"""What may be added to and cleared."""
+
+MIN_BYTES = 4096
+"""Smallest memory budget of a scope."""
+
+MAX_SLOTS = 2**20
+"""Largest size of a hash table."""
+
+_EMPTY_TEXT = np.full(2, SEPARATOR, np.int32)
+
+
+@dataclass(eq=False)
+class LookaheadDrafter(Drafter):
+    """Looks up what followed the row's last tokens before, and merges all it finds into one tree.
+
+    "Lookahead: An Inference Acceleration Framework for Large Language Model with Lossless Generation Accuracy"
+    (arXiv 2312.12728) keeps a trie of n-grams; here the trie is grown on demand from an n-gram index, which is smaller,
+    has no length limit, and lets matches of every length and of all scopes share one tree:
+
+    - request: prompt and output of this row, and the predicted output given by `add(..., scope="request")`;
+    - shared: outputs of earlier calls through this drafter, and of the other rows of this batch. Prompts never enter
+      unless `share_prompts` is set;
+    - corpus: what `add` was given.
+
+    One drafter may serve several threads: rows of a call are kept per thread, and one lock guards what is shared.
+
+    Args:
+        max_nodes: Largest tree, the root included.
+        max_depth: Longest path.
+        orders: Lengths of the indexed n-grams, ascending.
+        max_match: Matches are compared backwards over so many tokens.
+        max_hits: Matches taken per scope and order, most recent first.
+        growth: Factor on the weight of a match for each token of its length.
+        full_match: Length from which the weight no longer grows.
+        recency: Factor on the weight from one match to the next older one.
+        discount: Share of its best match's weight that a node pays (trie_growth.py), for matches of no length.
+        discount_length: Match length over which that share falls to 1/e of it.
+        smoothing: Weight of "none of these" among a node's children.
+        request_weight: Weight of the request scope.
+        shared_weight: Weight of the shared scope.
+        corpus_weight: Weight of the corpus scope.
+        shared_bytes: Memory for the shared scope; the oldest outputs go first.
+        corpus_bytes: Memory for the corpus scope; the oldest documents go first.
+        share_outputs: Whether outputs enter the shared scope.
+        share_prompts: Whether prompts enter it too. They can then be proposed to every later call.
+    """
+
+    name = "lookahead"
+
+    max_nodes: int = 64
+    max_depth: int = 63
+    orders: tuple[int, ...] = (1, 2, 4, 8)
+    max_match: int = 32
+    max_hits: int = 32
+    growth: float = 1.7
+    full_match: int = 16
+    recency: float = 0.92
+    discount: float = 0.75
+    discount_length: float = 8.0
+    smoothing: float = 1.5
+    request_weight: float = 1.0
+    shared_weight: float = 1.0
+    corpus_weight: float = 1.0
+    shared_bytes: int = 256 * 2**20
+    corpus_bytes: int = 2**30
+    share_outputs: bool = True
+    share_prompts: bool = False
+    _indexes: dict[str, NgramIndex] = field(init=False, repr=False)
+    _predicted: list[IntArray] = field(init=False, repr=False, default_factory=list)
+    _fingerprint: str | None = field(init=False, repr=False, default=None)
+    _last_tokenizer: Any = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.orders = tuple(self.orders)
+        self._check_settings()
+        # The kernels are compiled for one set of types: an int where they expect a float would compile them again.
+        self.recency, self.smoothing = float(self.recency), float(self.smoothing)
+        weights = (self.request_weight, self.request_weight, self.shared_weight, self.shared_weight, self.corpus_weight)
+        self._weights = tuple(float(weight) for weight in weights)
+        lengths = np.arange(self.max_match + 1, dtype=np.float64)
+        self._by_length = np.stack(
+            [
+                self.growth ** np.minimum(lengths, self.full_match),
+                self.discount * np.exp(-lengths / self.discount_length),
+            ]
+        )
+        self._lock = threading.Lock()
+        self._thread = threading.local()
+        self._indexes = {"shared": self._new_index(self.shared_bytes), "corpus": self._new_index(self.corpus_bytes)}
+
+    def settings(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def start(self, context: DraftContext) -> None:
+        _compile_kernels()
+        with self._lock:
+            predicted, self._predicted = self._predicted, []
+        self._thread.call = CallIndexes.begin(context, self.orders, predicted, self.share_outputs)
+        self._thread.matches = room_for_matches(5 * len(self.orders) * self.max_hits)
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        call: CallIndexes | None = getattr(self._thread, "call", None)
+        if call is None or not call.catch_up(context):
+            self.start(context)
+            call = self._thread.call
+        rows, width = len(context.rows), max(1, min(max_nodes, self.max_nodes))
+        tokens = np.zeros((rows, width), np.int64)
+        parents = np.empty((rows, width), np.int64)
+        parents.fill(-1)
+        scores = np.zeros((rows, width), np.float32)
+        used = 1
+        for i, row in enumerate(context.rows):
+            tokens[i, 0] = context.sequences[i][-1]
+            depth = min(context.max_depth[i], self.max_depth)
+            if width > 1 and depth > 0:
+                used = max(used, self._grow(call, row, depth, tokens[i], parents[i], scores[i]))
+        if used < width:
+            tokens, parents, scores = tokens[:, :used], parents[:, :used], scores[:, :used]
+        return TokenTree(torch.from_numpy(tokens), torch.from_numpy(parents), torch.from_numpy(scores))
+
+    def finish(self, context: DraftContext) -> None:
+        self._thread.call = None
+        if self.share_outputs or self.share_prompts:
+            for sequence, prompt in zip(context.sequences, context.prompt_lengths, strict=True):
+                start = 0 if self.share_prompts else prompt
+                end = len(sequence) if self.share_outputs else prompt
+                if end - start > 1:
+                    self._append("shared", np.array(sequence[start:end], np.int32))
+
+    def add(self, documents: Documents, scope: str = "corpus", tokenizer: Any = None) -> None:
+        """Adds documents to retrieve from.
+
+        Args:
+            documents: Token ids (a list, an array or a tensor), text, or a sequence of these: one document each.
+            scope: `"corpus"`, `"shared"`, or `"request"`: a predicted output, used by the next call only.
+            tokenizer: Encodes text. A saved index remembers its fingerprint.
+
+        Raises:
+            ValueError: For an unknown scope, ids out of range, text without a tokenizer or with two different ones.
+            TypeError: For anything that is neither text nor token ids.
+        """
+        _check_scope(scope)
+        self._check_tokenizer(tokenizer)
+        for tokens in token_documents(documents, tokenizer):
+            self._append(scope, tokens)
+
+    def clear(self, scope: str | None = None) -> None:
+        """Forgets a scope, or all of them."""
+        if scope is not None:
+            _check_scope(scope)
+        with self._lock:
+            if scope is None:
+                self._fingerprint = self._last_tokenizer = None
+            for name in SCOPES if scope is None else (scope,):
+                if name == "request":
+                    self._predicted = []
+                else:
+                    self._indexes[name] = self._new_index(getattr(self, f"{name}_bytes"))
+
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Tokens and bytes held, and tokens dropped under the budget, for the shared and the corpus scope."""
+        with self._lock:
+            return {
+                scope: {"tokens": index.num_tokens, "bytes": index.num_bytes, "evicted_tokens": index.num_evicted}
+                for scope, index in self._indexes.items()
+            }
+
+    def save(self, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Writes the shared and the corpus scope to a folder, in place of an earlier save.
+
+        Args:
+            path: Folder, made when it is missing.
+            tokenizer: Tokenizer of the ids, if none was given to `add`; `load` can then tell a foreign one.
+        """
+        self._check_tokenizer(tokenizer)
+        with self._lock:
+            save_indexes(path, self._indexes, self._fingerprint)
+
+    def load(self, path: str | os.PathLike[str], tokenizer: Any = None) -> LookaheadDrafter:
+        """Replaces the shared and the corpus scope by saved ones, memory-mapped; returns the drafter itself.
+
+        Args:
+            path: Folder that `save` wrote.
+            tokenizer: Tokenizer of the target, to be compared with that of the save.
+
+        Raises:
+            ValueError: If the save belongs to another tokenizer, has other orders, or is damaged, foreign or newer.
+        """
+        fingerprint = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+        loaded, saved_tokenizer = load_indexes(path, self.orders, fingerprint)
+        with self._lock:
+            self._fingerprint, self._last_tokenizer = saved_tokenizer, tokenizer
+            for scope in self._indexes:
+                index = self._new_index(getattr(self, f"{scope}_bytes"))
+                if scope in loaded:
+                    loaded[scope].max_slots, loaded[scope].max_tokens = index.max_slots, index.max_tokens
+                    index = loaded[scope]
+                self._indexes[scope] = index
+        return self
+
+    def _grow(
+        self,
+        call: CallIndexes,
+        row: int,
+        max_depth: int,
+        tokens: NDArray[np.int64],
+        parents: NDArray[np.int64],
+        scores: NDArray[np.float32],
+    ) -> int:
+        """Writes one row's tree after its root; returns its number of nodes."""
+        query = call.query(row, self.max_match)
+        matches = self._thread.matches
+        texts = [_EMPTY_TEXT] * 5
+        count = 0
+        with self._lock:
+            sources = list(call.sources(row))
+            for number, name in ((SHARED, "shared"), (CORPUS, "corpus")):
+                if self._indexes[name].num_tokens:
+                    sources.append((number, self._indexes[name].links, 0, 0))
+            for number, links, skip_start, skip_end in sources:
+                texts[number] = links[0]
+                count = find_matches(
+                    links,
+                    query,
+                    skip_start,
+                    skip_end,
+                    self.max_hits,
+                    number,
+                    self._weights[number],
+                    self.recency,
+                    count,
+                    matches,
+                )
+            return grow_tree(
+                tuple(texts), matches, count, self._by_length, self.smoothing, max_depth, tokens, parents, scores
+            )
+
+    def _append(self, scope: str, tokens: IntArray) -> None:
+        with self._lock:
+            if scope == "request":
+                self._predicted.append(tokens)
+            else:
+                self._indexes[scope].add_document(tokens)
+
+    def _new_index(self, budget: int) -> NgramIndex:
+        """An empty index that stays within so many bytes, hash tables included."""
+        per_token = 4 + 4 * len(self.orders)
+        slots = min(power_of_two(budget // per_token // 8 + 1), MAX_SLOTS)
+        tables = 4 * len(self.orders) * slots
+        return NgramIndex(self.orders, slots=slots, max_slots=slots, max_tokens=(budget - tables) // per_token)
+
+    def _check_settings(self) -> None:
+        """Raises a ValueError for a hyper-parameter out of range."""
+        orders = self.orders
+        bounds: dict[str, tuple[float, float]] = {
+            "max_nodes": (1, 1024),
+            "max_depth": (1, 1024),
+            "max_match": (max(orders, default=1), 1024),
+            "max_hits": (1, 1024),
+            "growth": (1, 4),
+            "full_match": (1, 32),
+            "recency": (0.01, 1),
+            "discount": (0, 0.99),
+            "discount_length": (0.1, 1e6),
+            "smoothing": (1e-6, 1e6),
+            "request_weight": (0, 1e6),
+            "shared_weight": (0, 1e6),
+            "corpus_weight": (0, 1e6),
+            "shared_bytes": (MIN_BYTES, 2**35),
+            "corpus_bytes": (MIN_BYTES, 2**35),
+        }
+        if not orders or orders[0] < 1 or any(a >= b for a, b in itertools.pairwise(orders)):
+            raise ValueError(f"orders must be ascending lengths from 1 on, got {orders}; the default is (1, 2, 4, 8)")
+        for setting, (low, high) in bounds.items():
+            value = getattr(self, setting)
+            if not low <= value <= high:
+                raise ValueError(f"{setting} must be between {low:g} and {high:g}, got {value!r}; set it in that range")
+
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        """Remembers whose ids the indexes hold; raises a ValueError for a second tokenizer."""
+        if tokenizer is None or tokenizer is self._last_tokenizer:
+            return
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        if self._fingerprint not in (None, fingerprint):
+            raise ValueError(
+                f"tokenizer: the drafter holds ids of a tokenizer {self._fingerprint:.12}..., the given one is "
+                f"{fingerprint:.12}...; use one drafter per tokenizer, or clear() this one"
+            )
+        self._fingerprint, self._last_tokenizer = fingerprint, tokenizer
+
+
+def _check_scope(scope: str) -> None:
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}; choose one of these")
+
+
+@functools.cache
+def _compile_kernels() -> None:
+    """Compiles what `propose` runs, or loads it from Numba's cache, so that no draft has to wait for it."""
+    index = NgramIndex((1,), capacity=8, slots=1)
+    index.add_document(np.zeros(4, np.int32))
+    matches = room_for_matches(2)
+    text = index.links[0]
+    count = find_matches(index.links, text[3:5], 0, 0, 1, 0, 1.0, 1.0, 0, matches)
+    ids = np.zeros((2, 2), np.int64)
+    grow_tree((text,) * 5, matches, count, np.ones((2, 2)), 1.0, 1, ids[0], ids[1], np.zeros(2, np.float32))

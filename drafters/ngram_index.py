@@ -1,0 +1,288 @@
+"""N-gram index over an arena of token ids: O(1) append, most recent matches first.
+
+Every position is linked, per order k, to the previous position whose last k tokens have the same hash:
+`head[hash]` is the newest one, `prev[position]` the one before it. Position 0 is a separator and means "none".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+SEPARATOR = -1
+"""Stands in the arena before each document; no match and no continuation crosses it."""
+
+IntArray = NDArray[np.int32]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_HASH_SEED = 0x2545F491
+_HASH_FACTOR = 0x5BD1E995
+_HASH_MASK = 0x7FFFFFFF
+
+
+def kernel(function: Function) -> Function:
+    """Compiles a hot loop with Numba, cached on disk where a folder for that can be written."""
+    try:
+        return cast(Function, numba.njit(cache=True, nogil=True)(function))
+    except RuntimeError:  # "cannot cache function": neither __pycache__ nor the user's cache folder is writable
+        return cast(Function, numba.njit(nogil=True)(function))
+
+
+def kernel_part(function: Function) -> Function:
+    """A function for kernels to call. Numba copies it into them: passing arrays on would count references each time."""
+    return cast(Function, numba.njit(inline="always")(function))
+
+
+Links = tuple[IntArray, IntArray, IntArray, NDArray[np.int64]]
+"""The arrays of one index, as the kernels take them (a plain tuple, because Numba unpacks that fastest):
+
+- text: token ids and separators, `[capacity]`, int32; a separator stands at 0 and after the last token;
+- prev: link of each position and order to the match before it, `[capacity, orders]`, int32;
+- head: newest position of each order and hash, `[orders, slots]`, int32; slots is a power of two;
+- orders: lengths of the indexed n-grams, ascending, `[orders]`, int64.
+"""
+
+Matches = tuple[NDArray[np.int64], NDArray[np.float64]]
+"""Places where the last tokens of a row were seen before:
+
+- places: scope, position of the token that followed, and how many tokens before it match, `[matches, 3]`, int64;
+- weights: weight of the place itself (scope and recency), `[matches]`, float64.
+"""
+
+
+def room_for_matches(count: int) -> Matches:
+    """Arrays for so many matches."""
+    return np.empty((count, 3), np.int64), np.empty(count, np.float64)
+
+
+@kernel_part
+def mix_hash(value: int, token: int) -> int:
+    """Adds one token to a 31-bit hash; the product stays below 2**62, so it is the same compiled or not."""
+    product = (value ^ token) * _HASH_FACTOR
+    return (product ^ (product >> 29)) & _HASH_MASK
+
+
+@kernel
+def append_tokens(links: Links, position: int, tokens: IntArray) -> None:
+    """Writes tokens from `position` on and links every new position."""
+    text, prev, head, orders = links
+    slot_mask = head.shape[1] - 1
+    for i in range(tokens.shape[0]):
+        here = position + i
+        text[here] = tokens[i]
+        value = _HASH_SEED
+        length = 0
+        for k in range(orders.shape[0]):
+            while length < orders[k] and text[here - length] >= 0:
+                value = mix_hash(value, int(text[here - length]))
+                length += 1
+            if length < orders[k]:
+                prev[here, k] = 0
+            else:
+                slot = value & slot_mask
+                prev[here, k] = head[k, slot]
+                head[k, slot] = here
+
+
+@kernel_part
+def match_length(text: IntArray, position: int, query: IntArray) -> int:
+    """How many tokens up to and with `position` equal the last ones of `query`."""
+    last = query.shape[0] - 1
+    length = 0
+    while length <= last and text[position - length] == query[last - length]:
+        length += 1
+    return length
+
+
+@kernel
+def find_matches(
+    links: Links,
+    query: IntArray,
+    skip_start: int,
+    skip_end: int,
+    max_hits: int,
+    scope: int,
+    weight: float,
+    recency: float,
+    count: int,
+    matches: Matches,
+) -> int:
+    """Walks the chains from the longest order down and appends what it finds to `matches`.
+
+    A chain of order k gives matches shorter than the next order only: the longer ones were found there.
+
+    Args:
+        links: The index.
+        query: The last tokens of the row, `[up to the longest match]`, int32.
+        skip_start: First position of a region that is not looked at.
+        skip_end: End of that region.
+        max_hits: Most matches taken per order; twice as many positions are looked at.
+        scope: Number of this scope, written with each match.
+        weight: Weight of this scope.
+        recency: Factor on the weight from one match of a chain to the next older one.
+        count: Matches already there.
+        matches: Where they are written.
+
+    Returns:
+        The number of matches now there.
+    """
+    places, weights = matches
+    text, prev, head, orders = links
+    slots = np.zeros(orders.shape[0], np.int64)
+    value = _HASH_SEED
+    length = 0
+    usable = 0
+    while usable < orders.shape[0] and orders[usable] <= query.shape[0]:
+        while length < orders[usable]:
+            length += 1
+            value = mix_hash(value, int(query[query.shape[0] - length]))
+        slots[usable] = value & (head.shape[1] - 1)
+        usable += 1
+    last = text.shape[0] - 1
+    too_long = query.shape[0] + 1
+    for k in range(usable - 1, -1, -1):
+        position = int(head[k, slots[k]])
+        hits = 0
+        seen = 0
+        hit_weight = weight
+        while 0 < position < last and hits < max_hits and seen < 2 * max_hits:
+            seen += 1
+            if text[position + 1] >= 0 and not skip_start <= position < skip_end:
+                length = match_length(text, position, query)
+                if orders[k] <= length < too_long and count < weights.shape[0]:
+                    places[count, 0] = scope
+                    places[count, 1] = position + 1
+                    places[count, 2] = length
+                    weights[count] = hit_weight
+                    hit_weight *= recency
+                    count += 1
+                    hits += 1
+            position = int(prev[position, k])
+        too_long = orders[k]
+    return count
+
+
+def power_of_two(at_least: int) -> int:
+    """The smallest power of two that is not below `at_least`."""
+    return 1 << max(at_least - 1, 0).bit_length()
+
+
+class NgramIndex:
+    """Documents one after the other in one arena, the oldest dropped under a budget.
+
+    Args:
+        orders: Lengths of the indexed n-grams, ascending.
+        capacity: Tokens there is room for at first.
+        slots: Entries of each hash table at first, a power of two. The table doubles with the text up to `max_slots`.
+        max_slots: Largest size of each hash table.
+        max_tokens: Most tokens kept, separators included; None for no bound.
+    """
+
+    def __init__(
+        self,
+        orders: tuple[int, ...],
+        capacity: int = 1024,
+        slots: int = 1024,
+        max_slots: int = 2**20,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.max_slots = max_slots
+        self.max_tokens = max_tokens
+        self.num_evicted = 0
+        self.links: Links = (
+            np.empty(capacity, np.int32),
+            np.empty((capacity, len(orders)), np.int32),
+            np.zeros((len(orders), slots), np.int32),  # zeroed lazily by the system: an empty index costs nothing
+            np.array(orders, np.int64),
+        )
+        self.length = 1
+        self.links[0][:2] = SEPARATOR
+
+    @classmethod
+    def from_links(cls, links: Links) -> NgramIndex:
+        """The index made of these arrays, whose text ends with a separator."""
+        index = cls(tuple(int(order) for order in links[3]), capacity=2, slots=1)
+        index.links = links
+        index.length = len(links[0]) - 1
+        return index
+
+    def copy(self) -> NgramIndex:
+        """The same index with arrays of its own."""
+        other = NgramIndex.from_links(tuple(array.copy() for array in self.links))  # type: ignore[arg-type]
+        other.length, other.max_slots, other.max_tokens = self.length, self.max_slots, self.max_tokens
+        return other
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held, separators included."""
+        return self.length if self.length > 1 else 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory in use. Room that was reserved and never written is not counted: the system has not handed it out."""
+        text, prev, head, _ = self.links
+        return self.length * (text.itemsize + prev.itemsize * prev.shape[1]) + head.nbytes
+
+    def add_document(self, tokens: IntArray) -> None:
+        """Appends a document, dropping the oldest ones when it would not fit otherwise."""
+        if self.max_tokens is not None:
+            tokens = tokens[-(self.max_tokens - 2) :]
+            if self.length + len(tokens) + 1 > self.max_tokens:
+                self._evict(self.max_tokens - len(tokens) - 1)
+        self.start_document()
+        self.extend(tokens)
+
+    def start_document(self) -> None:
+        """What follows is not a continuation of what stands before."""
+        if self.links[0][self.length - 1] != SEPARATOR:
+            self.extend(np.array([SEPARATOR], np.int32))
+
+    def extend(self, tokens: IntArray) -> None:
+        """Appends tokens to the last document.
+
+        Args:
+            tokens: Token ids, `[tokens]`, int32, contiguous and writable (one compiled signature serves all).
+        """
+        self._reserve(len(tokens))
+        append_tokens(self.links, self.length, tokens)
+        self.length += len(tokens)
+        self.links[0][self.length] = SEPARATOR
+
+    def _reserve(self, more: int) -> None:
+        needed = self.length + more + 1
+        text, prev, head, orders = self.links
+        if needed > len(text):
+            capacity = max(needed, len(text) + len(text) // 2)
+            text, prev = np.empty(capacity, np.int32), np.empty((capacity, len(orders)), np.int32)
+            text[: self.length] = self.links[0][: self.length]
+            prev[: self.length] = self.links[1][: self.length]
+            self.links = (text, prev, head, orders)
+        if needed > head.shape[1] and head.shape[1] < self.max_slots:
+            self._rebuild(min(power_of_two(2 * needed), self.max_slots))
+
+    def _rebuild(self, slots: int) -> None:
+        """Links every position anew, in hash tables of `slots` entries."""
+        text, prev, _, orders = self.links
+        self.links = (text, prev, np.zeros((len(orders), slots), np.int32), orders)
+        append_tokens(self.links, 1, text[1 : self.length])
+
+    def _evict(self, allowed: int) -> None:
+        """Drops the oldest documents until at most `allowed` tokens, or three quarters of the budget, are left."""
+        assert self.max_tokens is not None
+        cut = max(self.length - min(allowed, self.max_tokens * 3 // 4), 0)
+        text, prev, head, _ = self.links
+        # Whole documents if one ends soon; of a very long one the older part.
+        separators = np.flatnonzero(text[cut : min(cut + self.max_tokens // 8, self.length)] == SEPARATOR)
+        cut += int(separators[0]) if len(separators) else 0
+        self.length -= cut
+        self.num_evicted += cut
+        text[: self.length] = text[cut : cut + self.length].copy()
+        text[0] = text[self.length] = SEPARATOR
+        prev[: self.length] = prev[cut : cut + self.length].copy()
+        for positions in (prev[: self.length], head):
+            positions -= cut
+            np.maximum(positions, 0, out=positions)
