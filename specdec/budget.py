@@ -16,6 +16,8 @@ from specdec.tree import NODE_BUCKETS, TokenTree, bucket_of
 SCORE_BINS = 12
 DECAY = 0.98
 """Forgetting per step of the acceptance counts: a memory of about fifty steps."""
+IDLE_DECAY = 0.995
+"""Forgetting per step without a draft, so that drafting is tried again when the text has changed."""
 PRIOR_WEIGHT = 4.0
 """How many observations the drafter's own score is worth against what was counted."""
 
@@ -52,8 +54,8 @@ class StepTimes:
     def of(self, nodes: int) -> float:
         """Seconds of a pass over a tree of this size; at least one size must have been measured."""
         known = sorted(self.seconds)
-        # A larger tree cannot be cheaper: what seems so is noise of the measurement.
-        times = np.maximum.accumulate([self.seconds[n] for n in known])
+        # A larger tree cannot be cheaper; where it seems so, noise, which only ever adds, was in the smaller one's time.
+        times = np.minimum.accumulate([self.seconds[n] for n in reversed(known)])[::-1]
         return float(np.interp(np.log2(nodes), np.log2(known), times))
 
     def update(self, nodes: int, seconds: float) -> None:
@@ -61,6 +63,9 @@ class StepTimes:
         bucket = bucket_of(nodes, self.buckets)
         old = self.seconds.get(bucket, seconds)
         self.seconds[bucket] = old + 0.05 * (min(seconds, 2 * old) - old)
+        for larger in self.buckets:
+            if larger > bucket and larger in self.seconds:  # a size that seemed dear is tried again some day
+                self.seconds[larger] += 0.0005 * (self.seconds[bucket] - self.seconds[larger])
 
 
 _TIMES: WeakKeyDictionary[nn.Module, dict[int, StepTimes]] = WeakKeyDictionary()
@@ -118,6 +123,9 @@ class Budget:
         rows = len(tree.tokens)
         sizes = [n for n in times.buckets if n < tree.num_nodes] + [tree.num_nodes]
         best = max(sizes, key=lambda n: (rows + gain[n - 1]) / times.of(n))
+        if best == 1:
+            self.tried *= IDLE_DECAY
+            self.hit *= IDLE_DECAY
         return tree.first(best)
 
     def _path_probabilities(self, tree: TokenTree) -> NDArray[np.float64]:

@@ -1,0 +1,96 @@
+"""Fills the measured tables of the README and of docs/ from benchmarks/results.
+
+    python benchmarks/readme_table.py            # writes
+    python benchmarks/readme_table.py --check    # exit code 1 if a table is out of date
+
+A table stands between `<!-- measured: NAME PART -->` and `<!-- end -->`, where PART is that of the benchmark; all parts
+without one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SLOT = re.compile(r"(<!-- measured: (?P<name>[\w-]+)(?: (?P<parts>[\w ,-]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+NOT_MEASURED = "*Not measured yet: `python benchmarks/bench_generate.py && python benchmarks/readme_table.py`*\n"
+HEADINGS = {"greedy": "greedy (T=0)", "sampled": "sampled (T=1)", "incompressible": "random tokens (T=1)"}
+
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """A document with its tables as the result files have them."""
+
+    def table(match: re.Match[str]) -> str:
+        file = results / f"{match['name']}.json"
+        body = NOT_MEASURED
+        if file.exists():
+            body = measured_table(json.loads(file.read_text()), (match["parts"] or "").replace(",", " ").split())
+        return match[1] + body + match[4]
+
+    return SLOT.sub(table, text)
+
+
+def measured_table(results: dict[str, Any], parts: list[str]) -> str:
+    """Markdown: one row per method, and a line on how it was measured."""
+    chosen = {name: part for name, part in results["parts"].items() if name in parts or not parts}
+    rows = {name: {row["method"]: row for row in part["methods"]} for name, part in chosen.items()}
+    methods = dict.fromkeys(method for part in rows.values() for method in part)
+    columns = [f"{HEADINGS[name]}: {figure}" for name in rows for figure in ("tokens/s", "speed-up", "identical")]
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+    for method in methods:
+        cells = [cell for part in rows.values() for cell in _cells(part.get(method))]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _conditions(results, chosen), ""])
+
+
+def _cells(row: dict[str, Any] | None) -> list[str]:
+    if row is None:
+        return ["–"] * 3
+    identical = "yes" if row["num_identical"] == row["num_runs"] else f"{row['num_identical']} of {row['num_runs']}"
+    return [f"{row['tokens_per_second']:.0f}", f"{row['speedup']:.2f}×", identical]
+
+
+def _conditions(results: dict[str, Any], parts: dict[str, Any]) -> str:
+    machine, versions, models = results["hardware"], results["versions"], results["models"]
+    where = ", ".join(machine["gpus"]) if models["target"]["device"] != "cpu" else machine["cpu"]
+    named = ", ".join(f"{kind} {_described(model)}" for kind, model in models.items() if model)
+    tokens = next(iter(parts.values()))["settings"]["arguments"]["max_new_tokens"]
+    reference = next(iter(parts.values()))["reference"]
+    return (
+        f"Median of {results['num_prompts']} prompts, {tokens} tokens each, batch {results['batch']}; {named}; "
+        f"{where}, {machine['threads']} threads; torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"commit {(results['commit'] or 'unknown')[:12]}. Speed-up and identical: against {reference}."
+    )
+
+
+def _described(model: dict[str, Any]) -> str:
+    return f"{model['name']} ({model['parameters'] / 1e6:.1f} M, {model['dtype']})"
+
+
+@app.command()
+def main(check: Annotated[bool, typer.Option("--check", help="Write nothing.")] = False) -> None:
+    """Fill the tables of README.md and docs/*.md."""
+    stale = []
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = file.read_text(encoding="utf-8")
+        new = filled(old)
+        if new != old:
+            stale.append(str(file.relative_to(ROOT)))
+            if not check:
+                file.write_text(new, encoding="utf-8")
+    print(
+        "\n".join(f"{'out of date' if check else 'written'}: {name}" for name in stale) or "all tables are up to date"
+    )
+    raise typer.Exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    app()

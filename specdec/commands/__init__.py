@@ -1,0 +1,8 @@
+"""The commands of `specdec`: a file each, whose `run` is the command."""
+
+COMMANDS = (
+    "demo",
+    "generate",
+    "replay",
+)
+"""By name, in the order of the help text; `train-medusa` is `run` of `specdec/commands/train_medusa.py`."""

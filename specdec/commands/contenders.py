@@ -1,0 +1,62 @@
+"""The methods that the demonstration and the benchmark compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from specdec.api import accelerate
+from specdec.drafters.base import Drafter
+from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.embedded import Prompt
+from specdec.measuring import EncodedPrompt, Method
+
+HF_GENERATE = "HF generate"
+HF_LOOKUP = "HF prompt lookup"
+HF_ASSISTED = "HF assisted"
+OFF = "specdec off"
+LOOKAHEAD = "specdec lookahead"
+SHARED = "lookahead, shared memory"
+
+
+def hf_methods(model: Any, draft_model: Any = None, draft_kwargs: dict[str, Any] | None = None) -> list[Method]:
+    """What transformers itself offers; plain `generate` first.
+
+    Args:
+        model: The target.
+        draft_model: Without one, assisted generation is left out.
+        draft_kwargs: What assisted generation needs besides, such as tokenizers that differ.
+    """
+    methods = [
+        Method(HF_GENERATE, lambda: model),
+        Method(HF_LOOKUP, lambda: model, {"prompt_lookup_num_tokens": 10}, optional=True),
+    ]
+    if draft_model is not None:
+        kwargs = {"assistant_model": draft_model, **(draft_kwargs or {})}
+        methods.append(Method(HF_ASSISTED, lambda: model, kwargs, optional=True))
+    return methods
+
+
+def specdec_method(
+    name: str, model: Any, make_drafter: Callable[[], Drafter | None], remembers: bool = False, max_nodes: int = 64
+) -> Method:
+    """Ours with a drafter, made anew for each run unless it `remembers`: repeats must not help it."""
+    return Method(name, lambda: accelerate(model, make_drafter(), max_nodes=max_nodes), remembers=remembers)
+
+
+def specdec_methods(model: Any, shared: bool = False) -> list[Method]:
+    """Ours with drafting off, with Lookahead, and if `shared` with one that remembers outputs of other prompts."""
+    methods = [specdec_method(OFF, model, lambda: None), specdec_method(LOOKAHEAD, model, LookaheadDrafter)]
+    return methods + ([specdec_method(SHARED, model, LookaheadDrafter, remembers=True)] if shared else [])
+
+
+def assisted_kwargs(tokenizer: Any, draft_tokenizer: Any) -> dict[str, Any]:
+    """What `generate` needs for a draft model with another tokenizer; nothing if it is the same by content."""
+    if tokenizer.get_vocab() == draft_tokenizer.get_vocab():
+        return {}
+    return {"tokenizer": tokenizer, "assistant_tokenizer": draft_tokenizer}
+
+
+def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, device: Any) -> list[EncodedPrompt]:
+    """Prompts as the target takes them."""
+    return [EncodedPrompt(p.id, tokenizer(p.text, return_tensors="pt").input_ids.to(device)) for p in prompts]

@@ -1,0 +1,19 @@
+"""Flags that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option(help="Folder or hub name of a causal LM, or embedded.")]
+DraftModel = Annotated[str | None, typer.Option(help="For HF's assisted generation; embedded with the embedded model.")]
+DrafterName = Annotated[str, typer.Option(help="Drafter by name; none for drafting off.")]
+DrafterSettings = Annotated[
+    list[str] | None, typer.Option(help="A setting of the drafter, name=value; may be repeated.")
+]
+Sample = Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto: cuda if there is one.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")]

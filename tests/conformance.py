@@ -1,0 +1,400 @@
+"""What the tests share: tiny models, drafters of a known quality, and the check that output is that of `generate`."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+import specdec
+from specdec.budget import Budget
+from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, Step
+from specdec.report import SpeculationReport
+from specdec.tree import TokenTree
+
+PAD, BOS, EOS = 0, 1, 2
+FIRST_TOKEN = 3
+VOCAB = 97
+WINDOW = 8
+
+Answers = list[list[int]]
+"""Per row of the batch the tokens that plain decoding generates, without the padding behind the end."""
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+# A wide initialisation gives varied text, and logits far enough apart for rounding not to matter.
+LLAMA_LIKE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.4,
+    "tie_word_embeddings": False,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+GPT2_LIKE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 1024,
+    "initializer_range": 0.4,
+    "tie_word_embeddings": False,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+
+MODELS: dict[str, Callable[[], tuple[type, Any]]] = {
+    "llama": lambda: (tf.LlamaForCausalLM, tf.LlamaConfig(**LLAMA_LIKE)),
+    "gpt2": lambda: (tf.GPT2LMHeadModel, tf.GPT2Config(**GPT2_LIKE)),
+    "qwen3": lambda: (tf.Qwen3ForCausalLM, tf.Qwen3Config(**LLAMA_LIKE, head_dim=8)),
+    "mistral-window": lambda: (tf.MistralForCausalLM, tf.MistralConfig(**LLAMA_LIKE, sliding_window=WINDOW)),
+    "gemma3-mixed-windows": lambda: (
+        tf.Gemma3ForCausalLM,
+        tf.Gemma3TextConfig(
+            **LLAMA_LIKE | {"num_hidden_layers": 3},
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+    "llama4-chunks": lambda: (
+        tf.Llama4ForCausalLM,
+        tf.Llama4TextConfig(
+            **LLAMA_LIKE,
+            head_dim=8,
+            intermediate_size_mlp=48,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            attention_chunk_size=WINDOW,
+            layer_types=["chunked_attention", "full_attention"],
+            no_rope_layers=[1, 0],
+        ),
+    ),
+}
+
+
+def new_model(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random model of its own, for tests that change it."""
+    model_class, config = MODELS[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config).eval()
+
+
+@cache
+def tiny_model(name: str = "llama") -> Any:
+    """A tiny random model that the tests of a process share; it must not be changed."""
+    return new_model(name)
+
+
+@cache
+def tiny_tokenizer() -> tf.PreTrainedTokenizerFast:
+    """One character per token id."""
+    letters = string.ascii_lowercase + string.digits + string.ascii_uppercase + string.punctuation + " "
+    vocab = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS}
+    vocab |= {letter: FIRST_TOKEN + i for i, letter in enumerate(letters[: VOCAB - FIRST_TOKEN])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def prompts(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random prompts, left-padded to the longest, as keyword arguments of `generate`."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(FIRST_TOKEN, VOCAB, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, max(lengths) - length :] = 1
+    return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
+
+
+# --- drafters ---------------------------------------------------------------------------------------------------------
+
+
+def next_answers(answers: Answers, context: DraftContext) -> Answers:
+    """Per active row what plain decoding generates next, at most as many tokens as can still be used."""
+    out = []
+    for i, row in enumerate(context.rows):
+        num_generated = len(context.sequences[i]) - context.prompt_lengths[i]
+        answer = answers[row] if row < len(answers) else []
+        out.append(answer[num_generated:][: context.max_depth[i]])
+    return out
+
+
+@dataclass
+class OracleDrafter(Drafter):
+    """Is always right.
+
+    Args:
+        answers: What to propose. The last token comes from the target pass itself.
+        decoys: Let the right path wind through a branching tree, where it is nowhere in place.
+        max_nodes: Largest tree.
+    """
+
+    answers: Answers
+    decoys: bool = True
+    max_nodes: int = 16
+    name = "oracle"
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        max_nodes = min(max_nodes, self.max_nodes)
+        all_tokens, all_parents = [], []
+        for i, answer in enumerate(next_answers([row[:-1] for row in self.answers], context)):
+            tokens, parents, last = [int(context.sequences[i][-1])], [-1], 0
+            for token in answer:
+                decoys = 2 if self.decoys else 0
+                if len(tokens) + decoys + 1 > max_nodes:
+                    break
+                if decoys:
+                    tokens += [(token + 1) % VOCAB, token]  # the second one is right, but its parent is not
+                    parents += [last, len(tokens) - 2]
+                tokens.append(token)
+                parents.append(last)
+                last = len(tokens) - 1
+            all_tokens.append(tokens)
+            all_parents.append(parents)
+        return TokenTree.from_rows(all_tokens, all_parents, [[0.95] * len(row) for row in all_tokens])
+
+
+@dataclass
+class AlwaysWrongDrafter(Drafter):
+    """Is never right: at each depth it proposes everything near the right token, but not that."""
+
+    answers: Answers
+    max_nodes: int = 8
+    name = "always-wrong"
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        all_tokens, all_parents = [], []
+        for i, answer in enumerate(next_answers(self.answers, context)):
+            tokens, parents = [int(context.sequences[i][-1])], [-1]
+            for depth, token in enumerate(answer[: (min(max_nodes, self.max_nodes) - 1) // 2]):
+                tokens += [(token + 1) % VOCAB, (token + 2) % VOCAB]
+                parents += [max(0, 2 * depth - 1)] * 2
+            all_tokens.append(tokens)
+            all_parents.append(parents)
+        return TokenTree.from_rows(all_tokens, all_parents, [[0.5] * len(row) for row in all_tokens])
+
+
+@dataclass
+class RandomTreeDrafter(Drafter):
+    """Random branching trees, now and then right.
+
+    Rows differ in size, some have their root only, siblings may be equal, and padding may stand between real nodes.
+    """
+
+    answers: Answers
+    seed: int = 0
+    max_nodes: int = 16
+    name = "random-tree"
+    random: np.random.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng(self.seed)
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        rows = []
+        for i, answer in enumerate(next_answers(self.answers, context)):
+            root = int(context.sequences[i][-1])
+            rows.append(self._row(root, answer, min(max_nodes, self.max_nodes), context.max_depth[i]))
+        tokens, parents, scores = zip(*rows, strict=True)
+        return TokenTree.from_rows(tokens, parents, scores)
+
+    def _row(
+        self, root: int, answer: list[int], max_nodes: int, max_depth: int
+    ) -> tuple[list[int], list[int], list[float]]:
+        tokens, parents, depths, right = [root], [-1], [0], [True]
+        size = 1 if self.random.random() < 0.15 else int(self.random.integers(1, max_nodes + 1))
+        while len(tokens) < size:
+            possible = [node for node, depth in enumerate(depths) if 0 <= depth < max_depth]
+            if not possible:
+                break
+            is_padding = self.random.random() < 0.1
+            parent = int(self.random.choice(possible[-4:]))
+            depth = depths[parent]
+            knows = right[parent] and depth < len(answer) and self.random.random() < 0.7
+            token = answer[depth] if knows else int(self.random.integers(VOCAB))
+            tokens.append(token)
+            parents.append(-1 if is_padding else parent)
+            depths.append(-1 if is_padding else depth + 1)
+            right.append(not is_padding and knows)
+        return tokens, parents, self.random.random(len(tokens)).tolist()
+
+
+@dataclass
+class FailingDrafter(Drafter):
+    """Proposes like another drafter and raises in one of its methods.
+
+    Args:
+        inner: Does the work before.
+        method: Where to raise.
+        at_step: At which call of that method, from 0.
+        error: What to raise.
+    """
+
+    inner: Drafter
+    method: str = "propose"
+    at_step: int = 2
+    error: BaseException = field(default_factory=lambda: RuntimeError("the drafter is broken"))
+    name = "failing"
+    calls: dict[str, int] = field(init=False, default_factory=dict)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        count = self.calls.get(method, 0)
+        self.calls[method] = count + 1
+        if method == self.method and count == self.at_step:
+            raise self.error
+        return getattr(self.inner, method)(*args)
+
+    def start(self, context: DraftContext) -> None:
+        self._call("start", context)
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        return self._call("propose", context, max_nodes)
+
+    def observe(self, context: DraftContext, step: Step) -> None:
+        self._call("observe", context, step)
+
+    def finish(self, context: DraftContext) -> None:
+        self._call("finish", context)
+
+
+def lookahead(answers: Answers) -> Drafter:
+    """Retrieval that has seen every second row's output, as after an earlier call."""
+    drafter = LookaheadDrafter(shared_bytes=2**20, corpus_bytes=2**20)
+    for answer in answers[::2]:
+        drafter.add(answer, scope="shared")
+    return drafter
+
+
+DRAFTERS: dict[str, Callable[[Answers], Drafter | None]] = {
+    "off": lambda answers: None,
+    "lookahead": lookahead,
+    "oracle": OracleDrafter,
+    "always-wrong": AlwaysWrongDrafter,
+    "random-tree": RandomTreeDrafter,
+}
+"""One row per drafter, made for rows whose right answers are known. Every row goes through tests/test_identity.py."""
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What plain decoding gives: tokens, and the global generator's state afterwards."""
+
+    ids: Tensor
+    answers: Answers
+    rng_state: Tensor
+
+
+def eos_ids(model: Any, kwargs: Mapping[str, Any]) -> set[int]:
+    """The end-of-sequence ids of a call."""
+    eos = kwargs.get("eos_token_id", model.generation_config.eos_token_id)
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+
+def answers_of(ids: Tensor, prompt: int, eos: set[int], trim: bool = False) -> Answers:
+    """Generated tokens of each row up to its end; with `trim`, padding at the end is no token."""
+    answers = []
+    for row in ids[:, prompt:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in eos), len(row))
+        while trim and end and row[end - 1] == PAD:
+            end -= 1
+        answers.append(row[:end])
+    return answers
+
+
+def reference(model: Any, inputs: Mapping[str, Any], seed: int = 0, **kwargs: Any) -> Reference:
+    """Plain decoding under a seed."""
+    torch.manual_seed(seed)
+    ids = model.generate(**inputs, **kwargs)
+    state = torch.get_rng_state()
+    prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    return Reference(ids, answers_of(ids, prompt, eos_ids(model, kwargs), "stop_strings" in kwargs), state)
+
+
+def assert_identical(
+    model: Any,
+    drafter: Callable[[Answers], Drafter | None] | Drafter | str | None,
+    inputs: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    budget: Budget | None = None,
+    expected: Reference | None = None,
+    capability: str = "auto",
+    **kwargs: Any,
+) -> SpeculationReport:
+    """Asserts that speculation gives the tokens of plain decoding, and leaves the same generator state.
+
+    Args:
+        model: The target.
+        drafter: A drafter, or a function that makes one from the right answers (a row of `DRAFTERS`).
+        inputs: The prompts, as keyword arguments of `generate`.
+        seed: Set before each of the two calls.
+        budget: By default every proposal is verified as it is.
+        expected: Plain decoding's result, when it is known already.
+        capability: How to run the target.
+        kwargs: Other arguments of `generate`.
+
+    Returns:
+        The report of the speculative call.
+    """
+    expected = expected or reference(model, inputs, seed, **kwargs)
+    if callable(drafter):
+        drafter = drafter(expected.answers)
+    budget = budget or Budget(64, fixed=True)
+    fast = specdec.accelerate(model, drafter, strict=True, budget=budget, capability=capability)
+    torch.manual_seed(seed)
+    ids = fast.generate(**inputs, **kwargs)
+    assert ids.tolist() == expected.ids.tolist(), f"tokens differ from plain decoding's (seed {seed})"
+    assert ids.dtype == expected.ids.dtype
+    assert torch.equal(torch.get_rng_state(), expected.rng_state), f"the generator's state differs (seed {seed})"
+    return fast.report
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------
+
+
+def random_tree(seed: int, batch: int = 3, nodes: int = 12, padding: float = 0.15) -> TokenTree:
+    """A random branching tree per row, with padding anywhere."""
+    random = np.random.default_rng(seed)
+    parents = np.full((batch, nodes), -1)
+    for row in range(batch):
+        real = [0]
+        for node in range(1, nodes):
+            if random.random() >= padding:
+                parents[row, node] = random.choice(real)
+                real.append(node)
+    tokens = random.integers(0, 50, (batch, nodes))
+    scores = random.random((batch, nodes)).astype(np.float32)
+    return TokenTree(torch.tensor(tokens), torch.tensor(parents), torch.tensor(scores))
+
+
+def ancestors(parents: list[int], node: int) -> list[int]:
+    """The node and its ancestors, from the root down."""
+    path = [node]
+    while path[0] > 0:
+        path.insert(0, max(parents[path[0]], 0))
+    return path

@@ -1,0 +1,388 @@
+"""The commands, on tiny models made here."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from specdec import embedded, provenance
+from specdec.cli import app
+from specdec.commands import COMMANDS
+from specdec.commands.accepted_drafts import pieces_of
+from specdec.commands.demo_display import LiveDisplay, completion_text
+from specdec.commands.drafter_options import DrafterFlags, convert
+from specdec.commands.errors import UserError
+from specdec.drafters import DRAFTERS, DraftContext, Drafter
+from specdec.measuring import Sample
+from specdec.tree import TokenTree
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "def add(a, b):\n    return a"
+
+
+def save_tokenizer(folder: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"<end>": 0} | {c: i for i, c in enumerate(alphabet, 1)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    fast.save_pretrained(folder)
+
+
+def save_model(folder: Path, layers: int, seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "target", layers=2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "draft", layers=1, seed=1)
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    records = [{"id": f"file.py:{i}", "prompt": PROMPT * 2 + f" + {i}\n"} for i in range(3)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def call(*args: object, stdin: str | None = None) -> Any:
+    return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
+
+
+def completion(target: Path, **kwargs: Any) -> str:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    torch.manual_seed(kwargs.pop("seed", 0))
+    output = model.generate(**inputs, **kwargs)
+    text: str = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def test_help_lists_the_commands() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    assert all(name in result.output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_command(command: str) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_version() -> None:
+    assert call("--version").output.startswith("specdec 0.")
+
+
+def test_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["specdec", "replay", "missing.jsonl"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("specdec", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "Error: missing.jsonl is not a file; check the path\n"
+
+
+def test_commands_import_nothing_heavy_before_they_run() -> None:
+    program = f"""
+import sys, types
+package = types.ModuleType("specdec")
+package.__path__ = [{str(ROOT / "specdec")!r}]
+sys.modules["specdec"] = package
+import specdec.cli
+found = sorted({{"torch", "transformers", "numpy", "numba"}} & set(sys.modules))
+sys.exit(f"imported: {{found}}" if found else 0)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+ERRORS: dict[str, tuple[list[str], str]] = {
+    "drafter": (["generate", "x", "--drafter", "oracle"], "--drafter oracle is not known; use one of auto, lookahead"),
+    "no option": (
+        ["generate", "x", "--drafter-option", "depth"],
+        "is not a setting of drafter auto; known are max_",
+    ),
+    "option": (["generate", "x", "--drafter-option", "depth=3"], "orders=1,2,4,8"),
+    "value": (["generate", "x", "--drafter-option", "max_hits=many"], "max_hits must be of type int, not 'many'"),
+    "range": (["generate", "x", "--drafter-option", "max_hits=0"], "max_hits must be between 1 and"),
+    "option of none": (["generate", "x", "--drafter", "none", "--drafter-option", "a=1"], "leave one of them out"),
+    "file": (["generate", "--file", "no/such/file"], "no/such/file is not a file; check the path"),
+    "two prompts": (["generate", "x", "--file", "y"], "both a prompt and --file are given"),
+    "empty": (["generate", ""], "the prompt is empty"),
+    "model path": (["generate", "x", "--model", "./no-such-model"], "it has no config.json); check the path"),
+    "model name": (
+        ["generate", "x", "--model", "no-such-model"],
+        "name a folder or a causal LM of the",
+    ),
+    "dtype": (["generate", "x", "--dtype", "int3"], "use one of auto, float32, bfloat16, float16"),
+    "sampling": (["generate", "x", "--top-k", "5", "--temperature", "0.5"], "--temperature, --top-k has no effect"),
+    "replay file": (["replay", "missing.jsonl"], "missing.jsonl is not a file"),
+    "replay none": (["replay", "missing.jsonl", "--drafter", "none"], "nothing to replay"),
+    "demo file": (["demo", "--prompt-file", "missing.jsonl"], "missing.jsonl is not a file"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_is_one_line_with_the_remedy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    args, message = ERRORS[name]
+    result = call(*args)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_TRACEBACK", "1")
+    assert isinstance(call("replay", "missing.jsonl").exception, UserError)
+
+
+def test_max_nodes_error(target: Path) -> None:
+    result = call("generate", "x", "--model", target, "--max-nodes", 5)
+    assert result.exit_code == 2
+    assert "max_nodes=5 is not allowed; use one of 1, 2, 4" in result.stderr
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("drafter", ["lookahead", "none"])
+def test_generate_greedy(target: Path, drafter: str, stream: str) -> None:
+    args = ["--model", target, "--drafter", drafter, stream, "--max-new-tokens", 12, "--report", "json"]
+    result = call("generate", PROMPT, *args)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == completion(target, max_new_tokens=12, do_sample=False) + "\n"
+    report = json.loads(result.stderr)
+    assert report["drafter"] == drafter
+    assert report["fallback"] is None
+
+
+def test_generate_sampled_from_stdin(target: Path) -> None:
+    flags = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+    args = [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), value)]
+    result = call(
+        "generate", "--model", target, "--sample", "--seed", 3, "--max-new-tokens", 12, *args, "--report", "none",
+        "--drafter-option", "max_depth=4", "--drafter-option", "orders=1,3", stdin=PROMPT,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout == completion(target, seed=3, max_new_tokens=12, do_sample=True, **flags) + "\n"
+    assert result.stderr == ""
+
+
+def test_generate_from_file_and_compare(target: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.py").write_text(PROMPT)
+    args = ["--file", tmp_path / "prompt.py", "--model", target, "--max-new-tokens", 8, "--compare"]
+    result = call("generate", *args)
+    assert result.exit_code == 0, result.output
+    assert "identical to HF generate: yes" in result.stderr
+    assert "tokens_per_pass" in result.stderr
+
+
+def test_chat_needs_a_template(target: Path, tmp_path: Path) -> None:
+    assert "no chat template" in call("generate", "hi", "--model", target, "--chat").stderr
+    folder = save_model(tmp_path / "chat", layers=1, seed=0)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    result = call("generate", "hi", "--model", folder, "--chat", "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
+
+
+def test_demo(target: Path, draft: Path, prompt_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "demo.json"
+    result = call(
+        "demo", "--model", target, "--draft-model", draft, "--prompt-file", prompt_file, "--prompts", 2, "--tokens", 8,
+        "--json", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    names = ["HF generate", "HF prompt lookup", "HF assisted", "specdec off", "specdec lookahead"]
+    rows = {row["method"]: row for row in written["methods"]}
+    assert list(rows) == [*names, "lookahead, shared memory"]
+    assert all(row["num_runs"] == 2 for row in rows.values())
+    assert all(rows[name]["num_identical"] == 2 for name in rows if "HF" not in name or name == "HF generate")
+    assert len(written["samples"]) == 12
+    assert {"hardware", "versions", "commit", "settings", "models"} <= set(written)
+    assert all(name in result.output for name in rows)
+    assert "prompt 2/2, tokens/s: HF generate" in result.output
+    assert "file.py:0, completed with specdec lookahead" in result.output
+
+
+def test_live_display_follows_the_runs() -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=20, record=True)
+    with LiveDisplay(console, ["A", "B"], num_prompts=1) as display:
+        display.warmed_up("A", None)
+        display.warmed_up("B", "it broke")
+        display.ran(Sample("A", "file.py:1", 0, [1], 8, 2.0, 0.5, 4), "x = [1]\ny = 2")
+        console.print(display._screen())
+    shown = console.export_text()
+    assert "4 tokens/s, 2.00 per pass" in shown
+    assert "x = [1]" in shown
+    assert "3/3" in shown
+    assert "B" not in display.methods
+
+
+def test_replay(tmp_path: Path, target: Path) -> None:
+    ids, texts = tmp_path / "ids.jsonl", tmp_path / "texts.jsonl"
+    ids.write_text(json.dumps({"prompt": [1, 2, 3, 4] * 4, "answer": [1, 2, 3, 4] * 4}) + "\n\n")
+    texts.write_text(json.dumps({"prompt": "abcd" * 4, "answer": "abcd" * 4}) + "\n")
+    result = call("replay", ids, "--nodes", 8)
+    assert result.exit_code == 0, result.output
+    assert "tokens per pass" in result.output
+    assert "acceptance per position" in result.output
+    figures = json.loads(call("replay", ids, "--nodes", 8, "--json").output)
+    assert figures["tokens_per_pass"] > 3
+    assert figures["max_nodes"] == 8
+    assert "name the target's tokenizer with --tokenizer" in call("replay", texts).stderr
+    of_text = json.loads(call("replay", texts, "--nodes", 8, "--json", "--tokenizer", target).output)
+    assert of_text["tokens_per_pass"] == figures["tokens_per_pass"]
+
+
+@pytest.mark.parametrize("line", ["not json", "[1, 2]", '{"prompt": [1]}', '{"prompt": [1], "answer": [-1]}'])
+def test_replay_of_a_bad_record(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text(line + "\n")
+    result = call("replay", file)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "annotation", "value"),
+    [
+        ("3", int, 3),
+        ("0.5", float, 0.5),
+        ("yes", bool, True),
+        ("FALSE", bool, False),
+        ("1,2,4", tuple[int, ...], (1, 2, 4)),
+        ("[1, 2]", list[int], [1, 2]),
+        ("none", int | None, None),
+        ("7", int | None, 7),
+        ("path/to", str | Any, "path/to"),
+        ("3", int | str, 3),
+        ("a", int | str, "a"),
+        ("B", Literal["a", "B"], "B"),
+        ("2", Literal[1, 2], 2),
+    ],
+)
+def test_drafter_option_is_converted(text: str, annotation: Any, value: Any) -> None:
+    converted = convert(text, annotation, "x")
+    assert converted == value
+    assert type(converted) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "annotation"), [("1.5", int), ("x", float), ("maybe", bool), ("c", Literal["a", "b"]), ("x", int | None)]
+)
+def test_drafter_option_of_another_type(text: str, annotation: Any) -> None:
+    with pytest.raises(ValueError, match="--drafter-option depth"):
+        convert(text, annotation, "--drafter-option depth")
+
+
+def test_drafter_with_a_required_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Needy(Drafter):
+        model: str
+        depth: int = 3
+
+        def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+            raise NotImplementedError
+
+    monkeypatch.setitem(DRAFTERS, "needy", Needy)
+    with pytest.raises(UserError, match="needs model; give --drafter-option model="):
+        DrafterFlags("needy", ["depth=2"]).build()
+    assert DrafterFlags("needy", ["depth=2", "model=x=y"]).build() == Needy("x=y", 2)
+
+
+def test_pieces_keep_the_text_and_its_origin(target: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    text = "ab\u00e9cdef"  # the fourth character takes two tokens
+    ids = tokenizer(text).input_ids
+    pieces = pieces_of(ids, [2, 0, 1, 3], tokenizer)
+    assert "".join(piece for piece, _ in pieces) == text
+    assert pieces_of(tokenizer("abcdefg").input_ids, [2, 0, 3], tokenizer) == [
+        ("a", False), ("bc", True), ("de", False), ("fg", True),
+    ]  # fmt: skip
+    assert completion_text("x = ", pieces).plain.rstrip("\n") == "x = " + text
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1")
+    assert embedded.read_prompts(tmp_path / "a.py") == [embedded.Prompt("a.py", "x = 1")]
+    (tmp_path / "b.jsonl").write_text('{"prompt": "x"}\n\n{"id": 7, "prompt": "y"}\n')
+    assert embedded.read_prompts(tmp_path / "b.jsonl") == [embedded.Prompt("b.jsonl:1", "x"), embedded.Prompt("7", "y")]
+    (tmp_path / "c.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .*c\.jsonl is not a prompt"):
+        embedded.read_prompts(tmp_path / "c.jsonl")
+
+
+def test_embedded_model_by_name() -> None:
+    with pytest.raises(ValueError, match="use one of 'target', 'draft'"):
+        embedded.embedded_path("teacher")
+    assert embedded.embedded_path("draft").name == "draft"
+    prompts = embedded.heldout_prompts()
+    assert len({p.id for p in prompts}) == len(prompts) > 20
+    chosen = embedded.heldout_prompts(5)
+    assert len(chosen) == 5
+    assert chosen[0] == prompts[0]
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_benchmark_fills_the_readme_table(
+    target: Path, draft: Path, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, readme = load_script("bench_generate"), load_script("readme_table")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    args = ["--name", "tiny", "--model", target, "--draft-model", draft, "--prompt-file", prompt_file, "--prompts", 2]
+    result = CliRunner().invoke(bench.app, [str(a) for a in [*args, "--tokens", 6]])
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "tiny.json").read_text())
+    assert set(results["parts"]) == {"greedy", "sampled", "incompressible"}
+    assert results["num_prompts"] == 2
+    for part in results["parts"].values():
+        assert all(row["num_identical"] == 2 for row in part["methods"] if "specdec" in row["method"])
+
+    text = "before\n<!-- measured: tiny greedy,sampled -->\nold\n<!-- end -->\nafter\n"
+    filled = readme.filled(text, tmp_path)
+    assert "old" not in filled
+    assert filled.startswith("before\n<!-- measured: tiny greedy,sampled -->\n| method | greedy (T=0): tokens/s |")
+    assert filled.endswith("<!-- end -->\nafter\n")
+    assert "| specdec lookahead |" in filled
+    assert provenance.versions()["transformers"] in filled
+    assert readme.filled(filled, tmp_path) == filled
+    assert "Not measured yet" in readme.filled(text, tmp_path / "elsewhere")
