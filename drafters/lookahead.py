@@ -90,8 +90,8 @@ class LookaheadDrafter(Drafter):
     discount_length: float = 8.0
     smoothing: float = 1.5
     request_weight: float = 1.0
-    shared_weight: float = 1.0
-    corpus_weight: float = 1.0
+    shared_weight: float = 0.5
+    corpus_weight: float = 0.3
     shared_bytes: int = 256 * 2**20
     corpus_bytes: int = 2**30
     share_outputs: bool = True

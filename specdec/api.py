@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
-from transformers.generation import StoppingCriteriaList, StopStringCriteria
+from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from specdec.budget import Budget
-from specdec.capability import Capability, probe
+from specdec.capability import MODES, Capability, probe
 from specdec.drafters import DRAFTERS
 from specdec.drafters.base import Drafter
 from specdec.generation import Speculation
@@ -90,6 +92,9 @@ def _speculation(
     capability: str,
     budget: Budget | None,
 ) -> Speculation:
+    if capability not in ("auto", *MODES):
+        known = ", ".join(map(repr, MODES))
+        raise ValueError(f"capability={capability!r} is not known; use 'auto' or one of {known}")
     return Speculation(
         resolve_drafter(drafter), resolve_verifier(verifier), budget or Budget(max_nodes), strict, capability
     )
@@ -118,7 +123,7 @@ def resolve_drafter(drafter: DrafterLike) -> Drafter | None:
     )
 
 
-def resolve_verifier(verifier: str | Verifier) -> Verifier:
+def resolve_verifier(verifier: Any) -> Verifier:
     """A verifier from its name, or the verifier itself.
 
     Raises:
@@ -132,6 +137,8 @@ def resolve_verifier(verifier: str | Verifier) -> Verifier:
             known = ", ".join(map(repr, VERIFIERS))
             raise ValueError(f"verifier={verifier!r} is not known; use one of {known}, or a Verifier")
         return VERIFIERS[verifier]()
+    if isinstance(verifier, type) and issubclass(verifier, Verifier):
+        raise TypeError(f"verifier={verifier.__name__} is a class; pass an instance: {verifier.__name__}()")
     raise TypeError(f"verifier must be a name ({', '.join(map(repr, VERIFIERS))}) or a Verifier, not {verifier!r}")
 
 
@@ -161,6 +168,10 @@ def _check_model(model: Any) -> None:
             f"{type(model).__name__} cannot generate text; load a causal LM, "
             "for instance with AutoModelForCausalLM.from_pretrained(...)"
         )
+
+
+def _stop_strings(kwargs: dict[str, Any]) -> Any:
+    return kwargs.get("stop_strings") or getattr(kwargs.get("generation_config"), "stop_strings", None)
 
 
 class SpeculativeModel:
@@ -203,41 +214,36 @@ class SpeculativeModel:
         """`model.generate` with the same arguments and the same result, sooner."""
         if "custom_generate" in kwargs:
             raise ValueError("custom_generate cannot be combined with specdec.accelerate; call .model.generate instead")
-        reason = next((f"{k} is given" for k in ("assistant_model", "prompt_lookup_num_tokens") if kwargs.get(k)), None)
-        if getattr(self.model.config, "is_encoder_decoder", False):
-            reason = "the model is an encoder-decoder"
-        try:
-            kwargs = kwargs if reason else self._with_stop_strings(kwargs)
-        except LookupError as error:
-            reason = str(error)
+        if len(args) > 1:  # generate(inputs, generation_config, ...)
+            names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+            args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+        reason = self._out_of_reach(kwargs)
         if reason is not None:
             self.speculation.begin_fallback(reason)
             return self.model.generate(*args, **kwargs)
         # `generate` sends a custom method neither streamer nor tokenizer, so both are brought in from here.
-        self.speculation.streamer = kwargs.get("streamer")
-        try:
-            return self.model.generate(*args, custom_generate=self.speculation, **kwargs)
-        finally:
-            self.speculation.streamer = None
+        decode = partial(self.speculation, streamer=kwargs.get("streamer"))
+        return self.model.generate(*args, custom_generate=decode, **self._with_stop_strings(kwargs))
+
+    def _out_of_reach(self, kwargs: dict[str, Any]) -> str | None:
+        """Why a call must not even be tried with a custom decoding method, or None."""
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "token_healing"):
+            if kwargs.get(name) or getattr(kwargs.get("generation_config"), name, None):
+                return f"{name} is given"
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            return "the model is an encoder-decoder"
+        if getattr(self.model.generation_config, "stop_strings", None) and not _stop_strings(kwargs):
+            return "stop_strings are set in the model's generation_config; pass them to generate()"
+        return None
 
     def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Turns stop strings into the criterion that `generate` would make of them.
-
-        Raises:
-            LookupError: They are a default of the model, out of reach.
-        """
-        config = kwargs.get("generation_config")
-        strings = kwargs.get("stop_strings") or getattr(config, "stop_strings", None)
-        if not strings:
-            if getattr(self.model.generation_config, "stop_strings", None):
-                raise LookupError("stop_strings are set in the model's generation_config; pass them to generate()")
-            return kwargs
-        if (tokenizer := kwargs.get("tokenizer")) is None:
-            return kwargs  # generate() says what is missing
-        kwargs = {**kwargs, "tokenizer": None}
-        kwargs.pop("stop_strings", None)
-        if config is not None:
-            kwargs["generation_config"] = copy.deepcopy(config)
+        """Turns stop strings into the criterion that `generate` would make of them."""
+        strings, tokenizer = _stop_strings(kwargs), kwargs.get("tokenizer")
+        if not strings or tokenizer is None:
+            return kwargs  # without a tokenizer generate() says what is missing
+        kwargs = {name: value for name, value in kwargs.items() if name != "stop_strings"}
+        if kwargs.get("generation_config") is not None:
+            kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
             kwargs["generation_config"].stop_strings = None
         criterion = StopStringCriteria(tokenizer, strings)
         kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])

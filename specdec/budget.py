@@ -54,7 +54,7 @@ class StepTimes:
     def of(self, nodes: int) -> float:
         """Seconds of a pass over a tree of this size; at least one size must have been measured."""
         known = sorted(self.seconds)
-        # A larger tree cannot be cheaper; where it seems so, noise, which only ever adds, was in the smaller one's time.
+        # A larger tree cannot be cheaper; where it seems so, the smaller one's time had noise, which only ever adds.
         times = np.minimum.accumulate([self.seconds[n] for n in reversed(known)])[::-1]
         return float(np.interp(np.log2(nodes), np.log2(known), times))
 

@@ -54,8 +54,8 @@ class Decoder:
         with self.report.timed("verify"):
             accepted, new_tokens = self._verify(tree, logits)
         unfinished = self._commit(tree, accepted, new_tokens)
-        self.drafter.start(self.sequences, self.rows)
         try:
+            self.drafter.start(self.sequences, self.rows)
             while unfinished:
                 self._end_rows(unfinished)
                 with self.report.timed("draft"):

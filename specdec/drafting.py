@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.report import SpeculationReport
 from specdec.sequences import Sequences
@@ -44,7 +46,10 @@ class GuardedDrafter:
         if max(context.max_depth) < 1:
             return None
         tree: TokenTree | None = self._call("propose", context, max_nodes)
-        return tree if tree is not None and tree.num_nodes > 1 else None
+        if tree is None or tree.num_nodes == 1:
+            return None
+        # Beyond the length limit there may be no position for a token.
+        return tree.up_to_depth(torch.tensor(context.max_depth, device=tree.tokens.device))
 
     def observe(self, sequences: Sequences, rows: Sequence[int], tree: TokenTree, accepted: list[list[int]]) -> None:
         """Tells the drafter what became of a tree."""
@@ -95,5 +100,9 @@ class GuardedDrafter:
                 f"propose() returned a tree of {list(tree.tokens.shape)}, "
                 f"at most [{len(context.rows)}, {max_nodes}] was asked for"
             )
-        if tree.num_nodes > 1:
-            tree.validate(self.vocab_size)
+        if tree.num_nodes == 1:  # nothing is drafted, and the loop makes its own roots
+            return
+        tree.validate(self.vocab_size)
+        roots = [int(sequence[-1]) for sequence in context.sequences]
+        if tree.tokens[:, 0].tolist() != roots:
+            raise ValueError(f"the roots must be the rows' last tokens {roots}, got {tree.tokens[:, 0].tolist()}")

@@ -177,7 +177,7 @@ class Speculation:
             report.num_generated_tokens = sum(generated)
             if noise is not None:
                 noise.restore(max(generated))
-        past = target.finish()
+        past = target.finish(sequences, pad)
         output = sequences.output(pad)
         if not config.return_dict_in_generate:
             return output
@@ -228,7 +228,9 @@ def _impossible(
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         return "attentions or hidden states of every pass are wanted"
     past = model_kwargs.get("past_key_values")
-    if past is None or not kv_cache.supports(past):
+    if past is None:
+        return "the model keeps no kv cache that could be rolled back"
+    if not kv_cache.supports(past):
         return f"the kv cache is a {type(past).__name__}, not a DynamicCache"
     tensors = [
         name for name, value in model_kwargs.items() if isinstance(value, Tensor) and name not in DECODE_KWARGS_HANDLED
@@ -237,6 +239,8 @@ def _impossible(
         return f"the model is given {', '.join(tensors)}"
     if input_ids.ndim != 2:
         return f"input_ids have {input_ids.ndim} dimensions"
+    if len(input_ids) > 1 and not stopping.pads_finished_rows(criteria):
+        return "rows that stop would go on generating until all have stopped, because there is no end-of-sequence token"
     if len(input_ids) > 1 and (names := sampling.not_row_wise(processors) + stopping.not_row_wise(criteria)):
         return f"{', '.join(names)} may look at the whole batch, whose rows are at different positions"
     return None

@@ -203,6 +203,29 @@ class TreeCache(Cache):
                 out.append(None)
         return out
 
+    @classmethod
+    def of_rows(cls, layer_types: Sequence[str], rows: Sequence[Sequence[Any]], capacity: int) -> TreeCache:
+        """A cache made of rows as `row` gives them, for instance of rows that have ended.
+
+        Args:
+            layer_types: As for the constructor.
+            rows: Per row and layer keys and values, `[heads, length, head_dim]`, or None for a dummy layer.
+            capacity: Slots to allocate.
+        """
+        cache = cls(layer_types, capacity, one_device=False)
+        for index, layer in enumerate(cache.layers):
+            if not isinstance(layer, TreeLayer) or rows[0][index] is None:
+                continue
+            shapes = [part.new_zeros((len(rows), part.shape[0], 0, part.shape[2])) for part in rows[0][index]]
+            layer.lazy_initialization(*shapes)
+            assert layer.keys is not None and layer.values is not None
+            for i, row in enumerate(rows):
+                layer.keys[i, :, : row[index][0].shape[1]] = row[index][0]
+                layer.values[i, :, : row[index][1].shape[1]] = row[index][1]
+        cache.end_prefill(len(rows))
+        cache.lengths = [max((part[0].shape[1] for part in row if part), default=0) for row in rows]
+        return cache
+
     def load(self, past: Cache) -> None:
         """Copies the tokens of another cache to the front of this empty one.
 

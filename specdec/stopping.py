@@ -23,6 +23,11 @@ def not_row_wise(criteria: StoppingCriteriaList) -> list[str]:
     return [type(c).__name__ for c in criteria if type(c) not in ROW_WISE]
 
 
+def pads_finished_rows(criteria: StoppingCriteriaList) -> bool:
+    """Whether plain decoding pads a row once it has stopped; without an end-of-sequence token it goes on with it."""
+    return any(hasattr(c, "eos_token_id") for c in criteria) or all(type(c) is MaxLengthCriteria for c in criteria)
+
+
 class StopRule:
     """Finds the first token of a step after which a row is finished, as plain decoding would.
 

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.masks import MaskFormat
+from specdec.sequences import Sequences
 from specdec.tree import NODE_BUCKETS, TokenTree
 
 MAX_NEW_SLOTS = 1024
@@ -132,7 +133,7 @@ class TargetModel(ABC):
         """Ends all rows that are not listed (indices among the rows still in the cache)."""
 
     @abstractmethod
-    def finish(self) -> Cache | None:
+    def finish(self, sequences: Sequences, pad_token: int) -> Cache | None:
         """Leaves the cache that `generate` was given as plain decoding would leave it, and returns it."""
 
     def _positions(self, batch: int) -> Tensor | None:
@@ -190,9 +191,10 @@ class TreeTarget(TargetModel):
         self.cache.end_prefill(batch)
         self.rows = list(range(batch))
         self.prefilled = self.cache.width
-        self.positions = self._positions(batch)
-        mask = self.model_kwargs.get("attention_mask")
-        self.prompt_mask = None if mask is None or bool(mask.all()) else mask.bool()
+        self.all_positions = self._positions(batch)
+        mask: Tensor | None = self.model_kwargs.get("attention_mask")
+        self.all_masks = None if mask is None or bool(mask.all()) else mask.bool()
+        self._select(self.rows)
 
     def forward(self, tree: TokenTree) -> Tensor:
         # One node, nothing padded: the model's own mask is the right one, and often none at all.
@@ -217,21 +219,42 @@ class TreeTarget(TargetModel):
                 # A clone only where more rows go on: the pools of the last ones are not written any more.
                 self.ended[self.rows[i]] = [p and (p[0].clone(), p[1].clone()) for p in row] if rows else row
         self.rows = [self.rows[i] for i in rows]
-        if not rows:
-            return
-        self.cache.keep_rows(rows)
-        index = torch.tensor(rows, device=self.prompt_mask.device if self.prompt_mask is not None else None)
-        if self.prompt_mask is not None:
-            self.prompt_mask = self.prompt_mask[index]
-        if self.positions is not None:
-            self.positions = self.positions.index_select(-2, index.to(self.positions.device))
+        if rows:
+            self.cache.keep_rows(rows)
+            self._select(self.rows)
 
-    def finish(self) -> Cache | None:
+    def _select(self, rows: Sequence[int]) -> None:
+        """Takes mask and positions of some rows of the batch."""
+        self.prompt_mask, self.positions = self.all_masks, self.all_positions
+        if self.prompt_mask is not None:
+            self.prompt_mask = self.prompt_mask[list(rows)]
+        if self.positions is not None:
+            self.positions = self.positions[..., list(rows), :]
+
+    def finish(self, sequences: Sequences, pad_token: int) -> Cache | None:
         if not self.keep_cache or self.past is None:
             return self.past
         self.keep_rows([])
+        longest = max(sequences.lengths)
+        short = [row for row, length in enumerate(sequences.lengths) if length < longest]
+        if short:
+            self._decode_padding(short, sequences, longest, pad_token)
         store([self.ended[row] for row in sorted(self.ended)], self.past)
         return self.past
+
+    def _decode_padding(self, rows: list[int], sequences: Sequences, longest: int, pad_token: int) -> None:
+        """Runs what plain decoding feeds a row that has ended: its last token, then padding until the last row ends."""
+        self.cache = TreeCache.of_rows(cache_layer_types(self.model), [self.ended[row] for row in rows], longest)
+        self._select(rows)
+        missing = [longest - sequences.lengths[row] for row in rows]
+        tokens = [
+            [int(sequences.ids[row, sequences.lengths[row] - 1])] + [pad_token] * (max(missing) - 1) for row in rows
+        ]
+        chain = TokenTree.from_rows(tokens, [range(-1, max(missing) - 1)] * len(rows))
+        self.forward(chain.to(sequences.device))
+        self.cache.commit([range(count) for count in missing])
+        for i, row in enumerate(rows):
+            self.ended[row] = self.cache.row(i)
 
 
 class ChainTarget(TargetModel):
@@ -292,7 +315,7 @@ class ChainTarget(TargetModel):
         if self.positions is not None:
             self.positions = self.positions.index_select(-2, index.to(self.positions.device))
 
-    def finish(self) -> Cache | None:
+    def finish(self, sequences: Sequences, pad_token: int) -> Cache | None:
         for layer in self._cache().layers:
             if hasattr(layer, "record_past"):
                 layer.record_past = False

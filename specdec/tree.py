@@ -47,6 +47,10 @@ class TokenTree:
                 f"tokens and parents must both be [batch, nodes], got {list(self.tokens.shape)} and "
                 f"{list(self.parents.shape)}"
             )
+        if self.scores is not None and self.scores.shape != self.tokens.shape:
+            raise ValueError(f"scores must be {list(self.tokens.shape)} as tokens are, got {list(self.scores.shape)}")
+        if self.draft_probs is not None and self.draft_probs.shape[:2] != self.tokens.shape:
+            raise ValueError(f"draft_probs must be {[*self.tokens.shape, 'vocab']}, got {list(self.draft_probs.shape)}")
 
     @classmethod
     def root_only(cls, roots: Tensor) -> TokenTree:
@@ -149,6 +153,13 @@ class TokenTree:
             tree.__dict__["ancestor_mask"] = self.ancestor_mask[:, cut, cut]
         return tree
 
+    def up_to_depth(self, limits: Tensor) -> TokenTree:
+        """The tree with padding in place of the nodes deeper than each row's limit, `[batch]`. Waits for the device."""
+        is_deeper = self.depths > limits[:, None]
+        if not bool(is_deeper.any()):
+            return self
+        return TokenTree(self.tokens, self.parents.masked_fill(is_deeper, -1), self.scores, self.draft_probs)
+
     def first_chain(self) -> TokenTree:
         """The chain of first children from the root down: the best single path of a best-first tree."""
         chains = []
@@ -173,8 +184,11 @@ class TokenTree:
         """Checks token ids and parents; waits for the device.
 
         Raises:
-            ValueError: A token is not below `vocab_size`, or a parent does not stand before its child.
+            ValueError: A token is not below `vocab_size`, or a parent does not stand before its child, or either is not
+                an integer.
         """
+        if self.tokens.dtype != torch.int64 or self.parents.dtype != torch.int64:
+            raise ValueError(f"tokens and parents must be int64, got {self.tokens.dtype} and {self.parents.dtype}")
         tokens, parents = self.tokens.cpu().numpy(), self.parents.cpu().numpy()
         if tokens.min() < 0 or tokens.max() >= vocab_size:
             raise ValueError(f"draft tokens must be in [0, {vocab_size}), got {tokens.min()} to {tokens.max()}")

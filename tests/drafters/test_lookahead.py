@@ -150,6 +150,16 @@ def test_rows_read_one_anothers_outputs_but_not_prompts() -> None:
         assert paths(drafter.propose(asked, 64), row=1) == []  # 3 follows 2 in the other row's prompt only
 
 
+def test_a_rows_own_output_counts_once() -> None:
+    trees = []
+    for share in (True, False):
+        drafter = LookaheadDrafter(share_outputs=share)
+        drafter.start(context([1, 2], [50]))
+        trees.append(drafter.propose(context([1, 2, 7, 8, 7], [50, 60], prompts=[2, 1]), 64))
+    assert trees[0].scores is not None and trees[1].scores is not None
+    assert torch.equal(trees[0].tokens, trees[1].tokens) and torch.equal(trees[0].scores, trees[1].scores)
+
+
 def test_equal_prompts_are_indexed_once_and_stay_apart() -> None:
     drafter = LookaheadDrafter(share_outputs=False)
     prompt = [1, 2, 3, 4, 5]

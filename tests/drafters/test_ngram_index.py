@@ -113,6 +113,13 @@ def test_every_match_is_found_once(seed: int) -> None:
         assert sorted(found(index, query)) == all_matches(index, query)
 
 
+def test_other_orders() -> None:
+    index = NgramIndex((2, 5))
+    index.add_document(np.random.default_rng(0).integers(0, 3, 300, dtype=np.int32))
+    query = array(0, 1, 2, 0, 1, 1)
+    assert sorted(found(index, query)) == [place for place in all_matches(index, query) if place[1] >= 2]
+
+
 def test_limit_keeps_the_newest_matches_of_each_order() -> None:
     index = NgramIndex(ORDERS)
     for _ in range(20):

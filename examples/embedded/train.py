@@ -1,0 +1,119 @@
+"""Trains the two small models that specdec ships, on the standard library of the running Python.
+
+Run the commands in this order; nothing is downloaded, and all that passes between them lies in
+the folder --work:
+
+    corpus, tokenizer, train target, train draft, export
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+from typing import Annotated
+
+import corpus as corpora
+import export as exporting
+import numpy as np
+import torch
+import typer
+from trainer import SHAPES, Run, Settings, train
+from transformers import AutoTokenizer
+
+ASSETS = Path(__file__).parents[2] / "specdec" / "assets" / "embedded"
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+WorkOption = Annotated[Path, typer.Option(help="Folder of the corpus, the tokenizer and the checkpoints.")]
+WORK = Path("/tmp/embedded")
+
+
+@app.command("corpus")
+def corpus_command(
+    work: WorkOption = WORK,
+    source: Annotated[
+        Path | None, typer.Option(help="Folder of .py files to use in place of the standard library.")
+    ] = None,
+) -> None:
+    """Collect the standard library's source and split it into training and held-out files."""
+    work.mkdir(parents=True, exist_ok=True)
+    documents = corpora.collect(source)
+    for name, held_out in (("train", False), ("heldout", True)):
+        chosen = [d for d in documents if corpora.is_held_out(d) == held_out]
+        corpora.write_jsonl(chosen, work / f"{name}.jsonl")
+        print(f"{name}: {len(chosen)} files, {sum(len(d.text) for d in chosen):,} characters")
+    (work / "corpus.json").write_text(json.dumps({"python": platform.python_version()}) + "\n")
+
+
+@app.command("tokenizer")
+def tokenizer_command(work: WorkOption = WORK) -> None:
+    """Train the byte-level BPE tokenizer on the training files and encode all files."""
+    training = corpora.read_jsonl(work / "train.jsonl")
+    tokenizer = corpora.train_tokenizer((d.text for d in training), work / "tokenizer")
+    for name in ("train", "heldout"):
+        documents = corpora.read_jsonl(work / f"{name}.jsonl")
+        stream = corpora.encode(documents, tokenizer)
+        np.save(work / f"{name}.npy", stream)
+        print(f"{name}: {len(stream):,} tokens")
+
+
+@app.command("train")
+def train_command(
+    which: Annotated[str, typer.Argument(help="target or draft.")],
+    work: WorkOption = WORK,
+    tokens: Annotated[
+        int,
+        typer.Option(help="Training tokens in all. A run that was stopped may be resumed with another number."),
+    ] = Settings.tokens,
+    decay_tokens: Annotated[
+        int, typer.Option(help="The learning rate falls linearly to zero over this many last tokens.")
+    ] = Settings.decay_tokens,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = Settings.batch,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = Settings.window,
+    muon_lr: Annotated[float, typer.Option(help="Learning rate of the hidden matrices.")] = Settings.muon_lr,
+    adam_lr: Annotated[float, typer.Option(help="Learning rate of the embedding and the norms.")] = Settings.adam_lr,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the model: 1.5 times as fast, needs a C++ compiler.")
+    ] = False,
+) -> None:
+    """Train target or draft. Ctrl-C saves and stops; the same command goes on from there."""
+    if which not in SHAPES:
+        raise typer.BadParameter(f"{which!r} is not a model; choose one of {', '.join(SHAPES)}")
+    torch.set_num_threads(threads)
+    settings = Settings(
+        tokens=tokens, decay_tokens=decay_tokens, batch=batch, window=window, muon_lr=muon_lr, adam_lr=adam_lr
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vocab_size = len(AutoTokenizer.from_pretrained(work / "tokenizer"))
+    run = Run.fresh(SHAPES[which], vocab_size, settings, device)
+    print(f"{which}: {run.model.num_parameters():,} parameters on {device}, {settings}", flush=True)
+    train(run, np.load(work / "train.npy"), np.load(work / "heldout.npy"), settings, work / which, compiled)
+
+
+@app.command("export")
+def export_command(
+    models: Annotated[list[str] | None, typer.Argument(help="target, draft or both (the default).")] = None,
+    work: WorkOption = WORK,
+    out: Annotated[Path, typer.Option(help="Folder for target/, draft/ and heldout.jsonl.")] = ASSETS,
+    only_if_better: Annotated[
+        bool, typer.Option(help="Leave a model alone whose exported weights have the lower held-out loss.")
+    ] = False,
+) -> None:
+    """Write weights, tokenizer and model card of the trained models, and the held-out prompts."""
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    held_out = np.load(work / "heldout.npy")
+    for which in models or SHAPES:
+        if (work / which / "checkpoint.pt").exists():
+            print(exporting.export_model(which, work, out / which, tokenizer, held_out, only_if_better))
+    prompts = exporting.held_out_prompts(corpora.read_jsonl(work / "heldout.jsonl"), tokenizer)
+    exporting.write_prompts(prompts, out / "heldout.jsonl")
+    print(f"{len(prompts)} prompts in {out / 'heldout.jsonl'}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,249 @@
+"""The training loop of the embedded models: resumable, deterministic, on a CPU or one GPU."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from corpus import MAX_LENGTH
+from muon import Muon
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHAPES: dict[str, dict[str, int]] = {
+    "target": {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 768,
+    },
+    "draft": {
+        "hidden_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 352,
+    },
+}
+LOG_EVERY = 50
+HELD_OUT_SAMPLE = 40_000
+COUNTERS = ("step", "tokens", "losses", "held_out", "phases")
+# Settings that do not touch the weights, and settings that do so only once the decay has begun.
+WITHOUT_EFFECT = {"save_every", "eval_every"}
+TOTALS = {"tokens", "decay_tokens"}
+
+
+@dataclass
+class Settings:
+    """Everything that decides the weights a run ends with, next to the data and the shape."""
+
+    tokens: int = 14_000_000
+    """Training tokens in all; decides only where the decay lies."""
+    decay_tokens: int = 2_500_000
+    """The learning rate falls linearly to zero over this many last tokens."""
+    batch: int = 16
+    """Windows a step."""
+    window: int = 256
+    """Tokens a window."""
+    muon_lr: float = 6e-3
+    """Learning rate of the hidden matrices (Muon, scaled to AdamW's update size)."""
+    adam_lr: float = 3e-3
+    """Learning rate of the embedding and the norms (AdamW)."""
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    seed: int = 0
+    save_every: int = 100
+    """Steps between checkpoints."""
+    eval_every: int = 500
+    """Steps between losses on the held-out sample."""
+
+    def scale(self, step: int, tokens: int) -> float:
+        """The factor on both learning rates: warm-up, constant, linear decay."""
+        decay = (self.tokens - tokens) / max(self.decay_tokens, 1)
+        return max(0.0, min(1.0, (step + 1) / self.warmup_steps, decay))
+
+
+@dataclass
+class Run:
+    """A model in training: all that a checkpoint holds."""
+
+    model: LlamaForCausalLM
+    muon: Muon
+    adam: torch.optim.AdamW
+    step: int = 0
+    tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Training loss of every step."""
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    """Tokens seen and the loss on the held-out sample then."""
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    """The settings of each stretch of the run, with the step and the tokens at which they came to hold."""
+
+    @classmethod
+    def fresh(cls, shape: dict[str, int], vocab_size: int, settings: Settings, device: str = "cpu") -> Run:
+        """A model with new weights; token 0 ends a text, token 1 pads."""
+        torch.manual_seed(settings.seed)
+        config = LlamaConfig(
+            **shape,
+            vocab_size=vocab_size,
+            max_position_embeddings=MAX_LENGTH,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+        model = LlamaForCausalLM(config).to(device)
+        hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
+        hidden_ids = set(map(id, hidden))
+        others = [p for p in model.parameters() if id(p) not in hidden_ids]
+        muon = Muon(hidden, lr=settings.muon_lr, weight_decay=settings.weight_decay)
+        adam = torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        return cls(model, muon, adam)
+
+    def save(self, path: Path) -> None:
+        state: dict[str, Any] = {name: getattr(self, name) for name in COUNTERS}
+        state |= {name: getattr(self, name).state_dict() for name in ("model", "muon", "adam")}
+        state |= {"config": self.model.config.to_dict(), "rng": torch.get_rng_state()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)  # a run killed in the middle of a write keeps its previous checkpoint
+
+    def begin_phase(self, settings: Settings, compiled: bool) -> None:
+        """Records `settings`; those that leave the steps so far as they were replace the last phase's."""
+        phase = {"from_step": self.step, "from_tokens": self.tokens, **asdict(settings), "compiled": compiled}
+        if self.phases:
+            last = self.phases[-1]
+            changed = {name for name in phase if phase[name] != last[name]} - {"from_step", "from_tokens"}
+            decaying = self.tokens > last["tokens"] - last["decay_tokens"]
+            if changed <= WITHOUT_EFFECT or (changed <= WITHOUT_EFFECT | TOTALS and not decaying):
+                phase |= {name: last[name] for name in ("from_step", "from_tokens")}
+                self.phases.pop()
+        self.phases.append(phase)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True, map_location=self.model.device)
+        for name in ("model", "muon", "adam"):
+            getattr(self, name).load_state_dict(state[name])
+        torch.set_rng_state(state["rng"].cpu())
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+
+
+def draw_windows(stream: np.ndarray, step: int, settings: Settings) -> Tensor:
+    """Draws [batch, window + 1] token ids; a function of seed and step alone, so a resumed run repeats nothing."""
+    rng = np.random.default_rng((settings.seed, step))
+    starts = rng.integers(0, len(stream) - settings.window, size=settings.batch)
+    return torch.from_numpy(np.stack([stream[s : s + settings.window + 1] for s in starts]).astype(np.int64))
+
+
+def next_token_loss(model: torch.nn.Module, windows: Tensor) -> Tensor:
+    device = windows.device.type
+    with torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext():
+        logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+
+@torch.inference_mode()
+def mean_loss(model: torch.nn.Module, stream: np.ndarray, window: int, most_tokens: int | None = None) -> float:
+    """Mean loss in nats a token over disjoint windows of `stream`, evenly thinned to about `most_tokens`."""
+    starts = list(range(0, len(stream) - window, window))
+    if most_tokens is not None:
+        starts = starts[:: max(1, len(starts) * window // most_tokens)]
+    windows = torch.from_numpy(np.stack([stream[s : s + window + 1] for s in starts]).astype(np.int64))
+    device = next(model.parameters()).device
+    losses = [next_token_loss(model, chunk.to(device)).item() * len(chunk) for chunk in windows.split(8)]
+    return sum(losses) / len(windows)
+
+
+def train_step(run: Run, model: torch.nn.Module, windows: Tensor, settings: Settings) -> float:
+    scale = settings.scale(run.step, run.tokens)
+    for optimizer, rate in ((run.muon, settings.muon_lr), (run.adam, settings.adam_lr)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * scale
+        optimizer.zero_grad(set_to_none=True)
+    loss = next_token_loss(model, windows)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
+    run.muon.step()
+    run.adam.step()
+    run.step += 1
+    run.tokens += windows[:, 1:].numel()
+    return loss.item()
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in the list it gives, in place of ending the process."""
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda caught_now, _: caught.append(caught_now)) for number in numbers]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def train(
+    run: Run,
+    train_stream: np.ndarray,
+    held_out: np.ndarray,
+    settings: Settings,
+    folder: Path,
+    compiled: bool = False,
+) -> bool:
+    """Trains until `settings.tokens`, going on from the checkpoint in `folder` where there is one.
+
+    A resumed run ends with the bits of an uninterrupted one (same machine, threads and settings).
+
+    Returns:
+        Whether the run is complete; False when SIGINT or SIGTERM ended it early, after saving.
+    """
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        run.load(checkpoint)
+    run.begin_phase(settings, compiled)
+    model = torch.compile(run.model) if compiled else run.model
+    console = Console()
+    plain = not console.is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with caught_signals() as signals, Progress(*columns, console=console, disable=plain) as progress:
+        bar = progress.add_task(folder.name, total=settings.tokens, completed=run.tokens, note="")
+        started, started_at = time.perf_counter(), run.tokens
+        while run.tokens < settings.tokens and not signals:
+            windows = draw_windows(train_stream, run.step, settings).to(run.model.device)
+            run.losses.append(train_step(run, model, windows, settings))
+            rate = (run.tokens - started_at) / (time.perf_counter() - started)
+            recent = float(np.mean(run.losses[-LOG_EVERY:]))
+            note = f"loss {recent:.3f}  {rate:,.0f} tokens/s"
+            progress.update(bar, completed=run.tokens, note=note)
+            if plain and run.step % LOG_EVERY == 0:
+                left = (settings.tokens - run.tokens) / rate / 60
+                print(f"step {run.step}  tokens {run.tokens:,}  {note}  {left:.0f} min left", flush=True)
+            if run.step % settings.eval_every == 0:
+                run.held_out.append((run.tokens, mean_loss(run.model, held_out, settings.window, HELD_OUT_SAMPLE)))
+                progress.console.print(f"step {run.step}: held-out loss {run.held_out[-1][1]:.4f}")
+            if run.step % settings.save_every == 0:
+                run.save(checkpoint)
+        run.save(checkpoint)
+    if signals:
+        console.print(f"{folder.name}: stopped and saved at {run.tokens:,} tokens")
+        return False
+    loss = mean_loss(run.model, held_out, settings.window)
+    console.print(f"{folder.name}: {run.tokens:,} tokens, held-out loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+    return True
