@@ -145,7 +145,9 @@ def test_oracle_is_accepted_whole(batch: str, do_sample: bool) -> None:
 def test_right_path_is_found_among_decoys(do_sample: bool) -> None:
     inputs, kwargs = call("padded", do_sample, "plain")
     report = assert_identical(tiny_model(), DRAFTERS["oracle"], inputs, **kwargs)
-    assert report.num_accepted_tokens * 3 == report.num_draft_tokens
+    most = 3 * report.num_accepted_tokens
+    # Of the last tree of a row, a decoy beyond the length limit is left out.
+    assert most - len(inputs["input_ids"]) <= report.num_draft_tokens <= most
     assert report.num_accepted_tokens_per_pos[4] > 0
     assert report.num_accepted_tokens + report.num_row_passes == report.num_generated_tokens
 
