@@ -29,6 +29,11 @@ class MaskFormat:
     window: int | None = None
     chunk: int | None = None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether some layers see a window or a chunk only."""
+        return self.window is not None or self.chunk is not None
+
     def build(
         self, tree: TokenTree, lengths: Sequence[int], prompt_mask: Tensor | None, dtype: torch.dtype
     ) -> Tensor | dict[str, Tensor]:

@@ -197,8 +197,10 @@ class TreeTarget(TargetModel):
         self._select(self.rows)
 
     def forward(self, tree: TokenTree) -> Tensor:
-        # One node, nothing padded: the model's own mask is the right one, and often none at all.
+        # One node, nothing padded: the model's own mask is the right one, and often none at all. With a window, some
+        # models leave it to a cache that forgets.
         is_plain = tree.num_nodes == 1 and self.prompt_mask is None and not self.cache.is_ragged
+        is_plain = is_plain and not self.mask_format.is_local
         mask = None if is_plain else self.mask_format.build(tree, self.cache.lengths, self.prompt_mask, self.dtype)
         inputs: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
         if self.positions is not None:
