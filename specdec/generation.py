@@ -93,8 +93,9 @@ class Speculation:
             reason = "several processes must run the same number of passes (synced_gpus)"
         capability = probe(model, self.capability) if reason is None else Capability("plain", reason)
         keep_cache = _keeps_cache(generation_config, model_kwargs)
-        if capability.mode != "plain" and (limit := length_limit(model)) and generation_config.max_length > limit[0]:
-            capability = Capability("plain", f"beyond {limit[0]} tokens {limit[1]}")
+        longest = generation_config.max_length + self.budget.max_nodes
+        if capability.mode != "plain" and (limit := length_limit(model)) and longest > limit[0]:
+            capability = Capability("plain", f"beyond {limit[0]} tokens, draft tokens included, {limit[1]}")
         if capability.mode == "chain" and keep_cache and len(input_ids) > 1:
             capability = Capability("plain", "the kv cache of a batch is wanted back, and rows leave it as they end")
         if capability.mode == "plain" or (capability.mode == "chain" and self.drafter is None):
