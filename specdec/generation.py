@@ -25,7 +25,15 @@ from specdec.sampling import Sampler
 from specdec.sequences import Sequences
 from specdec.stopping import StopRule
 from specdec.streaming import StreamFeeder
-from specdec.target import DECODE_KWARGS_HANDLED, CausalLM, ChainTarget, TargetModel, TreeTarget, embedding_rows
+from specdec.target import (
+    DECODE_KWARGS_HANDLED,
+    CacheNotFilledError,
+    CausalLM,
+    ChainTarget,
+    TargetModel,
+    TreeTarget,
+    embedding_rows,
+)
 from specdec.verifiers.base import Verifier
 
 
@@ -88,7 +96,9 @@ class Speculation:
         """The decoding method; arguments as `generate` passes them to its own sampling loop."""
         streamer = streamer if streamer is not None else self.streamer
         _check_ids(model, input_ids)
-        reason = _impossible(generation_config, model_kwargs, input_ids, logits_processor, stopping_criteria)
+        reason = _foreign_inputs(model) or _impossible(
+            generation_config, model_kwargs, input_ids, logits_processor, stopping_criteria
+        )
         if synced_gpus:
             reason = "several processes must run the same number of passes (synced_gpus)"
         capability = probe(model, self.capability) if reason is None else Capability("plain", reason)
@@ -98,27 +108,25 @@ class Speculation:
             capability = Capability("plain", f"beyond {limit[0]} tokens, draft tokens included, {limit[1]}")
         if capability.mode == "chain" and keep_cache and len(input_ids) > 1:
             capability = Capability("plain", "the kv cache of a batch is wanted back, and rows leave it as they end")
+        prepared = (model, input_ids, logits_processor, stopping_criteria, generation_config)
         if capability.mode == "plain" or (capability.mode == "chain" and self.drafter is None):
-            return self._plain(
-                capability, model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus,
-                streamer, model_kwargs,
-            )  # fmt: skip
+            return self._plain(capability.reason, *prepared, synced_gpus, streamer, model_kwargs)
         target: TargetModel
-        if capability.mode == "tree":
-            assert capability.mask_format is not None
-            target = TreeTarget(
-                model, generation_config, model_kwargs, capability.mask_format, keep_cache,
-                self.budget.max_nodes if self.drafter else 1,
-            )  # fmt: skip
+        if capability.mask_format is not None:
+            nodes = self.budget.max_nodes if self.drafter else 1
+            target = TreeTarget(model, generation_config, model_kwargs, capability.mask_format, keep_cache, nodes)
         else:
             target = ChainTarget(model, generation_config, model_kwargs)
         self.report = self._new_report()
         self.report.capability = capability.mode
-        return self._speculate(target, input_ids, logits_processor, stopping_criteria, streamer)
+        try:
+            return self._speculate(target, input_ids, logits_processor, stopping_criteria, streamer)
+        except CacheNotFilledError as error:
+            return self._plain(str(error), *prepared, synced_gpus, streamer, model_kwargs)
 
     def _plain(
         self,
-        capability: Capability,
+        reason: str,
         model: CausalLM,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
@@ -129,7 +137,7 @@ class Speculation:
         model_kwargs: dict[str, Any],
     ) -> Any:
         """The model's own decoding method."""
-        self.begin_fallback(capability.reason)
+        self.begin_fallback(reason)
         mode = generation_config.get_generation_mode()
         method: Any = getattr(type(model), GENERATION_MODES_MAPPING[mode], GenerationMixin._sample)
         extra = {"streamer": streamer} if streamer is not None else {}
@@ -201,6 +209,14 @@ def _check_ids(model: CausalLM, input_ids: Tensor) -> None:
             f"input_ids hold token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
             f"0 to {known - 1}; were they made by another model's tokenizer?"
         )
+
+
+def _foreign_inputs(model: CausalLM) -> str | None:
+    """Prompt-learning adapters prepare the model's inputs themselves: virtual tokens come in that nobody is told of."""
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    if prepare is None or getattr(prepare, "__self__", None) is model:
+        return None
+    return "the model's inputs are prepared by something else, such as an adapter with virtual tokens"
 
 
 def _by_position(rows: list[list[tuple[Tensor, Tensor]]]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

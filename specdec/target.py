@@ -51,6 +51,10 @@ def embedding_rows(model: CausalLM) -> int:
     return int(weight.shape[0] if weight is not None else model.config.get_text_config().vocab_size)
 
 
+class CacheNotFilledError(RuntimeError):
+    """The model ran the prompt with a cache of its own in place of the one it was given."""
+
+
 class TargetModel(ABC):
     """The user's unmodified model during one call of `generate`.
 
@@ -79,6 +83,9 @@ class TargetModel(ABC):
 
         Returns:
             Logits after the last token, `[batch, 1, vocab]`.
+
+        Raises:
+            CacheNotFilledError: The prompt is not in the cache; the caller's own cache is as it was.
         """
         kwargs = {**self.model_kwargs, "past_key_values": self._start_cache(input_ids)}
         logits = self.model._prefill(input_ids, self.generation_config, kwargs).logits[:, -1:]
@@ -188,6 +195,8 @@ class TreeTarget(TargetModel):
 
     def _end_prefill(self, input_ids: Tensor) -> None:
         batch = input_ids.shape[0]
+        if any(layer.num_appended == 0 for layer in self.cache.tree_layers()):
+            raise CacheNotFilledError("the model does not use the kv cache it is given")
         self.cache.end_prefill(batch)
         self.rows = list(range(batch))
         self.prefilled = self.cache.width

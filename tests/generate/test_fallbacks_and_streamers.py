@@ -6,12 +6,14 @@ import warnings
 from threading import Thread
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as tf
 from torch import Tensor
 
 import specdec
+from specdec.budget import Budget
 from specdec.generation import FallbackWarning
 from tests.conformance import (
     new_model,
@@ -124,3 +126,19 @@ def test_streamer_of_one_call_is_not_that_of_the_next() -> None:
     count = len(recorder.put_in)
     fast.generate(**SINGLE, max_new_tokens=6)
     assert len(recorder.put_in) == count
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_virtual_tokens_of_peft(kind: str) -> None:
+    """Their keys and values come into the cache behind the caller's back, also where the probe knew the bare model."""
+    model = new_model("llama")
+    assert specdec.accelerate(model).capability.mode == "tree"
+    configs = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}
+    tuned = peft.get_peft_model(model, configs[kind](task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    torch.manual_seed(0)
+    expected = tuned.generate(**SINGLE, max_new_tokens=NEW_TOKENS)
+    fast = specdec.accelerate(tuned, "lookahead", strict=True, budget=Budget(16, fixed=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        assert fast.generate(**SINGLE, max_new_tokens=NEW_TOKENS).tolist() == expected.tolist()
+    assert fast.report.fallback
