@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ from tests.architectures import NAMES, VOCAB, tiny_config, tiny_model
 
 NEW_TOKENS = 24
 SECONDS_EACH = 20
+Report = Callable[[str, object], None]
 LONGER_WINDOW = 16
 """As far as the probe sees, and less than what is generated."""
 MIN_IDENTICAL = 100
@@ -236,8 +237,8 @@ def _with_window(name: str) -> bool:
         return False
 
 
-def _examine_all(runs: list[tuple[str, dict[str, Any]]], capsys: pytest.CaptureFixture[str]) -> list[Outcome]:
-    """Examines one after another and prints a table."""
+def _examine_all(runs: Sequence[tuple[str, dict[str, Any]]], record_property: Report) -> list[Outcome]:
+    """Examines one after another, and reports a table that is printed at the end of the session."""
     verbosity, threads = logging.get_verbosity(), torch.get_num_threads()
     logging.set_verbosity(logging.CRITICAL)
     torch.set_num_threads(1)
@@ -245,18 +246,14 @@ def _examine_all(runs: list[tuple[str, dict[str, Any]]], capsys: pytest.CaptureF
     try:
         for name, settings in runs:
             outcomes.append(examine(name, **settings))
-            with capsys.disabled():
-                print(_line(outcomes[-1]), flush=True)
     finally:
         logging.set_verbosity(verbosity)
         torch.set_num_threads(threads)
     identical = Counter(outcome.mode for outcome in outcomes if outcome.identical)
     counts = ", ".join(f"{identical[mode]} {mode}" for mode in MODES)
     verdicts = Counter(outcome.verdict for outcome in outcomes)
-    with capsys.disabled():
-        print(
-            f"{len(outcomes)} runs, identical: {counts}; wrong: {verdicts['WRONG']}; left out: {verdicts['left out']}"
-        )
+    summary = f"{len(outcomes)} runs, identical: {counts}; wrong: {verdicts['WRONG']}; left out: {verdicts['left out']}"
+    record_property("table", "\n".join([*map(_line, outcomes), summary]))
     return outcomes
 
 
@@ -266,8 +263,8 @@ def _wrong(outcomes: list[Outcome]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_architecture_generates_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    outcomes = _examine_all([(name, {}) for name in NAMES], capsys)
+def test_every_architecture_generates_the_same(record_property: Report) -> None:
+    outcomes = _examine_all([(name, {}) for name in NAMES], record_property)
     assert not _wrong(outcomes), _wrong(outcomes)
     identical = Counter(outcome.mode for outcome in outcomes if outcome.identical)
     assert identical["tree"] + identical["chain"] >= MIN_IDENTICAL
@@ -275,8 +272,10 @@ def test_every_architecture_generates_the_same(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_windows_longer_than_the_probe(capsys: pytest.CaptureFixture[str]) -> None:
-    outcomes = _examine_all([(name, {"window": LONGER_WINDOW}) for name in NAMES if _with_window(name)], capsys)
+def test_windows_longer_than_the_probe(record_property: Report) -> None:
+    outcomes = _examine_all(
+        [(name, {"window": LONGER_WINDOW}) for name in NAMES if _with_window(name)], record_property
+    )
     assert not _wrong(outcomes), _wrong(outcomes)
 
 
@@ -286,7 +285,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [10, 13, 20, 30, 60], ids=lambda limit: f"limit {limit}")
-def test_lengths_at_which_a_model_changes(limit: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lengths_at_which_a_model_changes(limit: int, record_property: Report) -> None:
     """Some models treat all tokens otherwise once there are many: before, within and after the prompt's end."""
     longrope = LONGROPE | {"original_max_position_embeddings": limit}
     yarn = YARN | {"original_max_position_embeddings": limit}
@@ -298,5 +297,5 @@ def test_lengths_at_which_a_model_changes(limit: int, capsys: pytest.CaptureFixt
         ("ministral3", {"rope_parameters": yarn | {"llama_4_scaling_beta": 0.5}}),
         ("llama4_text", {"floor_scale": limit, "attn_scale": 4.0}),
     ]
-    outcomes = _examine_all(runs, capsys)
+    outcomes = _examine_all(runs, record_property)
     assert not _wrong(outcomes), _wrong(outcomes)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import runpy
 from dataclasses import fields
 from pathlib import Path
+
+import pytest
 
 from specdec.drafters import DRAFTERS, LookaheadDrafter
 from specdec.drafters.base import Drafter
@@ -22,3 +25,8 @@ def test_every_drafter_stands_in_the_method_table() -> None:
     for drafter in set(DRAFTERS.values()):
         assert issubclass(drafter, Drafter)
         assert f"`{drafter.__module__.removeprefix('specdec.').replace('.', '/')}.py`" in readme
+
+
+def test_quickstart_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples/quickstart.py"))
+    assert "identical to model.generate: True" in capsys.readouterr().out
