@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -51,12 +52,12 @@ class StepTimes:
                 if time.perf_counter() - start > patience and len(self.seconds) > 1:
                     return
 
-    def of(self, nodes: int) -> float:
-        """Seconds of a pass over a tree of this size; at least one size must have been measured."""
+    def of(self, nodes: Any) -> Any:
+        """Seconds of a pass over a tree of this size (or of each of these sizes); some size must have been measured."""
         known = sorted(self.seconds)
         # A larger tree cannot be cheaper; where it seems so, the smaller one's time had noise, which only ever adds.
         times = np.minimum.accumulate([self.seconds[n] for n in reversed(known)])[::-1]
-        return float(np.interp(np.log2(nodes), np.log2(known), times))
+        return np.interp(np.log2(nodes), np.log2(known), times)
 
     def update(self, nodes: int, seconds: float) -> None:
         """Takes in the time of a real pass."""
@@ -121,8 +122,8 @@ class Budget:
             return tree
         gain = self._path_probabilities(tree).sum(0).cumsum()  # [N], expected accepted tokens of all rows
         rows = len(tree.tokens)
-        sizes = [n for n in times.buckets if n < tree.num_nodes] + [tree.num_nodes]
-        best = max(sizes, key=lambda n: (rows + gain[n - 1]) / times.of(n))
+        sizes = np.array([n for n in times.buckets if n < tree.num_nodes] + [tree.num_nodes])
+        best = int(sizes[np.argmax((rows + gain[sizes - 1]) / times.of(sizes))])
         if best == 1:
             self.tried *= IDLE_DECAY
             self.hit *= IDLE_DECAY
@@ -131,14 +132,16 @@ class Budget:
     def _path_probabilities(self, tree: TokenTree) -> NDArray[np.float64]:
         """Probability that each draft node is accepted, `[batch, nodes]`; zero at root and padding."""
         assert tree.scores is not None
-        scores = tree.scores.cpu().numpy()
+        scores, parents = tree.scores.cpu().numpy(), tree.parents.cpu().numpy()
         rate = (self.hit + PRIOR_WEIGHT * (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS) / (self.tried + PRIOR_WEIGHT)
-        calibrated = np.log(np.interp(scores, (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS, rate).clip(1e-6, 1.0))
-        calibrated[:, 0] = 0.0
-        log_path = np.einsum("bij,bj->bi", tree.ancestor_mask.cpu().numpy(), calibrated)
-        probability: NDArray[np.float64] = np.exp(log_path) * tree.is_real.cpu().numpy()
-        probability[:, 0] = 0.0
-        return probability
+        log_path = np.log(np.interp(scores, (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS, rate).clip(1e-6, 1.0))
+        log_path[:, 0] = 0.0
+        # Each node's sum over its path, doubling the stretch summed up so far; the root is its own parent.
+        above = parents.clip(min=0) + np.arange(len(parents))[:, None] * parents.shape[1]
+        for _ in range(parents.shape[1].bit_length()):
+            log_path += log_path.take(above)
+            above = above.take(above)
+        return np.where(parents >= 0, np.exp(log_path), 0.0)
 
     def observe(self, tree: TokenTree, accepted: list[list[int]]) -> None:
         """Counts which nodes were accepted where their parent had been.

@@ -155,6 +155,8 @@ class TokenTree:
 
     def up_to_depth(self, limits: Tensor) -> TokenTree:
         """The tree with padding in place of the nodes deeper than each row's limit, `[batch]`. Waits for the device."""
+        if self.num_nodes <= int(limits.min()) + 1:  # not even a chain would be deeper
+            return self
         is_deeper = self.depths > limits[:, None]
         if not bool(is_deeper.any()):
             return self
