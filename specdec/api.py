@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from specdec.budget import Budget
-from specdec.capability import MODES, Capability, probe
+from specdec.capability import Capability, check_mode, probe
 from specdec.drafters import DRAFTERS
 from specdec.drafters.base import Drafter
 from specdec.generation import Speculation
@@ -92,9 +92,7 @@ def _speculation(
     capability: str,
     budget: Budget | None,
 ) -> Speculation:
-    if capability not in ("auto", *MODES):
-        known = ", ".join(map(repr, MODES))
-        raise ValueError(f"capability={capability!r} is not known; use 'auto' or one of {known}")
+    check_mode(capability)
     return Speculation(
         resolve_drafter(drafter), resolve_verifier(verifier), budget or Budget(max_nodes), strict, capability
     )

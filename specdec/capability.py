@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -47,6 +47,16 @@ class Capability:
 _KNOWN: WeakKeyDictionary[CausalLM, dict[Any, Capability]] = WeakKeyDictionary()
 
 
+def check_mode(mode: str) -> None:
+    """Refuses what `probe` does not know.
+
+    Raises:
+        ValueError: `mode` is neither `"auto"` nor one of `MODES`.
+    """
+    if mode not in ("auto", *MODES):
+        raise ValueError(f"capability={mode!r} is not known; use 'auto' or one of {', '.join(map(repr, MODES))}")
+
+
 def probe(model: CausalLM, mode: str = "auto") -> Capability:
     """Tells how `model` can be run ahead, by comparing a tiny tree with the same paths run one token at a time.
 
@@ -62,10 +72,9 @@ def probe(model: CausalLM, mode: str = "auto") -> Capability:
     Raises:
         ValueError: `mode` is not known, or trees are demanded of layers that have no place for them.
     """
-    if mode not in ("auto", *MODES):
-        raise ValueError(f"capability={mode!r} is not known; use 'auto' or one of {', '.join(map(repr, MODES))}")
+    check_mode(mode)
     if mode in ("plain", "chain"):
-        return Capability("plain" if mode == "plain" else "chain", "demanded by the caller")
+        return Capability(cast(Mode, mode), "demanded by the caller")
     key = (mode, model.config._attn_implementation, model.dtype, model.training)
     known = _KNOWN.setdefault(model, {})
     if key not in known:

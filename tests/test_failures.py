@@ -256,3 +256,18 @@ def test_list_of_one_drafter_is_that_drafter() -> None:
     drafter = LookaheadDrafter(shared_bytes=2**16, corpus_bytes=2**16)
     assert specdec.accelerate(tiny_model(), [drafter]).drafter is drafter
     assert_identical(tiny_model(), ["lookahead"], INPUTS, **KWARGS)
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB])
+def test_token_ids_of_another_tokenizer_are_refused_before_any_work(wrong: int) -> None:
+    ids = torch.tensor([[5, wrong, 6]])
+    fast = specdec.accelerate(tiny_model(), "lookahead")
+    with pytest.raises(ValueError, match=f"the model knows 0 to {VOCAB - 1}; were they made by another"):
+        fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
+    assert fast.report.num_target_passes == 0
+
+
+def test_draft_model_of_another_vocabulary_is_refused() -> None:
+    other = new_model("llama", vocab_size=VOCAB + 3)
+    with pytest.raises(ValueError, match=f"a vocabulary of {VOCAB + 3} tokens, the model's has {VOCAB}"):
+        specdec.accelerate(tiny_model(), other)
