@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from corpus import Document
-from trainer import mean_loss
+from trainer import RECORD, RECORD_FILE, mean_loss
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PROMPT_TOKENS = 120
@@ -120,6 +120,8 @@ def export_model(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as partial:
         _write_model(model, tokenizer, Path(partial))
+        record = json.dumps({name: state[name] for name in RECORD}, indent=1)
+        (Path(partial) / RECORD_FILE).write_text(record + "\n")
         (Path(partial) / "README.md").write_text(_card(which, model, state, work, held_out, loss))
         for file in Path(partial).iterdir():
             os.replace(file, out / file.name)  # a reader finds the old file or the new one, never a half
@@ -192,9 +194,15 @@ def _commands(which: str, state: dict[str, Any]) -> list[str]:
     for phase, end in zip(state["phases"], ends, strict=True):
         # A phase left before its decay had a constant rate: no decay, but the same steps.
         decay = phase["decay_tokens"] if end > phase["tokens"] - phase["decay_tokens"] else 0
+        if phase["optimizers_from"] == phase["from_step"] > 0:
+            commands.append(f"python examples/embedded/train.py export {which}")
+            start = f" --start-from specdec/assets/embedded/{which}"
+        else:
+            start = ""
         commands.append(
             f"python examples/embedded/train.py train {which} --tokens {end} --decay-tokens {decay}"
             f" --batch {phase['batch']} --window {phase['window']}"
-            f" --muon-lr {phase['muon_lr']} --adam-lr {phase['adam_lr']}{' --compile' * phase['compiled']}"
+            f" --muon-lr {phase['muon_lr']} --adam-lr {phase['adam_lr']}"
+            f"{' --bf16' * phase['bf16']}{' --compile' * phase['compiled']}{start}"
         )
     return commands

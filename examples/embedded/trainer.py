@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 LOG_EVERY = 50
 HELD_OUT_SAMPLE = 40_000
-COUNTERS = ("step", "tokens", "losses", "held_out", "phases")
+COUNTERS = ("step", "tokens", "optimizers_from", "losses", "held_out", "phases")
+# What an exported model keeps of its training, in this file beside its weights.
+RECORD_FILE = "training.json"
+RECORD = ("step", "tokens", "held_out", "phases")
 # Settings that do not touch the weights, and settings that do so only once the decay has begun.
 WITHOUT_EFFECT = {"save_every", "eval_every"}
 TOTALS = {"tokens", "decay_tokens"}
@@ -65,6 +69,8 @@ class Settings:
     warmup_steps: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
+    bf16: bool = False
+    """Forward and backward passes in bfloat16; the weights and the optimizers stay in float32."""
     seed: int = 0
     save_every: int = 100
     """Steps between checkpoints."""
@@ -86,8 +92,10 @@ class Run:
     adam: torch.optim.AdamW
     step: int = 0
     tokens: int = 0
+    optimizers_from: int = 0
+    """The step at which the optimizers began; the warm-up counts from there."""
     losses: list[float] = field(default_factory=list)
-    """Training loss of every step."""
+    """Training loss of every step since the optimizers began."""
     held_out: list[tuple[int, float]] = field(default_factory=list)
     """Tokens seen and the loss on the held-out sample then."""
     phases: list[dict[str, Any]] = field(default_factory=list)
@@ -123,9 +131,19 @@ class Run:
         torch.save(state, partial)
         os.replace(partial, path)  # a run killed in the middle of a write keeps its previous checkpoint
 
+    def start_from(self, exported: Path) -> None:
+        """Takes weights and counters of a model that `export` wrote; the optimizers stay new."""
+        weights = LlamaForCausalLM.from_pretrained(exported, dtype=torch.float32).state_dict()
+        self.model.load_state_dict(weights)
+        record = json.loads((exported / RECORD_FILE).read_text())
+        for name in RECORD:
+            setattr(self, name, record[name])
+        self.optimizers_from = self.step
+
     def begin_phase(self, settings: Settings, compiled: bool) -> None:
         """Records `settings`; those that leave the steps so far as they were replace the last phase's."""
         phase = {"from_step": self.step, "from_tokens": self.tokens, **asdict(settings), "compiled": compiled}
+        phase["optimizers_from"] = self.optimizers_from
         if self.phases:
             last = self.phases[-1]
             changed = {name for name in phase if phase[name] != last[name]} - {"from_step", "from_tokens"}
@@ -135,8 +153,11 @@ class Run:
                 self.phases.pop()
         self.phases.append(phase)
 
-    def load(self, path: Path) -> None:
+    def go_on_from(self, path: Path) -> None:
+        """Takes everything from the checkpoint at `path`, unless this run is as far already."""
         state = torch.load(path, weights_only=True, map_location=self.model.device)
+        if state["tokens"] <= self.tokens:
+            return
         for name in ("model", "muon", "adam"):
             getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["rng"].cpu())
@@ -151,9 +172,8 @@ def draw_windows(stream: np.ndarray, step: int, settings: Settings) -> Tensor:
     return torch.from_numpy(np.stack([stream[s : s + settings.window + 1] for s in starts]).astype(np.int64))
 
 
-def next_token_loss(model: torch.nn.Module, windows: Tensor) -> Tensor:
-    device = windows.device.type
-    with torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext():
+def next_token_loss(model: torch.nn.Module, windows: Tensor, bf16: bool = False) -> Tensor:
+    with torch.autocast(windows.device.type, torch.bfloat16, enabled=bf16):
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
@@ -171,12 +191,12 @@ def mean_loss(model: torch.nn.Module, stream: np.ndarray, window: int, most_toke
 
 
 def train_step(run: Run, model: torch.nn.Module, windows: Tensor, settings: Settings) -> float:
-    scale = settings.scale(run.step, run.tokens)
+    scale = settings.scale(run.step - run.optimizers_from, run.tokens)
     for optimizer, rate in ((run.muon, settings.muon_lr), (run.adam, settings.adam_lr)):
         for group in optimizer.param_groups:
             group["lr"] = rate * scale
         optimizer.zero_grad(set_to_none=True)
-    loss = next_token_loss(model, windows)
+    loss = next_token_loss(model, windows, settings.bf16)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
     run.muon.step()
@@ -206,8 +226,11 @@ def train(
     settings: Settings,
     folder: Path,
     compiled: bool = False,
+    start_from: Path | None = None,
 ) -> bool:
     """Trains until `settings.tokens`, going on from the checkpoint in `folder` where there is one.
+
+    With `start_from`, a folder that `export` wrote, the run goes on from there unless the checkpoint is further.
 
     A resumed run ends with the bits of an uninterrupted one (same machine, threads and settings).
 
@@ -215,8 +238,10 @@ def train(
         Whether the run is complete; False when SIGINT or SIGTERM ended it early, after saving.
     """
     checkpoint = folder / "checkpoint.pt"
+    if start_from is not None:
+        run.start_from(start_from)
     if checkpoint.exists():
-        run.load(checkpoint)
+        run.go_on_from(checkpoint)
     run.begin_phase(settings, compiled)
     model = torch.compile(run.model) if compiled else run.model
     console = Console()

@@ -211,3 +211,26 @@ def test_export_keeps_better_weights(scripts: dict[str, ModuleType], work: Path,
     start(scripts, work, work / "draft", tokens=2 * 64)
     scripts["train"].export_command(work=work, out=tmp_path, only_if_better=True)
     assert (tmp_path / "draft" / "model.safetensors").read_bytes() == before
+
+
+def test_run_goes_on_from_an_exported_model(scripts: dict[str, ModuleType], work: Path, tmp_path: Path) -> None:
+    trainer = scripts["trainer"]
+    run, _ = start(scripts, work, work / "draft")
+    out = tmp_path / "exported"
+    scripts["train"].export_command(models=["draft"], work=work, out=out)
+
+    settings = trainer.Settings(tokens=20 * 64, decay_tokens=4 * 64, batch=2, window=32, warmup_steps=2)
+    streams = (np.load(work / "train.npy"), np.load(work / "heldout.npy"))
+    go_on = trainer.Run.fresh(TINY, run.model.config.vocab_size, settings)
+    assert trainer.train(go_on, *streams, settings, tmp_path / "draft", start_from=out / "draft")
+    assert (go_on.step, go_on.tokens, go_on.optimizers_from) == (20, 20 * 64, 12)
+    assert go_on.losses[0] < run.losses[0] - 0.5
+
+    # The checkpoint is further by now: the same command changes nothing any more.
+    again = trainer.Run.fresh(TINY, run.model.config.vocab_size, settings)
+    assert trainer.train(again, *streams, settings, tmp_path / "draft", start_from=out / "draft")
+    assert again.losses == go_on.losses
+    commands = scripts["export"]._commands("draft", {"phases": again.phases, "tokens": again.tokens})
+    assert commands[1] == "python examples/embedded/train.py export draft"
+    assert commands[2].endswith("--start-from specdec/assets/embedded/draft")
+    assert len(commands) == 3
