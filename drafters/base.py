@@ -27,6 +27,8 @@ class DraftContext:
         prompt_lengths: Per active row, how many of these tokens are the prompt.
         max_depth: Per active row, how many draft tokens could still be used before a length limit.
         device: Where the target runs.
+        hidden_states: Per active row what the target's output embedding was given when the row's last token was picked,
+            `[rows, hidden]`; None unless the drafter `needs_hidden_states`.
     """
 
     rows: list[int]
@@ -34,6 +36,7 @@ class DraftContext:
     prompt_lengths: list[int]
     max_depth: list[int]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -59,6 +62,14 @@ class Drafter(ABC):
     """
 
     name: str = "drafter"
+    needs_hidden_states: bool = False
+
+    def bind(self, model: Any) -> None:
+        """Called with the target before any work, and again at each call; drafters that depend on it prepare here.
+
+        Raises:
+            ValueError: The drafter does not fit this model.
+        """
 
     def start(self, context: DraftContext) -> None:
         """Called once per `generate()` call, when the prompt is known."""

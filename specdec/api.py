@@ -55,7 +55,10 @@ def accelerate(
     _check_model(model)
     if isinstance(drafter, PreTrainedModel):
         _refuse_draft_model(model, drafter)
-    return SpeculativeModel(model, _speculation(drafter, verifier, strict, max_nodes, capability, budget))
+    fast = SpeculativeModel(model, _speculation(drafter, verifier, strict, max_nodes, capability, budget))
+    if fast.drafter is not None:
+        fast.drafter.bind(_unwrapped(model))
+    return fast
 
 
 def speculate(
@@ -153,6 +156,11 @@ def _refuse_draft_model(model: Any, draft_model: PreTrainedModel) -> NoReturn:
     )
 
 
+def _unwrapped(model: Any) -> Any:
+    """The transformers model inside a PEFT model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _check_model(model: Any) -> None:
     if isinstance(model, SpeculativeModel):
         raise TypeError("this model is accelerated already; pass its .model to wrap it another way")
@@ -205,8 +213,7 @@ class SpeculativeModel:
     @property
     def capability(self) -> Capability:
         """How this model can be run ahead; found out at first use."""
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return probe(model, self.speculation.capability)
+        return probe(_unwrapped(self.model), self.speculation.capability)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` with the same arguments and the same result, sooner."""

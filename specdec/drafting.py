@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from specdec.drafters.base import DraftContext, Drafter, Step
+from specdec.hidden_states import HiddenStates
 from specdec.report import SpeculationReport
 from specdec.sequences import Sequences
 from specdec.tree import TokenTree
@@ -26,13 +27,22 @@ class GuardedDrafter:
         vocab_size: Draft tokens must be below.
         report: Takes the error.
         strict: Raise a drafter's errors instead.
+        hidden_states: The target's, for a drafter that needs them.
     """
 
-    def __init__(self, drafter: Drafter | None, vocab_size: int, report: SpeculationReport, strict: bool) -> None:
+    def __init__(
+        self,
+        drafter: Drafter | None,
+        vocab_size: int,
+        report: SpeculationReport,
+        strict: bool,
+        hidden_states: HiddenStates | None = None,
+    ) -> None:
         self.drafter = drafter
         self.vocab_size = vocab_size
         self.report = report
         self.strict = strict
+        self.hidden_states = hidden_states
 
     def start(self, sequences: Sequences, rows: Sequence[int]) -> None:
         """Tells the drafter that a call begins."""
@@ -58,6 +68,7 @@ class GuardedDrafter:
 
     def finish(self, sequences: Sequences) -> None:
         """Tells the drafter that the call is over."""
+        self.hidden_states = None  # rows that ended have none
         self._call("finish", self._context(sequences, range(len(sequences))))
 
     def _context(self, sequences: Sequences, rows: Sequence[int]) -> DraftContext:
@@ -67,6 +78,7 @@ class GuardedDrafter:
             prompt_lengths=[sequences.prompt - sequences.padding[row] for row in rows],
             max_depth=[sequences.room(row) - 1 for row in rows],
             device=sequences.device,
+            hidden_states=self.hidden_states.of_rows if self.hidden_states is not None else None,
         )
 
     def _call(self, method: str, *args: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from specdec.capability import Capability, probe
 from specdec.decoding import Decoder
 from specdec.drafters.base import Drafter
 from specdec.drafting import GuardedDrafter
+from specdec.hidden_states import HiddenStates
 from specdec.limits import length_limit
 from specdec.noise import NoiseQueue
 from specdec.report import SpeculationReport
@@ -95,6 +97,8 @@ class Speculation:
     ) -> Any:
         """The decoding method; arguments as `generate` passes them to its own sampling loop."""
         streamer = streamer if streamer is not None else self.streamer
+        if self.drafter is not None:
+            self.drafter.bind(model)
         _check_ids(model, input_ids)
         reason = _foreign_inputs(model) or _impossible(
             generation_config, model_kwargs, input_ids, logits_processor, stopping_criteria
@@ -167,13 +171,17 @@ class Speculation:
     ) -> Any:
         """Runs the loop and wraps up its result as `generate` would."""
         config, report = target.generation_config, self.report
+        if self.drafter is not None and self.drafter.needs_hidden_states:
+            target.hidden_states = HiddenStates(target.model)
         sequences = Sequences(input_ids, target.model_kwargs.get("attention_mask"), config.max_length)
         noise = NoiseQueue(len(input_ids), input_ids.device) if config.do_sample else None
         keep_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
         pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
         decoder = Decoder(
             target=target,
-            drafter=GuardedDrafter(self.drafter, embedding_rows(target.model), report, self.strict),
+            drafter=GuardedDrafter(
+                self.drafter, embedding_rows(target.model), report, self.strict, target.hidden_states
+            ),
             verifier=self.verifier,
             sampler=Sampler(processors, config.do_sample, sequences, noise, keep_scores),
             stop=StopRule(criteria, sequences),
@@ -183,7 +191,8 @@ class Speculation:
             report=report,
         )
         try:
-            decoder.run(input_ids)
+            with target.hidden_states.taken() if target.hidden_states else nullcontext():
+                decoder.run(input_ids)
         finally:
             generated = [sequences.num_generated(row) for row in range(len(sequences))]
             report.num_generated_tokens = sum(generated)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
+from specdec.hidden_states import HiddenStates
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.masks import MaskFormat
 from specdec.sequences import Sequences
@@ -72,6 +73,7 @@ class TargetModel(ABC):
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
         self.past: Cache | None = model_kwargs.get("past_key_values")
+        self.hidden_states: HiddenStates | None = None
         self.extra = {
             name: value
             for name, value in model_kwargs.items()
@@ -90,6 +92,8 @@ class TargetModel(ABC):
         kwargs = {**self.model_kwargs, "past_key_values": self._start_cache(input_ids)}
         logits = self.model._prefill(input_ids, self.generation_config, kwargs).logits[:, -1:]
         self._end_prefill(input_ids)
+        if self.hidden_states is not None:
+            self.hidden_states.keep_last()
         return logits
 
     @abstractmethod
@@ -111,7 +115,6 @@ class TargetModel(ABC):
             Logits at every node, `[batch, nodes, vocab]`.
         """
 
-    @abstractmethod
     def commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None = None) -> None:
         """Keeps the nodes listed per row and rolls back the others.
 
@@ -119,6 +122,13 @@ class TargetModel(ABC):
             paths: Per row the nodes to keep, from the root down.
             unfinished: The rows that go on, where only they matter (a finished row's path may then be ignored).
         """
+        self._commit(paths, unfinished)
+        if self.hidden_states is not None:
+            self.hidden_states.keep(paths)
+
+    @abstractmethod
+    def _commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None) -> None:
+        """Commits in the kv cache."""
 
     def trial_pass(self, roots: Tensor, nodes: int) -> None:
         """Runs a pass of a given size to its end on the device, and rolls it back.
@@ -135,9 +145,15 @@ class TargetModel(ABC):
         if logits.device.type != "cpu":
             torch.get_device_module(logits.device).synchronize(logits.device)
 
-    @abstractmethod
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Ends all rows that are not listed (indices among the rows still in the cache)."""
+        self._keep_rows(rows)
+        if self.hidden_states is not None:
+            self.hidden_states.keep_rows(rows)
+
+    @abstractmethod
+    def _keep_rows(self, rows: Sequence[int]) -> None:
+        """Ends rows in the kv cache."""
 
     @abstractmethod
     def finish(self, sequences: Sequences, pad_token: int) -> Cache | None:
@@ -220,10 +236,10 @@ class TreeTarget(TargetModel):
         )
         return outputs.logits
 
-    def commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None = None) -> None:
+    def _commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None) -> None:
         self.cache.commit(paths)
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
+    def _keep_rows(self, rows: Sequence[int]) -> None:
         if self.keep_cache:
             for i in set(range(len(self.rows))) - set(rows):
                 row = self.cache.row(i)
@@ -308,7 +324,7 @@ class ChainTarget(TargetModel):
         )
         return outputs.logits
 
-    def commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None = None) -> None:
+    def _commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None) -> None:
         kept = min(len(paths[row]) for row in unfinished or range(len(paths)))
         self._cache().crop(kept - self.nodes)
         if self.mask is not None:
@@ -316,7 +332,7 @@ class ChainTarget(TargetModel):
         if self.positions is not None:
             self.positions = self.positions + kept
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
+    def _keep_rows(self, rows: Sequence[int]) -> None:
         if not rows:
             return
         index = torch.tensor(rows)
