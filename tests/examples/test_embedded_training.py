@@ -231,6 +231,5 @@ def test_run_goes_on_from_an_exported_model(scripts: dict[str, ModuleType], work
     assert trainer.train(again, *streams, settings, tmp_path / "draft", start_from=out / "draft")
     assert again.losses == go_on.losses
     commands = scripts["export"]._commands("draft", {"phases": again.phases, "tokens": again.tokens})
-    assert commands[1] == "python examples/embedded/train.py export draft"
-    assert commands[2].endswith("--start-from specdec/assets/embedded/draft")
-    assert len(commands) == 3
+    assert commands[-2] == "python examples/embedded/train.py export draft"
+    assert commands[-1].endswith("--start-from specdec/assets/embedded/draft")
