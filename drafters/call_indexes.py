@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +11,8 @@ from specdec.drafters.base import DraftContext
 from specdec.drafters.ngram_index import IntArray, Links, NgramIndex, power_of_two
 from specdec.drafters.peer_outputs import PeerOutputs
 
-REQUEST, PREDICTED, PEERS, SHARED, CORPUS = range(5)
-"""Numbers of the scopes; the first three belong to one call."""
-
-Source = tuple[int, Links, int, int]
-"""Scope, arrays of its index, and the region of it that is not looked at (first position, end)."""
+PEERS = 2
+"""Number of the scope of the batch's other outputs, after the row's own text and the predicted outputs."""
 
 
 @dataclass
@@ -74,18 +71,10 @@ class CallIndexes:
                     self.peers.extend(row, np.array(sequence[known:], np.int32))
         return True
 
-    def query(self, row: int, length: int) -> IntArray:
-        """The last tokens of a row, at most `length`."""
-        index = self.requests[row]
-        return index.links[0][max(index.length - length, 1) : index.length]
-
-    def sources(self, row: int) -> Iterator[Source]:
-        """What the row retrieves from."""
-        yield REQUEST, self.requests[row].links, 0, 0
-        if self.predicted is not None:
-            yield PREDICTED, self.predicted.links, 0, 0
-        if self.peers is not None:
-            yield PEERS, self.peers.links, *self.peers.region(row)
+    def sources(self, row: int, empty: Links) -> tuple[Links, Links, Links]:
+        """Own text, predicted outputs and outputs of the other rows; `empty` where there is nothing."""
+        predicted = empty if self.predicted is None else self.predicted.links
+        return self.requests[row].links, predicted, empty if self.peers is None else self.peers.links
 
 
 def _new_index(orders: tuple[int, ...], tokens: int) -> NgramIndex:

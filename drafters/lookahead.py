@@ -14,18 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from specdec.drafters.base import DraftContext, Drafter
-from specdec.drafters.call_indexes import CORPUS, SHARED, CallIndexes
+from specdec.drafters.call_indexes import PEERS, CallIndexes
 from specdec.drafters.documents import Documents, token_documents, tokenizer_fingerprint
 from specdec.drafters.ngram_index import (
-    SEPARATOR,
     IntArray,
     NgramIndex,
-    find_matches,
     power_of_two,
     room_for_matches,
 )
 from specdec.drafters.ngram_store import load_indexes, save_indexes
-from specdec.drafters.trie_growth import grow_tree
+from specdec.drafters.trie_growth import draft_row
 from specdec.tree import TokenTree
 
 SCOPES = ("request", "shared", "corpus")
@@ -36,8 +34,6 @@ MIN_BYTES = 4096
 
 MAX_SLOTS = 2**20
 """Largest size of a hash table."""
-
-_EMPTY_TEXT = np.full(2, SEPARATOR, np.int32)
 
 
 @dataclass(eq=False)
@@ -107,7 +103,8 @@ class LookaheadDrafter(Drafter):
         # The kernels are compiled for one set of types: an int where they expect a float would compile them again.
         self.recency, self.smoothing = float(self.recency), float(self.smoothing)
         weights = (self.request_weight, self.request_weight, self.shared_weight, self.shared_weight, self.corpus_weight)
-        self._weights = tuple(float(weight) for weight in weights)
+        self._weights = np.array(weights, np.float64)
+        self._nothing = NgramIndex(self.orders, capacity=2, slots=1).links
         lengths = np.arange(self.max_match + 1, dtype=np.float64)
         self._by_length = np.stack(
             [
@@ -127,7 +124,8 @@ class LookaheadDrafter(Drafter):
         with self._lock:
             predicted, self._predicted = self._predicted, []
         self._thread.call = CallIndexes.begin(context, self.orders, predicted, self.share_outputs)
-        self._thread.matches = room_for_matches(5 * len(self.orders) * self.max_hits)
+        self._thread.matches = room_for_matches(len(self._weights) * len(self.orders) * self.max_hits)
+        self._thread.skipped = np.zeros((len(self._weights), 2), np.int64)
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         call: CallIndexes | None = getattr(self._thread, "call", None)
@@ -239,31 +237,26 @@ class LookaheadDrafter(Drafter):
         scores: NDArray[np.float32],
     ) -> int:
         """Writes one row's tree after its root; returns its number of nodes."""
-        query = call.query(row, self.max_match)
-        matches = self._thread.matches
-        texts = [_EMPTY_TEXT] * 5
-        count = 0
+        end = call.requests[row].length
+        if call.peers is not None:
+            self._thread.skipped[PEERS] = call.peers.region(row)
         with self._lock:
-            sources = list(call.sources(row))
-            for number, name in ((SHARED, "shared"), (CORPUS, "corpus")):
-                if self._indexes[name].num_tokens:
-                    sources.append((number, self._indexes[name].links, 0, 0))
-            for number, links, skip_start, skip_end in sources:
-                texts[number] = links[0]
-                count = find_matches(
-                    links,
-                    query,
-                    skip_start,
-                    skip_end,
-                    self.max_hits,
-                    number,
-                    self._weights[number],
-                    self.recency,
-                    count,
-                    matches,
-                )
-            return grow_tree(
-                tuple(texts), matches, count, self._by_length, self.smoothing, max_depth, tokens, parents, scores
+            shared, corpus = (index.links if index.num_tokens else self._nothing for index in self._indexes.values())
+            return draft_row(
+                (*call.sources(row, self._nothing), shared, corpus),
+                self._thread.skipped,
+                self._weights,
+                max(end - self.max_match, 1),
+                end,
+                self.max_hits,
+                self.recency,
+                self._thread.matches,
+                self._by_length,
+                self.smoothing,
+                max_depth,
+                tokens,
+                parents,
+                scores,
             )
 
     def _append(self, scope: str, tokens: IntArray) -> None:
@@ -330,8 +323,20 @@ def _compile_kernels() -> None:
     """Compiles what `propose` runs, or loads it from Numba's cache, so that no draft has to wait for it."""
     index = NgramIndex((1,), capacity=8, slots=1)
     index.add_document(np.zeros(4, np.int32))
-    matches = room_for_matches(2)
-    text = index.links[0]
-    count = find_matches(index.links, text[3:5], 0, 0, 1, 0, 1.0, 1.0, 0, matches)
     ids = np.zeros((2, 2), np.int64)
-    grow_tree((text,) * 5, matches, count, np.ones((2, 2)), 1.0, 1, ids[0], ids[1], np.zeros(2, np.float32))
+    draft_row(
+        (index.links,) * 5,
+        np.zeros((5, 2), np.int64),
+        np.ones(5),
+        3,
+        5,
+        1,
+        1.0,
+        room_for_matches(5),
+        np.ones((2, 2)),
+        1.0,
+        1,
+        ids[0],
+        ids[1],
+        np.zeros(2, np.float32),
+    )

@@ -6,35 +6,19 @@ Every position is linked, per order k, to the previous position whose last k tok
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from specdec.kernels import kernel, kernel_part
 
 SEPARATOR = -1
 """Stands in the arena before each document; no match and no continuation crosses it."""
 
 IntArray = NDArray[np.int32]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _HASH_SEED = 0x2545F491
 _HASH_FACTOR = 0x5BD1E995
 _HASH_MASK = 0x7FFFFFFF
-
-
-def kernel(function: Function) -> Function:
-    """Compiles a hot loop with Numba, cached on disk where a folder for that can be written."""
-    try:
-        return cast(Function, numba.njit(cache=True, nogil=True)(function))
-    except RuntimeError:  # "cannot cache function": neither __pycache__ nor the user's cache folder is writable
-        return cast(Function, numba.njit(nogil=True)(function))
-
-
-def kernel_part(function: Function) -> Function:
-    """A function for kernels to call. Numba copies it into them: passing arrays on would count references each time."""
-    return cast(Function, numba.njit(inline="always")(function))
 
 
 Links = tuple[IntArray, IntArray, IntArray, NDArray[np.int64]]

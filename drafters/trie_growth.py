@@ -1,4 +1,4 @@
-"""Grows the best token tree out of weighted continuations."""
+"""Finds continuations in all scopes and grows the best token tree out of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.drafters.ngram_index import IntArray, Matches, kernel, kernel_part
+from specdec.drafters.ngram_index import IntArray, Links, Matches, find_matches
+from specdec.kernels import kernel, kernel_part
 
 NodeArray = NDArray[np.int64]
 ScoreArray = NDArray[np.float32]
@@ -221,3 +222,61 @@ def grow_tree(
         parents[written] = nodes.parents[node]
         scores[written] = nodes.scores[node]
     return tokens.shape[0]
+
+
+@kernel
+def draft_row(
+    sources: tuple[Links, ...],
+    skipped: NodeArray,
+    weights: NDArray[np.float64],
+    query_start: int,
+    query_end: int,
+    max_hits: int,
+    recency: float,
+    matches: Matches,
+    by_length: NDArray[np.float64],
+    smoothing: float,
+    max_depth: int,
+    tokens: NodeArray,
+    parents: NodeArray,
+    scores: ScoreArray,
+) -> int:
+    """Drafts for one row from all its scopes: `find_matches` in each, then `grow_tree`.
+
+    Args:
+        sources: Arrays of each scope's index, the row's own text first; one without text is passed over.
+        skipped: Region of each scope that is not looked at (first position, end), `[scopes, 2]`, int64.
+        weights: Weight of each scope, `[scopes]`, float64.
+        query_start: Where the row's last tokens begin in its own text.
+        query_end: Where they end.
+        max_hits: See `find_matches`, as for recency and matches.
+        recency: Factor on the weight from one match to the next older one.
+        matches: Room for all matches.
+        by_length: See `grow_tree`, as for all that follow.
+        smoothing: Weight of "none of these".
+        max_depth: Largest depth of a node.
+        tokens: Written, `[nodes]`.
+        parents: Written, `[nodes]`.
+        scores: Written, `[nodes]`.
+
+    Returns:
+        The number of nodes, the root included.
+    """
+    query = sources[0][0][query_start:query_end]
+    count = 0
+    for scope in range(len(sources)):
+        if sources[scope][0].shape[0] > 2:
+            count = find_matches(
+                sources[scope],
+                query,
+                skipped[scope, 0],
+                skipped[scope, 1],
+                max_hits,
+                scope,
+                weights[scope],
+                recency,
+                count,
+                matches,
+            )
+    texts = (sources[0][0], sources[1][0], sources[2][0], sources[3][0], sources[4][0])
+    return int(grow_tree(texts, matches, count, by_length, smoothing, max_depth, tokens, parents, scores))

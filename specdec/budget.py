@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from specdec.kernels import Floats, Ints, best_size, count_accepted, host_array, seconds_of
 from specdec.target import TargetModel
 from specdec.tree import NODE_BUCKETS, TokenTree, bucket_of
 
@@ -52,12 +51,18 @@ class StepTimes:
                 if time.perf_counter() - start > patience and len(self.seconds) > 1:
                     return
 
-    def of(self, nodes: Any) -> Any:
-        """Seconds of a pass over a tree of this size (or of each of these sizes); some size must have been measured."""
-        known = sorted(self.seconds)
+    def known(self) -> tuple[Ints, Floats]:
+        """Node counts that were measured, ascending, and their seconds, `[sizes]` each."""
+        sizes = sorted(self.seconds)
+        times = [self.seconds[n] for n in sizes]
         # A larger tree cannot be cheaper; where it seems so, the smaller one's time had noise, which only ever adds.
-        times = np.minimum.accumulate([self.seconds[n] for n in reversed(known)])[::-1]
-        return np.interp(np.log2(nodes), np.log2(known), times)
+        for i in range(len(times) - 2, -1, -1):
+            times[i] = min(times[i], times[i + 1])
+        return np.array(sizes), np.array(times)
+
+    def of(self, nodes: int) -> float:
+        """Seconds of a pass over a tree of this size; some size must have been measured."""
+        return float(seconds_of(nodes, *self.known()))
 
     def update(self, nodes: int, seconds: float) -> None:
         """Takes in the time of a real pass."""
@@ -90,8 +95,8 @@ class Budget:
             raise ValueError(f"max_nodes={max_nodes} is not allowed; use one of {', '.join(map(str, NODE_BUCKETS))}")
         self.max_nodes = max_nodes
         self.fixed = fixed
-        self.tried: NDArray[np.float64] = np.zeros(SCORE_BINS)
-        self.hit: NDArray[np.float64] = np.zeros(SCORE_BINS)
+        self.tried: Floats = np.zeros(SCORE_BINS)
+        self.hit: Floats = np.zeros(SCORE_BINS)
         self._times: dict[int, StepTimes] = {}
 
     def is_ready(self, rows: int) -> bool:
@@ -120,28 +125,12 @@ class Budget:
         times = self._times.get(_size(len(tree.tokens)))
         if self.fixed or times is None or tree.num_nodes == 1 or tree.scores is None:
             return tree
-        gain = self._path_probabilities(tree).sum(0).cumsum()  # [N], expected accepted tokens of all rows
-        rows = len(tree.tokens)
-        sizes = np.array([n for n in times.buckets if n < tree.num_nodes] + [tree.num_nodes])
-        best = int(sizes[np.argmax((rows + gain[sizes - 1]) / times.of(sizes))])
+        parents, scores = host_array(tree.parents), host_array(tree.scores)
+        best = best_size(parents, scores, self.tried, self.hit, PRIOR_WEIGHT, *times.known())
         if best == 1:
             self.tried *= IDLE_DECAY
             self.hit *= IDLE_DECAY
         return tree.first(best)
-
-    def _path_probabilities(self, tree: TokenTree) -> NDArray[np.float64]:
-        """Probability that each draft node is accepted, `[batch, nodes]`; zero at root and padding."""
-        assert tree.scores is not None
-        scores, parents = tree.scores.cpu().numpy(), tree.parents.cpu().numpy()
-        rate = (self.hit + PRIOR_WEIGHT * (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS) / (self.tried + PRIOR_WEIGHT)
-        log_path = np.log(np.interp(scores, (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS, rate).clip(1e-6, 1.0))
-        log_path[:, 0] = 0.0
-        # Each node's sum over its path, doubling the stretch summed up so far; the root is its own parent.
-        above = parents.clip(min=0) + np.arange(len(parents))[:, None] * parents.shape[1]
-        for _ in range(parents.shape[1].bit_length()):
-            log_path += log_path.take(above)
-            above = above.take(above)
-        return np.where(parents >= 0, np.exp(log_path), 0.0)
 
     def observe(self, tree: TokenTree, accepted: list[list[int]]) -> None:
         """Counts which nodes were accepted where their parent had been.
@@ -152,15 +141,12 @@ class Budget:
         """
         if tree.num_nodes == 1 or tree.scores is None:
             return
-        self.tried *= DECAY
-        self.hit *= DECAY
-        parents, scores = tree.parents.cpu().numpy(), tree.scores.cpu().numpy()
-        bins = np.clip((scores * SCORE_BINS).astype(np.int64), 0, SCORE_BINS - 1)
+        accepted_nodes = np.zeros(tree.parents.shape, np.bool_)
+        accepted_nodes[:, 0] = True
         for row, nodes in enumerate(accepted):
-            tested = np.isin(parents[row], [0, *nodes])
-            self.tried += np.bincount(bins[row][tested], minlength=SCORE_BINS)
-            if nodes:
-                self.hit += np.bincount(bins[row][nodes], minlength=SCORE_BINS)
+            accepted_nodes[row, nodes] = True
+        parents, scores = host_array(tree.parents), host_array(tree.scores)
+        count_accepted(parents, scores, accepted_nodes, self.tried, self.hit, DECAY)
 
     def record(self, rows: int, nodes: int, seconds: float) -> None:
         """Takes in the time a step took, from target pass to accepted tokens."""

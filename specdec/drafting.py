@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.hidden_states import HiddenStates
 from specdec.report import SpeculationReport
@@ -59,11 +57,11 @@ class GuardedDrafter:
         if tree is None or tree.num_nodes == 1:
             return None
         # Beyond the length limit there may be no position for a token.
-        return tree.up_to_depth(torch.tensor(context.max_depth, device=tree.tokens.device))
+        return tree.up_to_depth(context.max_depth)
 
     def observe(self, sequences: Sequences, rows: Sequence[int], tree: TokenTree, accepted: list[list[int]]) -> None:
         """Tells the drafter what became of a tree."""
-        if self.drafter is not None:
+        if self.drafter is not None and type(self.drafter).observe is not Drafter.observe:
             self._call("observe", self._context(sequences, rows), Step(list(rows), tree, [len(a) for a in accepted]))
 
     def finish(self, sequences: Sequences) -> None:

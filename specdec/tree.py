@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from specdec.kernels import ancestors_and_depths, host_array, is_valid
 
 NODE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Node counts a target pass may have, so that shapes are few and a step can be captured."""
@@ -105,11 +106,13 @@ class TokenTree:
     def ancestor_mask(self) -> Tensor:
         """`mask[b, i, j]`: node j is node i or one of its ancestors, `[batch, nodes, nodes]`, bool.
 
-        Padding nodes see the root and themselves. Found by pointer doubling: log2(nodes) matrix products.
+        Padding nodes see the root and themselves. On a device by pointer doubling: log2(nodes) matrix products.
         """
         batch, nodes = self.tokens.shape
         if nodes == 1:
             return self.tokens.new_ones((batch, 1, 1), dtype=torch.bool)
+        if self.tokens.device.type == "cpu":
+            return self._ancestors_and_depths[0]
         index = torch.arange(nodes, device=self.tokens.device)
         # A step leads to the node itself, to its parent, and to the root.
         reach = ((self.parents[:, :, None] == index) | (index[:, None] == index)).float()
@@ -125,7 +128,14 @@ class TokenTree:
         """Distance from the root, `[batch, nodes]`, int64. Padding nodes have depth 1."""
         if self.num_nodes == 1:
             return torch.zeros_like(self.tokens)
+        if self.tokens.device.type == "cpu":
+            return self._ancestors_and_depths[1]
         return self.ancestor_mask.sum(-1) - 1
+
+    @cached_property
+    def _ancestors_and_depths(self) -> tuple[Tensor, Tensor]:
+        mask, depths = ancestors_and_depths(host_array(self.parents))
+        return torch.from_numpy(mask), torch.from_numpy(depths)
 
     @cached_property
     def deepest(self) -> int:
@@ -143,21 +153,18 @@ class TokenTree:
         if nodes >= self.num_nodes:
             return self
         cut = slice(0, nodes)
-        tree = TokenTree(
+        return TokenTree(
             self.tokens[:, cut],
             self.parents[:, cut],
             None if self.scores is None else self.scores[:, cut],
             None if self.draft_probs is None else self.draft_probs[:, cut],
         )
-        if "ancestor_mask" in self.__dict__:
-            tree.__dict__["ancestor_mask"] = self.ancestor_mask[:, cut, cut]
-        return tree
 
-    def up_to_depth(self, limits: Tensor) -> TokenTree:
+    def up_to_depth(self, limits: Sequence[int]) -> TokenTree:
         """The tree with padding in place of the nodes deeper than each row's limit, `[batch]`. Waits for the device."""
-        if self.num_nodes <= int(limits.min()) + 1:  # not even a chain would be deeper
+        if self.num_nodes <= min(limits) + 1:  # not even a chain would be deeper
             return self
-        is_deeper = self.depths > limits[:, None]
+        is_deeper = self.depths > torch.tensor(limits, device=self.tokens.device)[:, None]
         if not bool(is_deeper.any()):
             return self
         return TokenTree(self.tokens, self.parents.masked_fill(is_deeper, -1), self.scores, self.draft_probs)
@@ -191,11 +198,12 @@ class TokenTree:
         """
         if self.tokens.dtype != torch.int64 or self.parents.dtype != torch.int64:
             raise ValueError(f"tokens and parents must be int64, got {self.tokens.dtype} and {self.parents.dtype}")
-        tokens, parents = self.tokens.cpu().numpy(), self.parents.cpu().numpy()
+        tokens, parents = host_array(self.tokens), host_array(self.parents)
+        if is_valid(tokens, parents, vocab_size):
+            return
         if tokens.min() < 0 or tokens.max() >= vocab_size:
             raise ValueError(f"draft tokens must be in [0, {vocab_size}), got {tokens.min()} to {tokens.max()}")
-        if (parents >= np.arange(self.num_nodes)).any() or parents.min() < -1:
-            raise ValueError("every parent must stand before its child; parents[:, 0] must be -1, as at padding")
+        raise ValueError("every parent must stand before its child; parents[:, 0] must be -1, as at padding")
 
     def padded_to(self, nodes: int) -> TokenTree:
         """The same tree with padding nodes up to a width of `nodes`."""

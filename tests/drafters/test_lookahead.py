@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from specdec.drafters.base import DraftContext
-from specdec.drafters.lookahead import LookaheadDrafter, find_matches, grow_tree
+from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngram_index import append_tokens
+from specdec.drafters.trie_growth import draft_row
 from tests.drafters.lookahead_calls import WordTokenizer, call, context, paths, proposed
 
 
@@ -280,5 +281,5 @@ def test_each_kernel_is_compiled_for_one_set_of_types(tmp_path: Path) -> None:
     everything = DraftContext([0, 2], [frozen[::2], frozen], [1, 1], [9, 9])
     drafter.start(everything)
     drafter.propose(everything, 8)
-    for compiled in (append_tokens, find_matches, grow_tree):
+    for compiled in (append_tokens, draft_row):
         assert len(getattr(compiled, "signatures", [1])) == 1

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from specdec.drafters.ngram_index import SEPARATOR, NgramIndex, find_matches, kernel, room_for_matches
+from specdec.drafters.ngram_index import SEPARATOR, NgramIndex, find_matches, room_for_matches
 from specdec.drafters.peer_outputs import PeerOutputs
 from specdec.drafters.trie_growth import grow_tree
 
@@ -250,22 +250,6 @@ def test_peers_grow_side_by_side_and_skip_their_own_region() -> None:
         assert found(peers, query) == [(first + 33, 2)]
         matches = room_for_matches(8)
         assert find_matches(peers.links, query, first, end, 2, 0, 1.0, 1.0, 0, matches) == 0
-
-
-def test_without_a_folder_to_cache_in_kernels_compile_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    njit = numba.njit
-
-    def without_cache(*args: object, cache: bool = False, **kwargs: object) -> object:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(*args, **kwargs)
-
-    monkeypatch.setattr(numba, "njit", without_cache)
-
-    def double(value: int) -> int:
-        return 2 * value
-
-    assert kernel(double)(21) == 42
 
 
 def uncompiled(name: str) -> ModuleType:

@@ -1,0 +1,156 @@
+"""Hot loops on the host, compiled with Numba; with NUMBA_DISABLE_JIT=1 they run as Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def kernel(function: Function) -> Function:
+    """Compiles a hot loop with Numba, cached on disk where a folder for that can be written."""
+    try:
+        return cast(Function, numba.njit(cache=True, nogil=True)(function))
+    except RuntimeError:  # "cannot cache function": neither __pycache__ nor the user's cache folder is writable
+        return cast(Function, numba.njit(nogil=True)(function))
+
+
+def kernel_part(function: Function) -> Function:
+    """A function for kernels to call. Numba copies it into them: passing arrays on would count references each time."""
+    return cast(Function, numba.njit(inline="always")(function))
+
+
+def host_array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's values as kernels take them: contiguous, so that they are compiled once. Waits for the device."""
+    return np.ascontiguousarray(tensor.cpu().numpy())
+
+
+@kernel
+def ancestors_and_depths(parents: Ints) -> tuple[Bools, Ints]:
+    """Which nodes stand above each node, and how many.
+
+    Args:
+        parents: `[batch, nodes]`, every parent before its child; -1 at roots and padding.
+
+    Returns:
+        `[batch, nodes, nodes]`, true at the node itself, its ancestors and the root, and depths `[batch, nodes]`.
+    """
+    batch, nodes = parents.shape
+    above = np.zeros((batch, nodes, nodes), np.bool_)
+    depths = np.zeros((batch, nodes), np.int64)
+    for row in range(batch):
+        above[row, 0, 0] = True
+        for node in range(1, nodes):
+            parent = max(parents[row, node], 0)
+            above[row, node] = above[row, parent]
+            above[row, node, node] = True
+            depths[row, node] = depths[row, parent] + 1
+    return above, depths
+
+
+@kernel
+def is_valid(tokens: Ints, parents: Ints, vocab_size: int) -> bool:
+    """Whether all tokens are below `vocab_size` and every parent stands before its child, `[batch, nodes]` each."""
+    for row in range(tokens.shape[0]):
+        for node in range(tokens.shape[1]):
+            if not (0 <= tokens[row, node] < vocab_size and -1 <= parents[row, node] < node):
+                return False
+    return True
+
+
+@kernel_part
+def calibrated(score: float, rates: Floats) -> float:
+    """A score's rate of acceptance, between those of the two nearest bins."""
+    bins = rates.shape[0]
+    at = min(max(score * bins - 0.5, 0.0), bins - 1.0)
+    low = min(int(at), bins - 2)
+    return float(min(max(rates[low] + (at - low) * (rates[low + 1] - rates[low]), 1e-6), 1.0))
+
+
+@kernel_part
+def seconds_of(nodes: int, known: Ints, seconds: Floats) -> float:
+    """Time of a pass over `nodes` nodes: interpolated over the logarithm of the node count between what is known."""
+    if nodes <= known[0]:
+        return float(seconds[0])
+    for i in range(1, known.shape[0]):
+        if nodes <= known[i]:
+            share = np.log2(nodes / known[i - 1]) / np.log2(known[i] / known[i - 1])
+            return float(seconds[i - 1] + share * (seconds[i] - seconds[i - 1]))
+    return float(seconds[-1])
+
+
+@kernel
+def best_size(
+    parents: Ints, scores: NDArray[np.float32], tried: Floats, hit: Floats, prior: float, known: Ints, seconds: Floats
+) -> int:
+    """How many of a tree's first nodes make the most tokens per second.
+
+    Args:
+        parents: `[batch, nodes]`.
+        scores: The drafter's P(accepted | parent accepted), `[batch, nodes]`.
+        tried: Drafts whose parent was accepted, by bin of their score, `[bins]`.
+        hit: Those among them that were accepted, `[bins]`.
+        prior: How many drafts a score is worth against the counts.
+        known: Node counts whose time is known, ascending, `[sizes]`.
+        seconds: Their times, never falling, `[sizes]`.
+
+    Returns:
+        One of the known sizes, or all nodes.
+    """
+    batch, nodes = parents.shape
+    bins = tried.shape[0]
+    rates = (hit + prior * (np.arange(bins) + 0.5) / bins) / (tried + prior)
+    gain = np.zeros(nodes)
+    path = np.ones(nodes)
+    for row in range(batch):
+        for node in range(1, nodes):
+            parent = parents[row, node]
+            path[node] = path[parent] * calibrated(scores[row, node], rates) if parent >= 0 else 0.0
+            gain[node] += path[node]
+    best, best_rate = 1, batch / seconds_of(1, known, seconds)
+    tokens = float(batch)
+    bucket = 0
+    for size in range(2, nodes + 1):
+        tokens += gain[size - 1]
+        while bucket < known.shape[0] and known[bucket] < size:
+            bucket += 1
+        if size == nodes or (bucket < known.shape[0] and known[bucket] == size):
+            rate = tokens / seconds_of(size, known, seconds)
+            if rate > best_rate:
+                best, best_rate = size, rate
+    return best
+
+
+@kernel
+def count_accepted(
+    parents: Ints, scores: NDArray[np.float32], accepted: Bools, tried: Floats, hit: Floats, decay: float
+) -> None:
+    """Adds the drafts whose parent was accepted to the decayed counts `tried` and `hit`, by bin of their score.
+
+    Args:
+        parents: `[batch, nodes]`.
+        scores: `[batch, nodes]`.
+        accepted: Which nodes were accepted, roots included, `[batch, nodes]`.
+        tried: Changed, `[bins]`.
+        hit: Changed, `[bins]`.
+        decay: Factor on the counts so far.
+    """
+    bins = tried.shape[0]
+    tried *= decay
+    hit *= decay
+    for row in range(parents.shape[0]):
+        for node in range(1, parents.shape[1]):
+            if parents[row, node] >= 0 and accepted[row, parents[row, node]]:
+                score_bin = min(max(int(scores[row, node] * bins), 0), bins - 1)
+                tried[score_bin] += 1.0
+                if accepted[row, node]:
+                    hit[score_bin] += 1.0
