@@ -2,3 +2,8 @@
 
 if not __name__.startswith("specdec."):
     raise ImportError("import it as specdec.heads: 'heads' alone is not a package of this project")
+
+from specdec.heads.calibration import HeadCalibration
+from specdec.heads.medusa import MedusaConfig, MedusaHeads
+
+__all__ = ["HeadCalibration", "MedusaConfig", "MedusaHeads"]

@@ -1,0 +1,41 @@
+"""Sizes of Medusa heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VERSIONS = ("1", "2")
+"""Version 1 heads have a projection to the vocabulary each, version 2 heads share the target's output embedding."""
+
+
+@dataclass
+class MedusaConfig:
+    """Sizes and kind of a set of Medusa heads.
+
+    Args:
+        hidden_size: Width of what the target's output embedding is given.
+        vocab_size: Rows of the target's output embedding, padding included. None: the checkpoint does not say; known
+            once the heads are bound to a model.
+        num_heads: Head k, counted from 1, predicts the token k places after the one that the target picks.
+        num_layers: Residual layers in each head.
+        version: `"1"` or `"2"`.
+        base_model_name_or_path: The target they were trained for, for information.
+    """
+
+    hidden_size: int
+    vocab_size: int | None
+    num_heads: int = 4
+    num_layers: int = 1
+    version: str = "2"
+    base_model_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        self.version = str(self.version)
+        if self.version not in VERSIONS:
+            raise ValueError(f"version={self.version!r} is not a kind of Medusa head; use one of '1', '2'")
+        if self.version == "1" and self.vocab_size is None:
+            raise ValueError("vocab_size=None with version='1': heads with projections of their own need a size")
+        for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a positive integer")
