@@ -53,8 +53,8 @@ python examples/embedded/train.py export
 """
 
 
-def held_out_prompts(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, str]]:
-    """The first tokens of functions and classes of held-out files, cut in the middle of the body.
+def cut_prompts(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, str]]:
+    """The first tokens of functions and classes, cut in the middle of the body.
 
     Returns:
         `{"id": path:line, "prompt": text}`, at most two of a file; the same on every run.

@@ -124,9 +124,18 @@ def export_command(
     for which in models or SHAPES:
         if (work / which / "checkpoint.pt").exists():
             print(exporting.export_model(which, work, out / which, tokenizer, held_out, only_if_better))
-    prompts = exporting.held_out_prompts(corpora.read_jsonl(work / "heldout.jsonl"), tokenizer)
+    prompts = exporting.cut_prompts(corpora.read_jsonl(work / "heldout.jsonl"), tokenizer)
     exporting.write_prompts(prompts, out / "heldout.jsonl")
     print(f"{len(prompts)} prompts in {out / 'heldout.jsonl'}")
+
+
+@app.command("prompts")
+def prompts_command(work: WorkOption = WORK) -> None:
+    """Cut prompts out of the training files, for the target to answer: heads are trained on its own answers."""
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "target")
+    prompts = exporting.cut_prompts(corpora.read_jsonl(work / "train.jsonl"), tokenizer)
+    exporting.write_prompts(prompts, work / "prompts.jsonl")
+    print(f"{len(prompts)} prompts in {work / 'prompts.jsonl'}")
 
 
 if __name__ == "__main__":

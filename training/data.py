@@ -1,0 +1,106 @@
+"""From what the user names to windows: examples read or written by the target itself, split, packed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from specdec.training.config import MedusaTrainingConfig
+from specdec.training.distillation import distill
+from specdec.training.examples import load_examples, split
+from specdec.training.packing import pack
+from specdec.training.prompts import load_prompts
+
+DISTILLED_FOLDER = "distilled"
+_DIGESTED = 64
+
+
+@dataclass
+class TrainingData:
+    """Windows, and the examples they are made of.
+
+    Args:
+        train: What is trained on.
+        evaluation: What is not.
+        num_examples: Of both.
+        eval_examples: Those held out.
+        source: Where they come from.
+    """
+
+    train: Any
+    evaluation: Any
+    num_examples: int
+    eval_examples: Sequence[Any]
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """Tells other data from these."""
+        found = hashlib.blake2b(str(len(self.train)).encode(), digest_size=8)
+        for number in np.linspace(0, len(self.train) - 1, min(_DIGESTED, len(self.train)), dtype=int):
+            found.update(np.array(self.train[int(number)]["input_ids"], np.int64).tobytes())
+        return found.hexdigest()
+
+
+def read_examples(config: MedusaTrainingConfig, source: str, tokenizer: Any) -> Any:
+    """All examples of a source."""
+    if config.prompts is not None:  # the other settings chose the prompts; of the answers all are used
+        return load_examples(source, tokenizer)
+    return load_examples(
+        source,
+        tokenizer,
+        split=config.split,
+        text_field=config.text_field,
+        limit=config.limit,
+        seed=config.seed,
+        chat_template=config.chat_template,
+    )
+
+
+def windows_of(config: MedusaTrainingConfig, source: str, tokenizer: Any) -> TrainingData:
+    """Reads, splits and packs.
+
+    Raises:
+        ValueError: There is nothing to train on, or nothing to hold out.
+    """
+    examples = read_examples(config, source, tokenizer)
+    train, held_out = split(examples, config.eval_fraction, config.seed)
+    if not len(train) or not len(held_out):
+        raise ValueError(
+            f"{source} has {len(examples)} examples, too few to hold out a share of {config.eval_fraction}; "
+            "name more data, or a larger eval_fraction"
+        )
+    evaluation = pack(held_out, config.window, config.seed)
+    evaluation = evaluation.select(range(min(len(evaluation), config.eval_windows)))
+    return TrainingData(pack(train, config.window, config.seed), evaluation, len(examples), held_out, source)
+
+
+def self_distilled(config: MedusaTrainingConfig, model: Any, tokenizer: Any, console: Console | None) -> str:
+    """Lets the target answer the prompts, through specdec; returns the folder of the answers."""
+    prompts = load_prompts(
+        config.prompts or "",
+        tokenizer,
+        split=config.split,
+        text_field=config.text_field,
+        limit=config.limit,
+        seed=config.seed,
+        chat_template=config.chat_template,
+    )
+    report = distill(
+        model,
+        tokenizer,
+        prompts,
+        Path(config.output) / DISTILLED_FOLDER,
+        max_new_tokens=config.distill_tokens,
+        temperature=config.distill_temperature,
+        batch_size=config.distill_batch,
+        seed=config.seed,
+        console=console,
+    )
+    return str(report.folder)

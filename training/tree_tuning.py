@@ -1,0 +1,219 @@
+"""How good heads are at the target's own picks, how long its passes take here, and the tree that follows from both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from specdec.api import accelerate
+from specdec.budget import Budget, StepTimes
+from specdec.drafters.medusa import MedusaDrafter, default_accuracies
+from specdec.heads import HeadCalibration, MedusaHeads
+from specdec.heads.tree_choice import best_tree, expected_tokens, measured_tokens
+from specdec.target import TargetModel
+from specdec.training.hidden_states import FinalHiddenStates
+from specdec.training.losses import IGNORED, medusa_targets
+from specdec.tree import NODE_BUCKETS, TokenTree
+
+LOGIT_VALUES = 2**24
+"""Logits that are computed at once."""
+TIMED_TOKENS = 8
+TIMED_PROMPT = 512
+"""Longest prompt behind which passes are timed."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The best tree of one size.
+
+    Args:
+        nodes: Its size, the root included; 1 is plain decoding.
+        tree: Paths of ranks.
+        expected: Tokens per pass if heads are right independently of each other.
+        measured: Tokens per pass on the measured positions.
+        default: The same of the tree that would be used if the heads had not been measured.
+        seconds: Time of a pass, the drafting included.
+    """
+
+    nodes: int
+    tree: list[list[int]]
+    expected: float
+    measured: float
+    default: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """What it comes to."""
+        return self.measured / self.seconds
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The outcome.
+
+    Args:
+        calibration: To be saved beside the heads.
+        candidates: Trees by size, plain decoding first.
+        chosen: The tree with the most tokens per second.
+        draft_seconds: Time of one draft.
+    """
+
+    calibration: HeadCalibration
+    candidates: list[Candidate]
+    chosen: Candidate
+    draft_seconds: float
+
+
+class PassTimer(Budget):
+    """Times the passes of all sizes in the middle of a generation, with more patience than a generation has."""
+
+    times: StepTimes | None = None
+
+    def is_ready(self, rows: int) -> bool:
+        return self.times is not None
+
+    def measure(self, target: TargetModel, roots: Tensor, room: int) -> None:
+        self.times = StepTimes(max(1, min(self.max_nodes, room) if target.lockstep else self.max_nodes))
+        self.times.measure(lambda nodes: target.trial_pass(roots, nodes), patience=30.0)
+
+    def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
+        return tree.first(1)
+
+
+def tune(
+    model: Any,
+    heads: MedusaHeads,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    num_ranks: int = 10,
+    max_nodes: int = 64,
+) -> Tuning:
+    """Finds the tree of ranks with which this device makes the most tokens per second, one row at a time.
+
+    Args:
+        model: The target.
+        heads: Bound to it; their calibration is replaced.
+        examples: Texts that the target wrote, with `input_ids` and, true where the target wrote, `supervised`.
+        num_ranks: Length of each head's list.
+        max_nodes: Largest tree: 2, 4, ... 128.
+
+    Raises:
+        ValueError: The examples are too short, or the model cannot be run ahead.
+    """
+    num_heads = heads.config.num_heads
+    ranks = measure_ranks(model, heads, examples, num_ranks)
+    accuracies = [[float((ranks[:, head] == rank).mean()) for rank in range(num_ranks)] for head in range(num_heads)]
+    heads.calibration = HeadCalibration(accuracies)
+    times, draft_seconds, takes_trees = time_passes(model, heads, examples, max_nodes)
+
+    def tree_of(scores: list[list[float]], nodes: int) -> list[list[int]]:
+        return best_tree(scores if takes_trees else [[head[0]] for head in scores], nodes)
+
+    candidates: list[Candidate] = []
+    for nodes in [n for n in NODE_BUCKETS if n <= max_nodes]:
+        tree = tree_of(accuracies, nodes)
+        default = tree_of(default_accuracies(num_heads, num_ranks), nodes)
+        if nodes > 1 and len(tree) + 1 <= candidates[-1].nodes:
+            break  # no longer path, no further rank
+        candidates.append(
+            Candidate(
+                len(tree) + 1,
+                tree,
+                expected_tokens(accuracies, tree),
+                measured_tokens(ranks, tree),
+                measured_tokens(ranks, default),
+                times.of(len(tree) + 1) + (draft_seconds if nodes > 1 else 0.0),
+            )
+        )
+    if len(candidates) == 1:
+        raise ValueError(f"the heads are never right on {len(ranks)} positions; were they trained for this model?")
+    chosen = max(candidates[1:], key=lambda candidate: candidate.tokens_per_second)
+    seconds = dict(zip(*(array.tolist() for array in times.known()), strict=True))
+    heads.calibration = HeadCalibration(accuracies, chosen.tree, len(ranks), seconds, _device_name(model))
+    return Tuning(heads.calibration, candidates, chosen, draft_seconds)
+
+
+@torch.no_grad()
+def measure_ranks(
+    model: Any, heads: MedusaHeads, examples: Iterable[Mapping[str, Any]], num_ranks: int = 10
+) -> NDArray[np.int64]:
+    """Ranks of the target's own picks in the heads' lists, wherever there is one for each head.
+
+    Args:
+        model: The target.
+        heads: Bound to it.
+        examples: As for `tune`.
+        num_ranks: Length of each head's list.
+
+    Returns:
+        `[positions, heads]`, -1 for a token that is not listed.
+
+    Raises:
+        ValueError: There is no such position.
+    """
+    hidden_states, num_heads = FinalHiddenStates(model), heads.config.num_heads
+    vocab = heads.output_embedding.vocab_size
+    chunk = max(1, LOGIT_VALUES // (num_heads * vocab))
+    found = []
+    for example in examples:
+        ids = torch.tensor([example["input_ids"]], device=model.device)
+        supervised = torch.tensor([example["supervised"]], device=model.device)
+        segments, positions = torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None]
+        targets = medusa_targets(ids, supervised, segments, num_heads)[:, 0]  # [heads + 1, length]
+        known = (targets != IGNORED).all(0)
+        if not bool(known.any()):
+            continue
+        hidden = hidden_states(ids, segments, positions)[0, known]
+        wanted = targets[1:, known]
+        for states, tokens in zip(hidden.split(chunk), wanted.split(chunk, dim=1), strict=True):
+            is_it = heads(states).topk(min(num_ranks, vocab), dim=-1).indices == tokens.to(heads.device)[..., None]
+            rank = torch.where(is_it.any(-1), is_it.int().argmax(-1), -1)  # [heads, positions]
+            found.append(rank.T.cpu().numpy().astype(np.int64))
+    if not found:
+        raise ValueError(f"no answer has the {num_heads + 1} tokens that {num_heads} heads need; let them be longer")
+    return np.concatenate(found)
+
+
+def time_passes(
+    model: Any, heads: MedusaHeads, examples: Sequence[Mapping[str, Any]], max_nodes: int
+) -> tuple[StepTimes, float, bool]:
+    """Times of passes by number of nodes, of one draft in seconds, and whether the model takes branching trees.
+
+    Raises:
+        ValueError: The model cannot be run ahead.
+    """
+    timer = PassTimer(max_nodes)
+    fast = accelerate(model, MedusaDrafter(heads, max_nodes, max_rest=0), strict=True, budget=timer)
+    if fast.capability.mode == "plain":
+        raise ValueError(f"this model cannot verify drafts: {fast.capability.reason}")
+    ids = torch.tensor([list(examples[0]["input_ids"])[:TIMED_PROMPT]], device=model.device)
+    fast.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max(TIMED_TOKENS, max_nodes if fast.capability.mode == "chain" else 0),
+        min_new_tokens=TIMED_TOKENS,
+        do_sample=False,
+    )
+    if timer.times is None:
+        raise ValueError(f"this call cannot be run ahead: {fast.report.fallback}")
+    return (
+        timer.times,
+        fast.report.seconds["draft"] / (fast.report.num_target_passes - 1),
+        fast.capability.mode == "tree",
+    )
+
+
+def _device_name(model: Any) -> str:
+    from specdec.provenance import hardware
+
+    machine = hardware()
+    return (
+        ", ".join(machine["gpus"]) if model.device.type == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
+    )
