@@ -5,13 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from specdec.tree import TokenTree
+
+if TYPE_CHECKING:
+    from specdec.kernels import Floats, Ints
+    from specdec.sampling import Sampler
 
 
 @dataclass
@@ -29,6 +33,12 @@ class DraftContext:
         device: Where the target runs.
         hidden_states: Per active row what the target's output embedding was given when the row's last token was picked,
             `[rows, hidden]`; None unless the drafter `needs_hidden_states`.
+        sampler: How the target's tokens are picked in this call: its processors, and its noise under sampling. To be
+            read only. None where nothing is generated, as in a replay.
+        is_sampled_from: The verifier compares the target's distribution with the one that drafts were drawn from:
+            they must be drawn at random, and recorded with `draft_probs`.
+        step_seconds: Node counts and seconds of the target's passes at this batch size, ascending, `[sizes]` each;
+            None while they are not measured.
     """
 
     rows: list[int]
@@ -37,6 +47,9 @@ class DraftContext:
     max_depth: list[int]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     hidden_states: torch.Tensor | None = None
+    sampler: Sampler | None = None
+    is_sampled_from: bool = False
+    step_seconds: tuple[Ints, Floats] | None = None
 
 
 @dataclass

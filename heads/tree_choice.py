@@ -29,7 +29,7 @@ def best_tree(accuracies: Sequence[Sequence[float]], nodes: int) -> list[list[in
     Returns:
         At most `nodes - 1` paths, best first; ranks that are never right are left out.
     """
-    orders = [sorted(range(len(ranks)), key=lambda rank, ranks=ranks: (-ranks[rank], rank)) for ranks in accuracies]
+    orders = [np.argsort(-np.asarray(ranks, np.float64), kind="stable").tolist() for ranks in accuracies]
     tree: list[list[int]] = []
     heap: list[tuple[float, int, tuple[int, ...], float]] = []  # (-product, age, places in `orders`, product above)
 

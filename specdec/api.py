@@ -6,21 +6,21 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from specdec.budget import Budget
 from specdec.capability import Capability, check_mode, probe
-from specdec.drafters import DRAFTERS
+from specdec.drafters import DRAFTERS, DraftModelDrafter
 from specdec.drafters.base import Drafter
 from specdec.generation import Speculation
 from specdec.report import SpeculationReport
 from specdec.verifiers import VERIFIERS
 from specdec.verifiers.base import Verifier
 
-DrafterLike = str | Drafter | Sequence[str | Drafter] | None
+DrafterLike = str | Drafter | PreTrainedModel | Sequence[str | Drafter | PreTrainedModel] | None
 RETURN_SELF = frozenset({"to", "cuda", "cpu", "eval", "train", "float", "half", "bfloat16", "requires_grad_"})
 
 
@@ -38,7 +38,7 @@ def accelerate(
 
     Args:
         model: A transformers causal LM, or a PEFT model around one. It is not changed.
-        drafter: `"lookahead"`, `"auto"`, a `Drafter`, or None for drafting off.
+        drafter: `"lookahead"`, `"auto"`, a `Drafter`, a smaller model with the same tokenizer, or None for drafting off.
         verifier: `"exact"` or a `Verifier`.
         strict: Raise a drafter's errors instead of going on without it.
         max_nodes: Largest token tree per target pass, root included: 1, 2, 4, ... 128.
@@ -53,8 +53,6 @@ def accelerate(
         ValueError: A name or a setting is not known, or the model cannot generate.
     """
     _check_model(model)
-    if isinstance(drafter, PreTrainedModel):
-        _refuse_draft_model(model, drafter)
     fast = SpeculativeModel(model, _speculation(drafter, verifier, strict, max_nodes, capability, budget))
     if fast.drafter is not None:
         fast.drafter.bind(_unwrapped(model))
@@ -102,7 +100,7 @@ def _speculation(
 
 
 def resolve_drafter(drafter: DrafterLike) -> Drafter | None:
-    """A drafter from its name, or the drafter itself.
+    """A drafter from its name, one that asks a draft model, or the drafter itself.
 
     Raises:
         ValueError: The name is not known.
@@ -110,6 +108,8 @@ def resolve_drafter(drafter: DrafterLike) -> Drafter | None:
     """
     if drafter is None or isinstance(drafter, Drafter):
         return drafter
+    if isinstance(drafter, PreTrainedModel):
+        return DraftModelDrafter(drafter)
     if isinstance(drafter, str):
         if drafter not in DRAFTERS:
             known = ", ".join(map(repr, DRAFTERS))
@@ -141,19 +141,6 @@ def resolve_verifier(verifier: Any) -> Verifier:
     if isinstance(verifier, type) and issubclass(verifier, Verifier):
         raise TypeError(f"verifier={verifier.__name__} is a class; pass an instance: {verifier.__name__}()")
     raise TypeError(f"verifier must be a name ({', '.join(map(repr, VERIFIERS))}) or a Verifier, not {verifier!r}")
-
-
-def _refuse_draft_model(model: Any, draft_model: PreTrainedModel) -> NoReturn:
-    sizes = [m.config.get_text_config().vocab_size for m in (model, draft_model)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"drafter is a {type(draft_model).__name__} with a vocabulary of {sizes[1]} tokens, the model's has "
-            f"{sizes[0]}: a draft model must have the target's tokenizer"
-        )
-    raise TypeError(
-        f"drafter is a {type(draft_model).__name__}, and a model is not a drafter by itself; "
-        f"use one of {', '.join(map(repr, DRAFTERS))}, or a Drafter of your own that calls it"
-    )
 
 
 def _unwrapped(model: Any) -> Any:

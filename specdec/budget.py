@@ -20,6 +20,11 @@ IDLE_DECAY = 0.995
 """Forgetting per step without a draft, so that drafting is tried again when the text has changed."""
 PRIOR_WEIGHT = 4.0
 """How many observations the drafter's own score is worth against what was counted."""
+PATIENCE = 4
+"""Drafts in a row that may promise less than they cost before drafting rests."""
+TRIAL_SHARE = 0.01
+"""Share of the time that goes into drafts while drafting does not pay, to see when it does again."""
+LONGEST_REST = 64
 
 
 class StepTimes:
@@ -98,10 +103,27 @@ class Budget:
         self.tried: Floats = np.zeros(SCORE_BINS)
         self.hit: Floats = np.zeros(SCORE_BINS)
         self._times: dict[int, StepTimes] = {}
+        self._losses = 0
+        self._rest = 0
+
+    def nodes_to_draft(self) -> int:
+        """How large a tree the drafter is asked for now: one node while drafting rests, because it does not pay.
+
+        Rests are so long that a drafter that is of no use costs `TRIAL_SHARE` of the time.
+        """
+        if self._rest > 0:
+            self._rest -= 1
+            return 1
+        return self.max_nodes
 
     def is_ready(self, rows: int) -> bool:
         """Whether the step times at this batch size are known (or not needed)."""
         return self.fixed or _size(rows) in self._times
+
+    def step_seconds(self, rows: int) -> tuple[Ints, Floats] | None:
+        """Node counts and seconds of a target pass at this batch size, `[sizes]` each; None while not measured."""
+        times = self._times.get(_size(rows))
+        return None if times is None or not times.seconds else times.known()
 
     def measure(self, target: TargetModel, roots: Tensor, room: int) -> None:
         """Finds the step times at the current batch size; measures them the first time this model is seen with it.
@@ -119,14 +141,24 @@ class Budget:
             known[size].measure(lambda nodes: target.trial_pass(roots, nodes))
         self._times[size] = known[size]
 
-    def choose(self, tree: TokenTree) -> TokenTree:
-        """The part of a proposal that is worth a target pass; the root alone when none is."""
+    def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
+        """The part of a proposal that is worth a target pass; the root alone when none is.
+
+        Args:
+            tree: The proposal, best nodes first.
+            spent: Seconds that drafting it took: the dearer it was, the more of it should be made of it.
+        """
         tree = tree.first(self.max_nodes)
         times = self._times.get(_size(len(tree.tokens)))
         if self.fixed or times is None or tree.num_nodes == 1 or tree.scores is None:
             return tree
         parents, scores = host_array(tree.parents), host_array(tree.scores)
-        best = best_size(parents, scores, self.tried, self.hit, PRIOR_WEIGHT, *times.known())
+        known = times.known()
+        best, tokens = best_size(parents, scores, self.tried, self.hit, PRIOR_WEIGHT, *known, float(spent))
+        plain = seconds_of(1, *known)
+        self._losses = 0 if tokens * plain > len(parents) * (seconds_of(best, *known) + spent) else self._losses + 1
+        if self._losses >= PATIENCE:
+            self._rest = min(int(spent / (TRIAL_SHARE * plain)), LONGEST_REST)
         if best == 1:
             self.tried *= IDLE_DECAY
             self.hit *= IDLE_DECAY

@@ -82,14 +82,16 @@ class Decoder:
 
     def _propose(self) -> TokenTree:
         """The next tree: the drafter's, cut to what is worth verifying, or the roots alone."""
-        tree = self.drafter.propose(self.sequences, self.rows, self.budget.max_nodes)
+        started = time.perf_counter()
+        tree = self.drafter.propose(self.sequences, self.rows, self.budget.nodes_to_draft())
+        spent = time.perf_counter() - started
         if tree is None:
             self.report.count_pass([0] * len(self.rows))
             return TokenTree.root_only(self.sequences.roots(self.rows))
         if not self.budget.is_ready(len(self.rows)):
             with self.report.timed("calibrate"):
                 self.budget.measure(self.target, self.sequences.roots(self.rows), self._least_room())
-        tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree)
+        tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent)
         # Few shapes, so that a pass can be captured. Padding of a chain would stand at positions that may not exist.
         if self.sequences.device.type != "cpu" and not self.target.lockstep:
             tree = tree.padded_to(bucket_of(tree.num_nodes))

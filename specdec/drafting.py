@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from specdec.budget import Budget
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.hidden_states import HiddenStates
 from specdec.report import SpeculationReport
+from specdec.sampling import Sampler
 from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 
@@ -26,6 +28,9 @@ class GuardedDrafter:
         report: Takes the error.
         strict: Raise a drafter's errors instead.
         hidden_states: The target's, for a drafter that needs them.
+        sampler: How the target's tokens are picked.
+        is_sampled_from: See `DraftContext`.
+        budget: Knows how long a target pass takes.
     """
 
     def __init__(
@@ -35,12 +40,18 @@ class GuardedDrafter:
         report: SpeculationReport,
         strict: bool,
         hidden_states: HiddenStates | None = None,
+        sampler: Sampler | None = None,
+        is_sampled_from: bool = False,
+        budget: Budget | None = None,
     ) -> None:
         self.drafter = drafter
         self.vocab_size = vocab_size
         self.report = report
         self.strict = strict
         self.hidden_states = hidden_states
+        self.sampler = sampler
+        self.is_sampled_from = is_sampled_from
+        self.budget = budget
 
     def start(self, sequences: Sequences, rows: Sequence[int]) -> None:
         """Tells the drafter that a call begins."""
@@ -77,6 +88,9 @@ class GuardedDrafter:
             max_depth=[sequences.room(row) - 1 for row in rows],
             device=sequences.device,
             hidden_states=self.hidden_states.of_rows if self.hidden_states is not None else None,
+            sampler=self.sampler,
+            is_sampled_from=self.is_sampled_from,
+            step_seconds=self.budget.step_seconds(len(rows)) if self.budget is not None else None,
         )
 
     def _call(self, method: str, *args: Any) -> Any:

@@ -177,13 +177,22 @@ class Speculation:
         noise = NoiseQueue(len(input_ids), input_ids.device) if config.do_sample else None
         keep_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
         pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
+        sampler = Sampler(processors, config.do_sample, sequences, noise, keep_scores)
+        is_sampled_from = self.verifier.guarantee == "distribution" and config.do_sample
         decoder = Decoder(
             target=target,
             drafter=GuardedDrafter(
-                self.drafter, embedding_rows(target.model), report, self.strict, target.hidden_states
+                self.drafter,
+                embedding_rows(target.model),
+                report,
+                self.strict,
+                target.hidden_states,
+                sampler,
+                is_sampled_from,
+                self.budget,
             ),
             verifier=self.verifier,
-            sampler=Sampler(processors, config.do_sample, sequences, noise, keep_scores),
+            sampler=sampler,
             stop=StopRule(criteria, sequences),
             budget=self.budget,
             sequences=sequences,
@@ -196,7 +205,7 @@ class Speculation:
         finally:
             generated = [sequences.num_generated(row) for row in range(len(sequences))]
             report.num_generated_tokens = sum(generated)
-            if noise is not None:
+            if noise is not None and not is_sampled_from:  # else the next call would repeat draws of the verifier
                 noise.restore(max(generated))
         past = target.finish(sequences, pad)
         output = sequences.output(pad)

@@ -90,8 +90,15 @@ def seconds_of(nodes: int, known: Ints, seconds: Floats) -> float:
 
 @kernel
 def best_size(
-    parents: Ints, scores: NDArray[np.float32], tried: Floats, hit: Floats, prior: float, known: Ints, seconds: Floats
-) -> int:
+    parents: Ints,
+    scores: NDArray[np.float32],
+    tried: Floats,
+    hit: Floats,
+    prior: float,
+    known: Ints,
+    seconds: Floats,
+    spent: float = 0.0,
+) -> tuple[int, float]:
     """How many of a tree's first nodes make the most tokens per second.
 
     Args:
@@ -102,9 +109,10 @@ def best_size(
         prior: How many drafts a score is worth against the counts.
         known: Node counts whose time is known, ascending, `[sizes]`.
         seconds: Their times, never falling, `[sizes]`.
+        spent: What drafting took, whatever size is taken.
 
     Returns:
-        One of the known sizes, or all nodes.
+        One of the known sizes, or all nodes; and the tokens expected of it, over all rows.
     """
     batch, nodes = parents.shape
     bins = tried.shape[0]
@@ -116,7 +124,7 @@ def best_size(
             parent = parents[row, node]
             path[node] = path[parent] * calibrated(scores[row, node], rates) if parent >= 0 else 0.0
             gain[node] += path[node]
-    best, best_rate = 1, batch / seconds_of(1, known, seconds)
+    best, best_tokens, best_rate = 1, float(batch), batch / (seconds_of(1, known, seconds) + spent)
     tokens = float(batch)
     bucket = 0
     for size in range(2, nodes + 1):
@@ -124,10 +132,10 @@ def best_size(
         while bucket < known.shape[0] and known[bucket] < size:
             bucket += 1
         if size == nodes or (bucket < known.shape[0] and known[bucket] == size):
-            rate = tokens / seconds_of(size, known, seconds)
+            rate = tokens / (seconds_of(size, known, seconds) + spent)
             if rate > best_rate:
-                best, best_rate = size, rate
-    return best
+                best, best_tokens, best_rate = size, tokens, rate
+    return best, best_tokens
 
 
 @kernel

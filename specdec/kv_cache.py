@@ -37,7 +37,7 @@ class TreeLayer(CacheLayerMixin):
         return self.cache.write(self, key_states, value_states)
 
     def get_seq_length(self) -> int:
-        return self.num_appended if self.cache.is_prefilling else self.cache.width
+        return self.num_appended if self.cache.is_prefilling else self.cache.width + self.cache.staged
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -67,7 +67,8 @@ class TreeCache(Cache):
     Row `b` holds its committed tokens in slots `0 .. lengths[b]` (left padding included, as the prompt came) and node
     `i` of the tree in slot `lengths[b] + i`. Nothing is copied per step: a tree pass writes behind the committed
     tokens, `commit` moves the accepted path forward (only where it is not in place already), and what was rejected is
-    overwritten by the next tree. What a row has beyond its own length must be hidden by the attention mask.
+    overwritten by the next tree. What a row has beyond its own length must be hidden by the attention mask. A tree may
+    also come in several passes, level by level: `stage` keeps the nodes of the passes so far in their slots.
 
     Args:
         layer_types: Per layer `"full_attention"`, `"sliding_attention"`, `"chunked_attention"` or `"dummy"`. Layers
@@ -81,6 +82,7 @@ class TreeCache(Cache):
         super().__init__(layers=layers)
         self.capacity = capacity
         self.lengths: list[int] = []
+        self.staged = 0
         self.is_prefilling = True
         self._layers_of_type = Counter(layer_types) if one_device else Counter()
         self._pools: list[_Pool] = []
@@ -151,7 +153,7 @@ class TreeCache(Cache):
     def _ragged_slots(self, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
         cached = self._slots.get(device)
         if cached is None or cached[1].shape[1] != new:
-            lengths = torch.tensor(self.lengths, device=device)
+            lengths = torch.tensor(self.lengths, device=device) + self.staged
             rows = torch.arange(len(self.lengths), device=device)[:, None]
             cached = self._slots[device] = (rows, lengths[:, None] + torch.arange(new, device=device))
         return cached
@@ -161,6 +163,11 @@ class TreeCache(Cache):
         layers = self.tree_layers()
         self.lengths = [max((layer.num_appended for layer in layers), default=0)] * batch
         self.is_prefilling = False
+
+    def stage(self, nodes: int) -> None:
+        """Keeps the tree's first `nodes` nodes in their slots: the next pass brings the nodes behind them."""
+        self.staged = nodes
+        self._slots.clear()
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps one path of the tree per row and forgets the other nodes.
@@ -182,6 +189,7 @@ class TreeCache(Cache):
                 for tensor in (pool.keys, pool.values):
                     tensor[:, rows, :, new] = tensor[:, rows, :, old]
         self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
+        self.staged = 0
         self._slots.clear()
 
     def keep_rows(self, rows: Sequence[int]) -> None:

@@ -35,14 +35,23 @@ class MaskFormat:
         return self.window is not None or self.chunk is not None
 
     def build(
-        self, tree: TokenTree, lengths: Sequence[int], prompt_mask: Tensor | None, dtype: torch.dtype
+        self,
+        tree: TokenTree,
+        lengths: Sequence[int],
+        prompt_mask: Tensor | None,
+        dtype: torch.dtype,
+        first: int = 0,
     ) -> Tensor | dict[str, Tensor]:
-        """Masks in this format; see `tree_mask` for the arguments and shapes."""
+        """Masks in this format; see `tree_mask` for the arguments and shapes.
+
+        Args:
+            first: Nodes before this one have gone through the model in an earlier pass: no rows for them.
+        """
         masks = {}
         for kind in self.layer_types:
             window = self.window if kind == "sliding_attention" else None
             chunk = self.chunk if kind == "chunked_attention" else None
-            mask = tree_mask(tree, lengths, prompt_mask, window, chunk)
+            mask = tree_mask(tree, lengths, prompt_mask, window, chunk)[:, :, first:]
             if self.additive:
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
             masks[kind] = mask

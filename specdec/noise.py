@@ -55,11 +55,17 @@ class NoiseQueue:
         return self._draws[position - self.first][row]
 
     def forget(self, before: int) -> None:
-        """Frees the draws of positions before `before`; their generator states are freed with them."""
+        """Frees the draws of positions before `before`; their generator states are freed with them.
+
+        Those that were never made are left out: the tokens at these positions were picked without them.
+        """
         while self.first < before and self._draws:
             self._draws.popleft()
             self._states.popleft()
             self.first += 1
+        if self.first < before:
+            self.first = before
+            self._states = deque([self._get_state()])
 
     def restore(self, count: int) -> None:
         """Sets the global generator to its state after the first `count` draws."""

@@ -128,10 +128,15 @@ def replay(drafter: Drafter, records: Iterable[Record], max_nodes: int = 64) -> 
         max_nodes: Largest tree asked for, the root included.
 
     Raises:
-        ValueError: For a record that is not of this form, or `max_nodes` below 1.
+        ValueError: For a record that is not of this form, `max_nodes` below 1, or a drafter that needs hidden states.
     """
     if max_nodes < 1:
         raise ValueError(f"max_nodes must be at least 1 (the root only), got {max_nodes}; 64 is usual")
+    if drafter.needs_hidden_states:
+        raise ValueError(
+            f"drafter {drafter.name!r} needs the target's hidden states, which recorded answers do not hold; "
+            "measure it with `specdec demo` or `specdec tune-tree`"
+        )
     report = ReplayReport(drafter.name, drafter.settings(), max_nodes)
     for number, record in enumerate(records):
         prompt, answer = (_token_ids(record, key, f"record {number}") for key in ("prompt", "answer"))

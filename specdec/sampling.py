@@ -106,7 +106,8 @@ class Sampler:
         self.noise = noise if do_sample else None
         self.keep_scores = keep_scores
         kinds = {type(p) for p in processors}
-        self.is_flat = kinds <= SCORE_ONLY and not (sequences.device.type == "cpu" and kinds & SORTING)
+        self.is_score_only = kinds <= SCORE_ONLY
+        self.is_flat = self.is_score_only and not (sequences.device.type == "cpu" and kinds & SORTING)
         self.scores: Tensor | None = None  # [B, N, V] of the last call, rows of unvisited nodes undefined
         self.logits: Tensor | None = None
 
@@ -122,16 +123,10 @@ class Sampler:
             Token ids `[batch, nodes]`, int64. When the processors are costly or need a prefix, only the nodes on the
             target's own path are computed; the others are -1 (equal to no token).
         """
-        logits = logits.to(self.sequences.device, torch.float32)
-        if self.noise is not None:
-            self.noise.begin(logits.shape[-1])
+        logits = self._begin(logits)
         if self.is_flat:
-            scores = logits
-            if self.processors:
-                flat = logits.reshape(-1, logits.shape[-1])
-                ids = tree.tokens.reshape(-1, 1)
-                scores = self.processors(ids, flat.clone()).view_as(logits)
-            picks = self._select(scores, tree, rows)
+            scores = self._process_flat(tree, logits)
+            picks = self.select(scores, tree, rows)
         else:
             scores = logits.clone() if self.keep_scores else logits
             picks = self._walk(tree, logits, scores, rows)
@@ -139,13 +134,25 @@ class Sampler:
             self.logits, self.scores = logits, scores
         return picks
 
-    def kept(self, i: int, path: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Processed scores and raw logits, `[vocab]` each, at the nodes of row `i`'s path in the last tree."""
-        assert self.scores is not None and self.logits is not None
-        return list(zip(self.scores[i, path], self.logits[i, path], strict=True))
+    def process(self, tree: TokenTree, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """Processed scores at every node, each on its own prefix, for rules that look at the target's probabilities.
 
-    def _select(self, scores: Tensor, tree: TokenTree, rows: Sequence[int]) -> Tensor:
-        """Picks at every node at once. `scores`: `[batch, nodes, vocab]`."""
+        Args:
+            tree: The verified tree, `[batch, nodes]`.
+            logits: The target's logits, `[batch, nodes, vocab]`, any float dtype.
+            rows: Index in the whole batch of each row of the tree.
+
+        Returns:
+            `[batch, nodes, vocab]`, float32; undefined at padding nodes.
+        """
+        logits = self._begin(logits)
+        scores = self._process_flat(tree, logits) if self.is_score_only else self._process_levels(tree, logits, rows)
+        if self.keep_scores:
+            self.logits, self.scores = logits, scores
+        return scores
+
+    def select(self, scores: Tensor, tree: TokenTree, rows: Sequence[int]) -> Tensor:
+        """The target's token at every node by its processed scores `[batch, nodes, vocab]`."""
         if self.noise is None:
             return scores.argmax(-1)
         probs = torch.softmax(scores, dim=-1)
@@ -156,6 +163,44 @@ class Sampler:
             noise = torch.stack([self.noise.at(first + depth, row) for depth in range(tree.deepest + 1)])
             picks[i] = (probs[i] / noise[depths[i]]).argmax(-1)
         return picks
+
+    def kept(self, i: int, path: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Processed scores and raw logits, `[vocab]` each, at the nodes of row `i`'s path in the last tree."""
+        assert self.scores is not None and self.logits is not None
+        return list(zip(self.scores[i, path], self.logits[i, path], strict=True))
+
+    def _begin(self, logits: Tensor) -> Tensor:
+        if self.noise is not None:
+            self.noise.begin(logits.shape[-1])
+        return logits.to(self.sequences.device, torch.float32)
+
+    def _process_flat(self, tree: TokenTree, logits: Tensor) -> Tensor:
+        """Processes all nodes in one call."""
+        if not self.processors:
+            return logits
+        flat = logits.reshape(-1, logits.shape[-1])
+        processed: Tensor = self.processors(tree.tokens.reshape(-1, 1), flat.clone())
+        return processed.view_as(logits)
+
+    def _process_levels(self, tree: TokenTree, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """Processes all nodes; in one call those of one depth in rows of one length, for a rectangle of ids."""
+        scores = logits.clone()
+        tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
+        levels = defaultdict(list)
+        for i, row in enumerate(rows):
+            paths: dict[int, list[int]] = {0: []}
+            for node in range(tree.num_nodes):
+                if parents[i][node] in paths:
+                    paths[node] = [*paths[parents[i][node]], tokens[i][node]]
+            for node, path in paths.items():
+                levels[self.sequences.lengths[row], len(path)].append((i, node, path))
+        for level in levels.values():
+            at, nodes, prefixes = (list(column) for column in zip(*level, strict=True))
+            of_batch = [rows[i] for i in at]
+            ids = self.sequences.prefixes(of_batch, prefixes)
+            processors = for_rows(self.processors, of_batch, len(self.sequences))
+            scores[at, nodes] = processors(ids, logits[at, nodes])
+        return scores
 
     def _walk(self, tree: TokenTree, logits: Tensor, scores: Tensor, rows: Sequence[int]) -> Tensor:
         """Picks from the root down the target's own path, one node per row and depth."""

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from specdec.kernels import ancestors_and_depths, host_array, is_valid
+from specdec.kernels import Ints, ancestors_and_depths, host_array, is_valid
 
 NODE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Node counts a target pass may have, so that shapes are few and a step can be captured."""
@@ -133,8 +133,13 @@ class TokenTree:
         return self.ancestor_mask.sum(-1) - 1
 
     @cached_property
+    def host_parents(self) -> Ints:
+        """The parents as an array on the host, `[batch, nodes]`. Waits for the device, unless `to` brought it there."""
+        return host_array(self.parents)
+
+    @cached_property
     def _ancestors_and_depths(self) -> tuple[Tensor, Tensor]:
-        mask, depths = ancestors_and_depths(host_array(self.parents))
+        mask, depths = ancestors_and_depths(self.host_parents)
         return torch.from_numpy(mask), torch.from_numpy(depths)
 
     @cached_property
@@ -187,6 +192,7 @@ class TokenTree:
             self.tokens.gather(1, index),
             torch.tensor(parents, device=self.tokens.device),
             None if self.scores is None else self.scores.gather(1, index),
+            None if self.draft_probs is None else self.draft_probs[torch.arange(len(index))[:, None], index],
         )
 
     def validate(self, vocab_size: int) -> None:
@@ -229,4 +235,5 @@ class TokenTree:
             None if self.draft_probs is None else self.draft_probs.to(device, non_blocking=True),
         )
         tree.__dict__["deepest"] = self.deepest  # read here, where it is known without waiting
+        tree.__dict__["host_parents"] = self.host_parents
         return tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from torch import Tensor
 
 import specdec
 from specdec.budget import Budget
-from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, Step
+from specdec.drafters import DraftContext, Drafter, DraftModelDrafter, LookaheadDrafter, MedusaDrafter, Step
+from specdec.heads import MedusaHeads
 from specdec.report import SpeculationReport
 from specdec.tree import TokenTree
 
@@ -288,9 +290,62 @@ def lookahead(answers: Answers) -> Drafter:
     return drafter
 
 
+def random_heads(model: Any, num_heads: int = 3, spread: float = 0.3) -> MedusaHeads:
+    """Heads some way from the identity, so that their lists differ."""
+    heads = MedusaHeads.for_model(model, num_heads)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in heads.weights:
+            weight.normal_(0.0, spread, generator=generator)
+    return heads
+
+
+class RandomMedusaDrafter(MedusaDrafter):
+    """Untrained heads, made for the model that the drafter is bound to."""
+
+    def _load(self, model: Any) -> MedusaHeads:
+        return random_heads(model)
+
+
+@dataclass(eq=False)
+class TaughtMedusaDrafter(RandomMedusaDrafter):
+    """Untrained heads with the right token put into some of the lists, at any rank."""
+
+    answers: Answers = field(default_factory=list)
+    random: np.random.Generator = field(init=False, repr=False, default_factory=lambda: np.random.default_rng(0))
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        self.right = next_answers(self.answers, context)
+        return super().propose(context, max_nodes)
+
+    def _lists(self, heads: MedusaHeads, hidden: Tensor) -> Any:
+        listed, probs = super()._lists(heads, hidden)
+        for row, answer in enumerate(self.right):
+            for head, token in enumerate(answer[: listed.shape[1]]):
+                if token not in listed[row, head] and self.random.random() < 0.7:
+                    listed[row, head, self.random.integers(3)] = token
+        return listed, probs
+
+
+@cache
+def draft_of(name: str, noise: float = 0.1) -> Any:
+    """A draft model that is right now and then: the tiny model with noise on its weights. It must not be changed."""
+    draft = copy.deepcopy(tiny_model(name))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
+    return draft
+
+
 DRAFTERS: dict[str, Callable[[Answers], Drafter | None]] = {
     "off": lambda answers: None,
+    "draft-model": lambda answers: DraftModelDrafter(draft_of("llama"), max_nodes=16),
+    "draft-chain": lambda answers: DraftModelDrafter(draft_of("llama"), growth="chain", max_nodes=8),
     "lookahead": lookahead,
+    "medusa": lambda answers: RandomMedusaDrafter(max_nodes=16),
+    "medusa-taught": lambda answers: TaughtMedusaDrafter(max_nodes=16, answers=answers),
+    "medusa-ranks": lambda answers: TaughtMedusaDrafter(max_nodes=16, dynamic=False, answers=answers),
     "oracle": OracleDrafter,
     "always-wrong": AlwaysWrongDrafter,
     "random-tree": RandomTreeDrafter,

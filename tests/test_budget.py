@@ -253,3 +253,27 @@ def test_a_size_that_seemed_dear_is_tried_again() -> None:
     for _ in range(20_000):
         times.update(1, 1.0)
     assert times.of(8) < 1.1
+
+
+def test_drafting_that_costs_more_than_it_brings_rests() -> None:
+    budget, tree = with_times(CPU), chain(0.02, nodes=8)
+
+    def passes(count: int, tree: TokenTree, spent: float) -> int:
+        drafts = 0
+        for _ in range(count):
+            if budget.nodes_to_draft() > 1:
+                drafts += 1
+                budget.choose(tree, spent)
+        return drafts
+
+    assert passes(100, tree, spent=0.001) == 100, "a draft that costs nothing needs no rest"
+    assert passes(4, tree, spent=8.0) <= 4
+    assert passes(100, tree, spent=8.0) <= 6, "a fifth of a pass: one draft in twenty"
+    assert passes(64, chain(0.95, nodes=8), spent=8.0) >= 40, "a draft that pays ends the rest"
+    assert passes(20, chain(0.95, nodes=8), spent=8.0) == 20
+    assert Budget(64, fixed=True).nodes_to_draft() == 64
+
+
+def test_a_draft_is_worth_more_nodes_the_dearer_it_was() -> None:
+    tree = chain(0.8, nodes=32)
+    assert with_times(CPU).choose(tree, spent=0.0).num_nodes <= with_times(CPU).choose(tree, spent=100.0).num_nodes

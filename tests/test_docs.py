@@ -6,18 +6,22 @@ import re
 import runpy
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from specdec.drafters import DRAFTERS, LookaheadDrafter
+from specdec.drafters import DRAFTERS, LookaheadDrafter, MedusaDrafter
 from specdec.drafters.base import Drafter
+from specdec.verifiers import VERIFIERS
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_lookahead_settings_are_all_listed_with_their_defaults() -> None:
-    table = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", (ROOT / "docs/lookahead.md").read_text(), re.MULTILINE))
-    assert table == {field.name: str(field.default) for field in fields(LookaheadDrafter) if field.init}
+@pytest.mark.parametrize("drafter", [LookaheadDrafter, MedusaDrafter])
+def test_settings_are_all_listed_with_their_defaults(drafter: Any) -> None:
+    text = (ROOT / f"docs/{drafter.name}.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", text, re.MULTILINE))
+    assert table == {field.name: str(field.default) for field in fields(drafter) if field.init}
 
 
 def test_every_drafter_stands_in_the_method_table() -> None:
@@ -25,6 +29,15 @@ def test_every_drafter_stands_in_the_method_table() -> None:
     for drafter in set(DRAFTERS.values()):
         assert issubclass(drafter, Drafter)
         assert f"`{drafter.__module__.removeprefix('specdec.').replace('.', '/')}.py`" in readme
+
+
+def test_every_verifier_stands_in_the_docs_with_its_promise() -> None:
+    text = (ROOT / "docs/verifiers.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| `([\w/]+)\.py` \| ([\w-]+) \|", text, re.MULTILINE)
+    assert {row[0]: row[1:] for row in rows} == {
+        name: (verifier.__module__.removeprefix("specdec.").replace(".", "/"), verifier.guarantee)
+        for name, verifier in VERIFIERS.items()
+    }
 
 
 def test_quickstart_runs(capsys: pytest.CaptureFixture[str]) -> None:

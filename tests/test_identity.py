@@ -86,7 +86,7 @@ def test_same_tokens_and_generator_state(drafter: str, batch: str, do_sample: bo
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("drafter", ["oracle", "random-tree"])
+@pytest.mark.parametrize("drafter", ["medusa-taught", "oracle", "random-tree"])
 def test_same_tokens_on_every_kind_of_attention(name: str, drafter: str) -> None:
     model = tiny_model(name)
     num_accepted = 0
@@ -99,7 +99,7 @@ def test_same_tokens_on_every_kind_of_attention(name: str, drafter: str) -> None
     assert num_accepted > 20
 
 
-@pytest.mark.parametrize("drafter", ["lookahead", "oracle", "random-tree"])
+@pytest.mark.parametrize("drafter", ["lookahead", "medusa-taught", "oracle", "random-tree"])
 def test_same_tokens_under_the_adaptive_budget(drafter: str) -> None:
     for seed in range(3):
         assert_identical(
@@ -113,7 +113,7 @@ def test_same_tokens_under_the_adaptive_budget(drafter: str) -> None:
         )
 
 
-@pytest.mark.parametrize("drafter", ["lookahead", "random-tree"])
+@pytest.mark.parametrize("drafter", ["lookahead", "medusa-taught", "random-tree"])
 def test_same_tokens_over_512_tokens(drafter: str) -> None:
     report = assert_identical(
         tiny_model(), DRAFTERS[drafter], prompts(10), max_new_tokens=512, eos_token_id=None, do_sample=True

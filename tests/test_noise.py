@@ -111,6 +111,19 @@ def test_forgetting_more_than_was_drawn() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_forgotten_draws_that_were_never_made_are_left_out() -> None:
+    queue = queue_of()
+    queue.at(1, 0)
+    queue.forget(500)
+    torch.manual_seed(3)
+    got = queue.at(500, 1).clone()
+    assert len(queue._draws) == 1
+    torch.manual_seed(3)
+    assert torch.equal(got, torch.empty(2, 5).exponential_()[1])
+    queue.restore(501)
+    assert len(queue._draws) == 1
+
+
 def test_state_is_set_back_to_the_start_of_what_is_kept() -> None:
     queue = queue_of()
     queue.at(6, 0)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from specdec.sampling import Sampler
@@ -26,6 +27,26 @@ class Acceptance:
     nodes: Tensor
     tokens: Tensor
     num_accepted: Tensor
+
+    @classmethod
+    def of_paths(cls, tree: TokenTree, last: Tensor, next_token: Tensor) -> Acceptance:
+        """The outcome that accepts the path down to one node of each row.
+
+        Args:
+            tree: `[batch, nodes]`.
+            last: The last accepted node, 0 for none, `[batch]`.
+            next_token: What follows it, `[batch]`.
+        """
+        row = torch.arange(len(last), device=last.device)
+        num_accepted = tree.depths[row, last]
+        # The last node's ancestors, sorted by index, are its path: parents stand before their children.
+        on_path = tree.ancestor_mask[row, last]
+        on_path[:, 0] = False
+        behind = tree.num_nodes
+        nodes = torch.where(on_path, torch.arange(behind, device=last.device), behind).sort(1).values
+        accepted = tree.tokens.gather(1, nodes.clamp(max=behind - 1))
+        tokens = torch.cat([accepted, next_token[:, None]], 1).scatter(1, num_accepted[:, None], next_token[:, None])
+        return cls(nodes.masked_fill(nodes == behind, -1), tokens, num_accepted)
 
 
 class Verifier(ABC):

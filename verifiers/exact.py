@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from specdec.sampling import Sampler
@@ -35,15 +34,5 @@ class ExactVerifier(Verifier):
         is_match = (picks.gather(1, tree.parents.clamp(min=0)) == tree.tokens) & tree.is_real
         is_match[:, 0] = True
         is_accepted = ~(tree.ancestor_mask & ~is_match[:, None]).any(-1)
-        num_accepted, last = (tree.depths * is_accepted).max(1)  # among equal siblings the first
-
-        # The last node's ancestors, sorted by index, are its path: parents stand before their children.
-        on_path = tree.ancestor_mask[torch.arange(len(last), device=last.device), last]
-        on_path[:, 0] = False
-        index = torch.arange(tree.num_nodes, device=last.device)
-        behind = tree.num_nodes
-        nodes = torch.where(on_path, index, behind).sort(1).values
-        accepted = tree.tokens.gather(1, nodes.clamp(max=behind - 1))
-        next_token = picks.gather(1, last[:, None])
-        tokens = torch.cat([accepted, next_token], 1).scatter(1, num_accepted[:, None], next_token)
-        return Acceptance(nodes.masked_fill(nodes == behind, -1), tokens, num_accepted)
+        last = (tree.depths * is_accepted).max(1).indices  # among equal siblings the first
+        return Acceptance.of_paths(tree, last, picks.gather(1, last[:, None])[:, 0])

@@ -53,11 +53,13 @@ python examples/embedded/train.py export
 """
 
 
-def cut_prompts(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, str]]:
+def cut_prompts(
+    documents: list[Document], tokenizer: PreTrainedTokenizerFast, per_file: int = PROMPTS_A_FILE
+) -> list[dict[str, str]]:
     """The first tokens of functions and classes, cut in the middle of the body.
 
     Returns:
-        `{"id": path:line, "prompt": text}`, at most two of a file; the same on every run.
+        `{"id": path:line, "prompt": text}`, at most `per_file` of a file; the same on every run.
     """
     prompts: list[dict[str, str]] = []
     for document in documents:
@@ -65,7 +67,7 @@ def cut_prompts(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -
         ranked = sorted(starts, key=lambda line: hashlib.sha256(f"{document.path}:{line}".encode()).digest())
         prompts += [
             {"id": f"{document.path}:{line}", "prompt": _cut(starts[line], tokenizer)}
-            for line in sorted(ranked[:PROMPTS_A_FILE])
+            for line in sorted(ranked[:per_file])
         ]
     return prompts
 

@@ -130,10 +130,13 @@ def export_command(
 
 
 @app.command("prompts")
-def prompts_command(work: WorkOption = WORK) -> None:
+def prompts_command(
+    work: WorkOption = WORK,
+    per_file: Annotated[int, typer.Option(min=1, help="Functions and classes of a file at most.")] = 8,
+) -> None:
     """Cut prompts out of the training files, for the target to answer: heads are trained on its own answers."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "target")
-    prompts = exporting.cut_prompts(corpora.read_jsonl(work / "train.jsonl"), tokenizer)
+    prompts = exporting.cut_prompts(corpora.read_jsonl(work / "train.jsonl"), tokenizer, per_file)
     exporting.write_prompts(prompts, work / "prompts.jsonl")
     print(f"{len(prompts)} prompts in {work / 'prompts.jsonl'}")
 

@@ -4,5 +4,8 @@ COMMANDS = (
     "demo",
     "generate",
     "replay",
+    "distill",
+    "train-medusa",
+    "tune-tree",
 )
 """By name, in the order of the help text; `train-medusa` is `run` of `specdec/commands/train_medusa.py`."""

@@ -8,7 +8,9 @@ from typing import Any
 from specdec.api import accelerate
 from specdec.drafters.base import Drafter
 from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.medusa import MedusaDrafter, own_heads
 from specdec.embedded import Prompt
+from specdec.heads import MedusaHeads
 from specdec.measuring import EncodedPrompt, Method
 
 HF_GENERATE = "HF generate"
@@ -16,6 +18,7 @@ HF_LOOKUP = "HF prompt lookup"
 HF_ASSISTED = "HF assisted"
 OFF = "specdec off"
 LOOKAHEAD = "specdec lookahead"
+MEDUSA = "specdec medusa"
 SHARED = "lookahead, shared memory"
 
 
@@ -45,8 +48,16 @@ def specdec_method(
 
 
 def specdec_methods(model: Any, shared: bool = False) -> list[Method]:
-    """Ours with drafting off, with Lookahead, and if `shared` with one that remembers outputs of other prompts."""
+    """Ours: drafting off, Lookahead, Medusa where the model's folder has heads, and a Lookahead that remembers.
+
+    Args:
+        model: The target.
+        shared: Whether to list the last one, which remembers outputs of other prompts.
+    """
     methods = [specdec_method(OFF, model, lambda: None), specdec_method(LOOKAHEAD, model, LookaheadDrafter)]
+    if (folder := own_heads(model)) is not None:
+        heads = MedusaHeads.from_pretrained(folder)
+        methods.append(specdec_method(MEDUSA, model, lambda: MedusaDrafter(heads)))
     return methods + ([specdec_method(SHARED, model, LookaheadDrafter, remembers=True)] if shared else [])
 
 

@@ -103,7 +103,7 @@ def run(
     first_drafter = drafted.build()
     loaded, tokenizer = load_model(model, dtype, device, device_map, attn, trust_remote_code)
     inputs = _inputs(text, tokenizer, chat).to(loaded.device)
-    with user_errors(ValueError, TypeError):
+    with user_errors(ValueError, TypeError, OSError):
         fast = specdec.accelerate(loaded, first_drafter, max_nodes=max_nodes)
     completion = _complete(fast, tokenizer, inputs, seed, kwargs, stream)
     if report is not Report.NONE:

@@ -1,0 +1,104 @@
+"""Measures Medusa heads on held-out prompts: a tree against a chain, a tuned tree against the default ones.
+
+    python benchmarks/bench_medusa.py
+    python benchmarks/bench_medusa.py --model Qwen/Qwen3-8B --heads me/qwen3-8b-medusa --name medusa-qwen3
+
+All methods complete each prompt in turn with HF generate. Figures are medians over the prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from bench_generate import measure
+from rich.console import Console
+
+from specdec.commands import options
+from specdec.commands.contenders import HF_GENERATE, OFF, encode_prompts, specdec_method
+from specdec.commands.demo_display import summary_table
+from specdec.commands.errors import with_short_errors
+from specdec.commands.loading import EMBEDDED, load_model, prepare_torch
+from specdec.drafters.base import DraftContext, Drafter
+from specdec.drafters.medusa import MedusaDrafter
+from specdec.embedded import heldout_prompts, read_prompts
+from specdec.heads import MedusaHeads
+from specdec.measuring import Method, Settings
+from specdec.provenance import circumstances, model_info, write_json
+from specdec.tree import TokenTree
+
+RESULTS = Path(__file__).parent / "results"
+
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
+
+
+@dataclass(eq=False)
+class ChainOnly(MedusaDrafter):
+    """The heads' best tokens one after the other, without branches."""
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        return super().propose(context, max_nodes).first_chain()
+
+
+def variants(heads: MedusaHeads) -> dict[str, Callable[[], Drafter]]:
+    """Drafters by name, made anew for each run."""
+    untuned = copy.deepcopy(heads)
+    unmeasured = copy.deepcopy(heads)
+    unmeasured.calibration = None
+    if untuned.calibration is not None:
+        untuned.calibration.tree = None
+    made: dict[str, Callable[[], Drafter]] = {
+        "by probability": lambda: MedusaDrafter(heads),
+        "chain": lambda: ChainOnly(heads),
+        "default accuracies": lambda: MedusaDrafter(unmeasured, dynamic=False),
+        "measured accuracies": lambda: MedusaDrafter(untuned, dynamic=False),
+    }
+    if heads.calibration is not None and heads.calibration.tree:
+        made["tuned tree"] = lambda: MedusaDrafter(heads, dynamic=False)
+    return made
+
+
+@app.command()
+@with_short_errors
+def main(
+    heads: Annotated[str | None, typer.Option(help="Folder or hub name; the folder medusa in the model's own.")] = None,
+    name: Annotated[str, typer.Option(help="Of the file in benchmarks/results.")] = "medusa",
+    model: options.Model = EMBEDDED,
+    prompt_file: Annotated[Path | None, typer.Option(help='JSONL, {"prompt": "..."} a line.')] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per part.")] = 20,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per completion.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs per prompt and method.")] = 1,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+) -> None:
+    """Measure and write benchmarks/results/NAME.json."""
+    prepare_torch(threads)
+    target, tokenizer = load_model(model, dtype, device)
+    loaded = MedusaHeads.from_pretrained(heads or str(Path(target.config.name_or_path) / "medusa"))
+    chosen = read_prompts(prompt_file)[: prompts + 1] if prompt_file else heldout_prompts(prompts + 1)
+    encoded = encode_prompts(chosen, tokenizer, target.device)
+    methods = [Method(HF_GENERATE, lambda: target), specdec_method(OFF, target, lambda: None)]
+    methods += [specdec_method(f"medusa, {variant}", target, make) for variant, make in variants(loaded).items()]
+    console, results = Console(), {}
+    for part, settings in {
+        "greedy": Settings.of(tokens),
+        "sampled": Settings.of(tokens, do_sample=True, temperature=1.0, seed=seed),
+    }.items():
+        result = measure(part, methods, encoded, target, settings, repeats)
+        console.print(summary_table(result, f"{part}, {tokens} tokens, batch 1, {len(encoded) - 1} prompts"))
+        results[part] = result.to_dict()
+    figures: dict[str, Any] = {"models": {"target": model_info(model, target)}, "parts": results}
+    figures["heads"] = vars(loaded.config) | {"calibration": vars(loaded.calibration) if loaded.calibration else None}
+    shape = {"batch": 1, "num_prompts": len(encoded) - 1, "repeats": repeats}
+    write_json(RESULTS / f"{name}.json", {**circumstances(), **shape, **figures})
+    console.print(f"written to {RESULTS / name}.json", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,340 @@
+"""A small model that drafts for a large one."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+from weakref import ref
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from specdec.budget import StepTimes
+from specdec.drafters.base import DraftContext, Drafter, Step
+from specdec.drafters.draft_call import MAX_CANDIDATES, DraftCall, Growth
+from specdec.drafters.draft_depth import WIDTHS, Pace
+from specdec.drafters.draft_growth import (
+    DraftNodes,
+    add_children,
+    choose_level,
+    follow,
+    least_product,
+    write_trees,
+)
+from specdec.drafters.draft_lists import DraftLists, DraftVocabulary, Kind, SharedVocabulary
+from specdec.drafters.draft_loading import SELF, capability_of, check_sizes, load_draft_model
+from specdec.drafters.draft_passes import ChainPasses, DraftPasses, TreePasses
+from specdec.kernels import Floats, Ints
+from specdec.limits import length_limit
+from specdec.target import embedding_rows
+from specdec.tree import TokenTree
+
+Mode = Literal["auto", "chain", "static", "dynamic"]
+DEPTHS: dict[str, int] = {"auto": 32, "chain": 12, "static": 6, "dynamic": 6}
+"""Levels at most, unless `max_depth` is given."""
+UNMEASURED_DEPTH = 8
+"""Levels of an automatic draft while nothing is known of the target's time."""
+NUM_CLASSES = 16
+"""Classes of the draft model's probability, over which its hits are counted."""
+NUM_RANK_CLASSES = 3
+DRAWN_CHILDREN = 3
+"""Children of a node at most where they are drawn at random: each costs a node of the tree, likely or not."""
+
+
+@dataclass(eq=False)
+class DraftModelDrafter(Drafter):
+    """Proposes what a smaller model of the same vocabulary would say.
+
+    The draft model reads each token once: it keeps its own kv cache in step with the target's, takes over the accepted
+    drafts with the keys and values that they got when they were drafted, and feeds the others along with the next root.
+    A draft grows level by level, one forward each:
+
+    - `"chain"`: one token after the other, until one is doubtful (that one is kept).
+    - `"static"`: a tree of a fixed shape, the best for given acceptances by rank; "Sequoia: Scalable and Robust
+      Speculative Decoding" (arXiv 2402.12374, section 3.1).
+    - `"dynamic"`: the likeliest nodes of each level are gone on from, and of all nodes the likeliest are proposed;
+      "EAGLE-2" (arXiv 2406.16858, sections 4.1 and 4.2).
+    - `"auto"`: like that, and before each level it is asked how many nodes, of any level, are worth feeding: by the
+      measured times of a level and of the target's passes, and by how often such drafts were accepted of late. A chain
+      and no draft at all are possible answers.
+
+    Under sampling drafts are coupled with the target's own noise `e`: the draft model, of distribution `q`, proposes
+    the largest `q / e`, among which is what the target will pick if it is of the same mind. The output depends on the
+    target's distribution and `e` alone, so it is that of plain decoding all the same.
+
+    Args:
+        draft_model: A causal LM with the target's tokenizer (the padding of their embeddings may differ), its folder or
+            hub name, or `"self"`: the target's own first layers, weights shared.
+        growth: `"auto"`, `"chain"`, `"static"` or `"dynamic"`.
+        layers: How many layers `"self"` has; a quarter of the target's by default.
+        max_nodes: Largest tree, the root included.
+        max_depth: Levels at most; None for what suits the growth.
+        top_k: Children of a node that are looked at, unless the growth is a chain's.
+        beam: Nodes fed per level of a dynamic tree.
+        acceptances: Of a static tree: P(accepted | parent accepted) by rank, falling.
+        min_confidence: Of chains and dynamic trees: nothing follows a token that is accepted less often than this.
+        coupled: Use the target's noise under sampling. Without, the likeliest tokens are proposed.
+        prior_weight: How many counted lists the draft model's own probabilities are worth.
+        memory: Lists after which a count is worth 1/e.
+        vocabulary: How the draft model's tokens and the target's go together; None for the same ones.
+    """
+
+    name = "draft-model"
+
+    draft_model: Any = None
+    growth: Mode = "auto"
+    layers: int | None = None
+    max_nodes: int = 64
+    max_depth: int | None = None
+    top_k: int = 6
+    beam: int = 8
+    acceptances: tuple[float, ...] = (0.6, 0.15, 0.07, 0.04)
+    min_confidence: float = 0.2
+    coupled: bool = True
+    prior_weight: float = 10.0
+    memory: float = 300.0
+    vocabulary: DraftVocabulary | None = None
+    _model: Any = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._check_settings()
+        self._lock = threading.Lock()
+        self._thread = threading.local()
+        self._target: Callable[[], Any] = lambda: None
+        self._decay = float(np.exp(-1.0 / self.memory))
+        middles = (np.arange(NUM_CLASSES) + 0.5) / NUM_CLASSES
+        self._prior = np.tile(middles**2, (NUM_RANK_CLASSES, 1))
+        self._counts: dict[Kind, tuple[Floats, Floats]] = {}
+        self._paces: dict[int, Pace] = {}
+
+    def settings(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        model = self.draft_model
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        return values | {
+            "draft_model": model if model is None or isinstance(model, str) else name,
+            "vocabulary": None if self.vocabulary is None else type(self.vocabulary).__name__,
+        }
+
+    def bind(self, model: Any) -> None:
+        with self._lock:
+            if self._model is not None and self._target() is model:
+                return
+            # A loaded model is kept for the next target; the target's own layers are not.
+            is_own = self._model is None or self.draft_model == SELF
+            draft_model = load_draft_model(self.draft_model, self.layers, model) if is_own else self._model
+            if draft_model is model:
+                draft_model = load_draft_model(draft_model, None, model)  # says what is wrong
+            if self.vocabulary is None:
+                check_sizes(draft_model, model)
+            self._capability = capability_of(draft_model)
+            self._target_size = embedding_rows(model)
+            self._vocabulary = self.vocabulary or SharedVocabulary(embedding_rows(draft_model))
+            self._longest = self._length_limit(draft_model)
+            self._counts, self._paces = {}, {}
+            self._model, self._target = draft_model, ref(model)
+        _compile_kernels()
+
+    def start(self, context: DraftContext) -> None:
+        self._thread.call = self._new_call(context)
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        call: DraftCall | None = getattr(self._thread, "call", None)
+        if call is None or not call.fits(context):
+            call = self._thread.call = self._new_call(context)
+        nodes = None
+        self._thread.seconds = 0.0
+        size = max(1, min(max_nodes, self.max_nodes))
+        if call is not None:
+            tried, hit = self._counts_of(call.lists.kind)
+            with self._lock:
+                call.follow(context, tried, hit, self._decay)
+            longest = max(map(len, context.sequences))
+            if size > 1 and longest < self._longest:
+                nodes = call.grow(context, self._plan(call, context, size, longest))
+        return self._tree(context, call, nodes, size)
+
+    def observe(self, context: DraftContext, step: Step) -> None:
+        if context.step_seconds is None or self.growth != "auto":
+            return
+        sizes, seconds = context.step_seconds
+        spent, self._thread.seconds = getattr(self._thread, "seconds", 0.0), 0.0
+        target = float(np.interp(step.tree.num_nodes, sizes, seconds))
+        rows, accepted = len(step.rows), sum(step.accepted)
+        with self._lock:
+            self._pace(rows).observe_step(rows, accepted, spent, target, float(seconds[0]))
+
+    def finish(self, context: DraftContext) -> None:
+        self._thread.call = None
+
+    # --- one call ---
+
+    def _new_call(self, context: DraftContext) -> DraftCall | None:
+        """The draft model's side of a call, its prompts read; None where they are too long for it."""
+        if self._model is None:
+            raise ValueError("bind(model) comes before anything is drafted; specdec.accelerate does so")
+        if max(map(len, context.sequences)) >= self._longest:
+            return None
+        kind: type[DraftPasses] = TreePasses if self._capability.mode == "tree" else ChainPasses
+        sampler = context.sampler
+        target_size = self._target_size
+        if sampler is not None and sampler.noise is not None and sampler.noise.vocab:
+            target_size = min(target_size, sampler.noise.vocab)
+        lists = DraftLists(sampler, self.coupled, context.is_sampled_from, self._vocabulary, target_size)
+        room = min(self._depth() * max(self.beam, int(WIDTHS[-1])), MAX_CANDIDATES)
+        return DraftCall(kind(self._model, self._capability), lists, context, room)
+
+    def _tree(self, context: DraftContext, call: DraftCall | None, nodes: DraftNodes | None, size: int) -> TokenTree:
+        """The best nodes as a tree, of their roots alone where there are none."""
+        rows = len(context.rows)
+        if call is None or nodes is None or nodes.counts.max() == 1:
+            roots = np.array([sequence[-1] for sequence in context.sequences], np.int64)
+            return TokenTree.root_only(torch.from_numpy(roots))
+        is_drawn = call.lists.kind == "drawn"
+        tokens = np.zeros((rows, size), np.int64)
+        parents = np.full((rows, size), -1, np.int64)
+        scores = np.zeros((rows, size), np.float32)
+        fed = np.full((rows, size), -1, np.int64)
+        used = write_trees(nodes, not is_drawn, tokens, parents, scores, fed)
+        parts = (torch.from_numpy(array[:, :used]) for array in (tokens, parents, scores))
+        if not is_drawn:
+            return TokenTree(*parts)
+        # Without scores, nothing is cut off: leaving out a draw for being unlikely would change the distribution.
+        return TokenTree(next(parts), next(parts), None, call.lists.probs_of(fed[:, :used]))
+
+    # --- growth ---
+
+    def _plan(self, call: DraftCall, context: DraftContext, size: int, longest: int) -> Growth:
+        """How the next proposal grows, none of it deeper than its row or the draft model can go."""
+        deepest = min(self._depth(), size - 1, self._longest - longest)
+        max_depths = np.array(context.max_depth, np.int64).clip(0, deepest)
+        rates, is_drawn = self._rates(call.lists.kind), call.lists.kind == "drawn"
+        most = size if is_drawn else MAX_CANDIDATES
+        num_children = min(self.top_k, DRAWN_CHILDREN, size - 1) if is_drawn else self.top_k
+        is_chain = isinstance(call.passes, ChainPasses)
+        if self.growth == "chain":
+            return Growth(1, max_depths, rates, lambda _: 1, least_score=self.min_confidence, most=most)
+        if self.growth == "dynamic":
+            beam = 1 if is_chain else self.beam
+            least = self.min_confidence
+            return Growth(num_children, max_depths, rates, lambda _: beam, least_score=least, most=most)
+        if self.growth == "static":
+            least = self._least_product(size - 1, int(deepest))
+            return Growth(
+                len(self.acceptances),
+                max_depths,
+                rates,
+                lambda _: 1 if is_chain else size,
+                acceptances=np.array(self.acceptances),
+                least_order=least,
+                least_fed_order=least / self.acceptances[0] * (1 - 1e-9),
+            )
+        return self._automatic(call, context, Growth(num_children, max_depths, rates, lambda _: 1, most=most), size)
+
+    def _automatic(self, call: DraftCall, context: DraftContext, growth: Growth, size: int) -> Growth:
+        """Growth as long as it pays; a try of all widths while nothing is known of the times."""
+        is_chain = isinstance(call.passes, ChainPasses)
+        pace = self._pace(len(context.rows))
+        step_seconds = context.step_seconds
+        widths = WIDTHS[:1] if is_chain else WIDTHS
+        levels = 0
+
+        def next_width(nodes: DraftNodes) -> int:
+            nonlocal levels
+            levels += 1
+            if step_seconds is None:
+                return 0 if levels > UNMEASURED_DEPTH else int(widths[-levels % len(widths)])
+            if levels == 1:
+                return int(pace.is_worth_it())
+            return pace.width(nodes, growth.max_depths, step_seconds, size, widths)
+
+        def measured(nodes: DraftNodes, level: Ints, seconds: float) -> None:
+            self._thread.seconds += seconds
+            pace.observe_level(nodes, level, seconds)
+
+        return Growth(
+            growth.num_children,
+            growth.max_depths,
+            growth.rates,
+            next_width,
+            measured,
+            any_level=not is_chain,
+            most=growth.most,
+        )
+
+    def _depth(self) -> int:
+        return self.max_depth or DEPTHS[self.growth]
+
+    def _least_product(self, num_nodes: int, max_depth: int) -> float:
+        return _least_product(tuple(self.acceptances), num_nodes, max_depth)
+
+    def _pace(self, rows: int) -> Pace:
+        """Batch sizes are told apart by powers of two."""
+        return self._paces.setdefault(1 << (rows - 1).bit_length(), Pace())
+
+    def _counts_of(self, kind: Kind) -> tuple[Floats, Floats]:
+        return self._counts.setdefault(kind, (np.zeros_like(self._prior), np.zeros_like(self._prior)))
+
+    def _rates(self, kind: Kind) -> Floats:
+        """P(accepted | parent accepted) by class of rank and of probability."""
+        tried, hit = self._counts_of(kind)
+        rates: Floats = (hit + self.prior_weight * self._prior) / (tried + self.prior_weight)
+        return rates
+
+    # --- settings ---
+
+    def _length_limit(self, draft_model: Any) -> float:
+        """Tokens that a draft may reach, itself included."""
+        config = draft_model.config.get_text_config(decoder=True)
+        limit = length_limit(draft_model)
+        return min(
+            getattr(config, "max_position_embeddings", None) or np.inf, limit[0] if limit is not None else np.inf
+        )
+
+    def _check_settings(self) -> None:
+        """Raises a ValueError for a hyper-parameter out of range."""
+        self.acceptances = tuple(self.acceptances)
+        if self.growth not in get_args(Mode):
+            known = ", ".join(map(repr, get_args(Mode)))
+            raise ValueError(f"growth={self.growth!r} is not known; use one of {known}")
+        if self.layers is not None and self.draft_model != SELF:
+            raise ValueError(f"layers={self.layers} has a meaning with draft_model='self' only; leave it out")
+        for name, least in (("max_nodes", 1), ("top_k", 1), ("beam", 1), ("prior_weight", 0.01), ("memory", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.max_depth is not None and self.max_depth < 1:
+            raise ValueError(f"max_depth={self.max_depth} must be at least 1, or None for what suits the growth")
+        if not 0 <= self.min_confidence < 1:
+            raise ValueError(f"min_confidence={self.min_confidence} must be at least 0 and below 1")
+        falls = all(a >= b for a, b in zip(self.acceptances, self.acceptances[1:], strict=False))
+        if not self.acceptances or not falls or min(self.acceptances) <= 0 or sum(self.acceptances) > 1 + 1e-6:
+            raise ValueError(
+                f"acceptances={self.acceptances} must be probabilities by rank: falling, above 0 and 1 in all at most"
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _least_product(acceptances: tuple[float, ...], num_nodes: int, max_depth: int) -> float:
+    return least_product(acceptances, num_nodes, max_depth)
+
+
+@functools.cache
+def _compile_kernels() -> None:
+    """Compiles, or loads what was compiled before, so that no step of a generation waits for it."""
+    nodes = DraftNodes.of_roots(np.zeros(1, np.int64), 8)
+    level, depths = np.zeros((1, 1), np.int64), np.full(1, 2)
+    listed: NDArray[np.int64] = np.zeros((1, 1, 2), np.int64)
+    table = np.zeros((1, 2))
+    add_children(nodes, level, listed, np.full((1, 1, 2), 0.4, np.float32), table, np.zeros(0), 0.0, depths)
+    choose_level(nodes, np.ones(1, np.int64), 0.0, 0.0, depths, 1, level)
+    pace, times = Pace(), StepTimes(2)
+    times.seconds = {1: 1.0, 2: 1.0}
+    pace.observe_level(nodes, level, 1.0)
+    pace.width(nodes, depths, times.known(), 4, WIDTHS)
+    tokens, scores = np.zeros((1, 4), np.int64), np.zeros((1, 4), np.float32)
+    write_trees(nodes, True, tokens, tokens.copy(), scores, tokens.copy())
+    follow(nodes, level, np.ones(1, np.int64), table, table.copy(), 1.0, np.zeros((1, 2), np.int64))

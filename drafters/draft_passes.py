@@ -1,0 +1,232 @@
+"""The draft model's forwards: its own kv cache, fed with what it has not seen."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from specdec.capability import Capability
+from specdec.kernels import Ints
+from specdec.kv_cache import TreeCache
+from specdec.target import CausalLM, accepts, cache_layer_types, is_on_one_device
+from specdec.tree import TokenTree
+
+
+class DraftPasses(ABC):
+    """One call's forwards of a draft model.
+
+    Behind the tokens of `lengths` the cache holds the nodes fed since the last `commit`, in the order in which they
+    were fed; node 0 is the root.
+
+    Args:
+        model: The draft model.
+        capability: What the probe has found out about it.
+    """
+
+    lengths: list[int]
+    """Tokens of each row in the cache, the nodes of the tree left out."""
+    num_fed: int = 0
+    """Nodes of the tree in the cache, padding included."""
+    num_fed_tokens: int = 0
+    """Tokens fed since the start, padding left out."""
+
+    def __init__(self, model: CausalLM, capability: Capability) -> None:
+        self.model = model
+        self.capability = capability
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self._last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+
+    @abstractmethod
+    def prefill(self, sequences: Sequence[Ints], room: int) -> None:
+        """Fills the cache with whole sequences.
+
+        Args:
+            sequences: Per row its tokens, all of them to be kept.
+            room: Tokens to come that get their slots at once.
+        """
+
+    @abstractmethod
+    def feed_pending(self, pending: Sequence[Ints]) -> Tensor:
+        """Feeds what follows the cached tokens; the last token of each row is the root.
+
+        Returns:
+            Logits behind the root, `[rows, vocab]`.
+        """
+
+    @abstractmethod
+    def feed_level(self, tokens: Ints, parents: Ints) -> Tensor:
+        """Feeds nodes of the tree.
+
+        Args:
+            tokens: `[rows, width]`.
+            parents: Place of each node's parent among the nodes fed, -1 at padding, `[rows, width]`.
+
+        Returns:
+            Logits behind each node, `[rows, width, vocab]`.
+        """
+
+    @abstractmethod
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keeps the nodes listed per row, by their places among the nodes fed, and forgets the others."""
+
+    @abstractmethod
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Ends all rows that are not listed (indices among the rows that are left)."""
+
+
+class TreePasses(DraftPasses):
+    """Branching trees over ragged rows, a level per pass."""
+
+    def prefill(self, sequences: Sequence[Ints], room: int) -> None:
+        self.lengths = [len(sequence) for sequence in sequences]
+        longest = max(self.lengths)
+        types = cache_layer_types(self.model)
+        self.cache = TreeCache(types, longest + room, is_on_one_device(self.model))
+        if longest:
+            # Padding stands on the right, where no real token sees it; the first pending tokens overwrite it.
+            tokens = np.zeros((len(sequences), longest), np.int64)
+            for row, sequence in enumerate(sequences):
+                tokens[row, : len(sequence)] = sequence
+            positions = np.arange(longest)[None].repeat(len(sequences), 0)
+            self._forward(tokens, positions, None, self._last_only)
+        self.cache.end_prefill(len(sequences))
+        self.cache.lengths = self.lengths
+        self.num_fed_tokens += sum(self.lengths)
+
+    def feed_pending(self, pending: Sequence[Ints]) -> Tensor:
+        counts = [len(tokens) for tokens in pending]
+        width = max(counts)
+        self._begin(np.array(counts), width)
+        tokens = np.zeros((len(pending), width), np.int64)
+        for row, new in enumerate(pending):
+            tokens[row, : len(new)] = new
+        is_even = min(counts) == width
+        logits = self._pass(tokens, 0, self._last_only if is_even else {})
+        self.num_fed_tokens += sum(counts)
+        self.cache.commit([range(count - 1) for count in counts])
+        self.cache.stage(1)
+        self._begin(np.ones(len(pending), np.int64), 1)
+        self.lengths, self.num_fed = self.cache.lengths, 1
+        if is_even:
+            return logits[:, -1]
+        return logits[torch.arange(len(counts)), torch.tensor(counts, device=logits.device) - 1]
+
+    def feed_level(self, tokens: Ints, parents: Ints) -> Tensor:
+        first = self.num_fed
+        self._is_chain = self._is_chain and bool((parents == np.arange(first - 1, first - 1 + parents.shape[1])).all())
+        self._parents = np.concatenate([self._parents, parents], 1)
+        logits = self._pass(tokens, first, {})
+        self.num_fed += tokens.shape[1]
+        self.num_fed_tokens += int((parents >= 0).sum())
+        self.cache.stage(self.num_fed)
+        return logits
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        self.cache.commit(paths)
+        self.lengths, self.num_fed = self.cache.lengths, 0
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self.cache.keep_rows(rows)
+        self.lengths = self.cache.lengths
+
+    def _begin(self, counts: Ints, width: int) -> None:
+        """Starts the tree with a chain of so many nodes per row."""
+        chain = np.arange(-1, width - 1)
+        self._parents = np.where(np.arange(width) < counts[:, None], chain, -1)
+        self._is_chain = bool((counts == width).all())
+
+    def _pass(self, tokens: Ints, first: int, options: dict[str, Any]) -> Tensor:
+        """A forward over the tree's nodes from `first` on."""
+        mask_format = self.capability.mask_format
+        assert mask_format is not None
+        lengths = self.cache.lengths
+        if self._is_chain and tokens.shape[1] == 1 and not self.cache.is_ragged and not mask_format.is_local:
+            positions = np.full(tokens.shape, lengths[0] + first)
+            return self._forward(tokens, positions, None, options)
+        parents = torch.from_numpy(self._parents)
+        tree = TokenTree(parents, parents)  # only its shape matters for the mask
+        positions = np.array(lengths)[:, None] + tree.depths.numpy()[:, first:]
+        mask = mask_format.build(tree, lengths, None, self.dtype, first)
+        return self._forward(tokens, positions, mask, options)
+
+    def _forward(self, tokens: Ints, positions: Ints, mask: Any, options: dict[str, Any]) -> Tensor:
+        if self.device.type != "cpu" and mask is not None:
+            on = {kind: part.to(self.device) for kind, part in mask.items()} if isinstance(mask, dict) else None
+            mask = on or mask.to(self.device)
+        logits: Tensor = self.model(
+            input_ids=torch.from_numpy(tokens).to(self.device),
+            position_ids=torch.from_numpy(positions).to(self.device),
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **options,
+        ).logits
+        return logits
+
+
+class ChainPasses(DraftPasses):
+    """One chain per row, each row with a cache of the model's own kind and its rollback.
+
+    For draft models to which no branching tree can be shown. Such caches roll all rows back alike, so each row has its
+    own and goes through the model alone.
+    """
+
+    def prefill(self, sequences: Sequence[Ints], room: int) -> None:
+        config = self.model.config.get_text_config(decoder=True)
+        self.caches = [DynamicCache(config=config) for _ in sequences]
+        self.lengths = [len(sequence) for sequence in sequences]
+        for row, sequence in enumerate(sequences):
+            if len(sequence):
+                self._forward(row, sequence[None], self._last_only)
+            self.caches[row].activate_past_recording()
+            if len(sequence):
+                self.caches[row].crop(0)
+        self.num_fed_tokens += sum(self.lengths)
+
+    def feed_pending(self, pending: Sequence[Ints]) -> Tensor:
+        logits = [self._forward(row, tokens[None], self._last_only)[0, -1] for row, tokens in enumerate(pending)]
+        self.num_fed_tokens += sum(map(len, pending))
+        self.lengths = [length + len(tokens) - 1 for length, tokens in zip(self.lengths, pending, strict=True)]
+        self._in_cache = [[0] for _ in pending]
+        self.num_fed = 1
+        return torch.stack(logits)
+
+    def feed_level(self, tokens: Ints, parents: Ints) -> Tensor:
+        logits: list[Tensor | None] = [None] * len(tokens)
+        for row in range(len(tokens)):
+            if parents[row, 0] >= 0:
+                assert parents[row, 0] == self._in_cache[row][-1], "a chain grows at its end"
+                logits[row] = self._forward(row, tokens[row : row + 1, :1], {})[0]
+                self._in_cache[row].append(self.num_fed)
+                self.num_fed_tokens += 1
+        self.num_fed += tokens.shape[1]
+        some = next(row for row in logits if row is not None)
+        return torch.stack([torch.zeros_like(some) if row is None else row for row in logits])
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        for row, path in enumerate(paths):
+            assert list(path) == self._in_cache[row][: len(path)], "a chain is kept from its beginning"
+            self.caches[row].crop(len(path) - len(self._in_cache[row]))
+            self.lengths[row] += len(path)
+        self.num_fed = 0
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self.caches = [self.caches[row] for row in rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        if self.num_fed:
+            self._in_cache = [self._in_cache[row] for row in rows]
+
+    def _forward(self, row: int, tokens: Ints, options: dict[str, Any]) -> Tensor:
+        ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(self.device)
+        logits: Tensor = self.model(
+            input_ids=ids, past_key_values=self.caches[row], use_cache=True, return_dict=True, **options
+        ).logits
+        return logits
