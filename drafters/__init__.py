@@ -10,7 +10,6 @@ from specdec.drafters.medusa import MedusaDrafter
 
 DRAFTERS: dict[str, type[Drafter]] = {
     "auto": LookaheadDrafter,
-    "draft-model": DraftModelDrafter,
     "lookahead": LookaheadDrafter,
     "medusa": MedusaDrafter,
 }
