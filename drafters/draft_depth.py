@@ -76,7 +76,9 @@ class Pace:
         self.level_times.update(level.shape[1], seconds)
         average_scores(nodes, level, self.means, MEMORY)
 
-    def observe_step(self, rows: int, accepted: int, draft_seconds: float, seconds: float, plain_seconds: float) -> None:
+    def observe_step(
+        self, rows: int, accepted: int, draft_seconds: float, seconds: float, plain_seconds: float
+    ) -> None:
         """Takes in a step.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,7 +242,9 @@ def test_drawn_drafts_come_with_the_distributions_they_were_drawn_from(growth: s
 
 
 def test_recorded_distributions_are_those_of_the_draft_model() -> None:
-    tree = recorded(drafter_of("chain"), prompts(7), max_new_tokens=8, do_sample=True, temperature=0.7, top_k=0, distribution=True)[0]
+    tree = recorded(
+        drafter_of("chain"), prompts(7), max_new_tokens=8, do_sample=True, temperature=0.7, top_k=0, distribution=True
+    )[0]
     inputs = prompts(7)["input_ids"]
     chain = tree.tokens[0, : tree.num_nodes - 1]
     logits = draft_of("llama")(torch.cat([inputs[0], chain])[None]).logits[0, inputs.shape[1] :]
@@ -296,7 +299,7 @@ def test_trees_come_best_first() -> None:
         paths = [1.0]
         for parent, score in zip(tree.parents[0, 1:].tolist(), tree.scores[0, 1:].tolist(), strict=True):  # type: ignore[index]
             paths.append(paths[parent] * score)
-        assert all(a >= b - 1e-6 for a, b in zip(paths, paths[1:], strict=False))
+        assert all(a >= b - 1e-6 for a, b in itertools.pairwise(paths))
 
 
 def test_hits_are_counted_and_change_the_scores() -> None:
@@ -385,11 +388,15 @@ def test_nothing_is_drafted_beyond_the_draft_models_positions() -> None:
 
 
 def encoder() -> Any:
-    return tf.BertForMaskedLM(tf.BertConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    return tf.BertForMaskedLM(
+        tf.BertConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    )
 
 
 def encoder_decoder() -> Any:
-    return tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=VOCAB, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=VOCAB, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
