@@ -39,6 +39,8 @@ def load_draft_model(draft_model: Any, layers: int | None, target: CausalLM) -> 
         return loaded.to(target.get_input_embeddings().weight.device)
     if hasattr(draft_model, "get_base_model"):  # of PEFT
         draft_model = draft_model.get_base_model()
+    if hasattr(draft_model, "config"):
+        _check_config(draft_model.config, type(draft_model).__name__)
     if not hasattr(draft_model, "generate") or not hasattr(draft_model, "config"):
         raise TypeError(f"draft_model must be a transformers causal LM or a name, not {type(draft_model).__name__}")
     if draft_model is target:
@@ -46,7 +48,6 @@ def load_draft_model(draft_model: Any, layers: int | None, target: CausalLM) -> 
             "draft_model is the target itself, so that a draft would take as long as the answer; pass a smaller model, "
             "or 'self' with layers=... for the target's own first layers"
         )
-    _check_config(draft_model.config, type(draft_model).__name__)
     if not draft_model.can_generate():
         raise ValueError(f"draft_model is a {type(draft_model).__name__}, which cannot generate text; pass a causal LM")
     return draft_model
@@ -56,8 +57,9 @@ def _check_config(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"draft_model {name} is an encoder-decoder; pass a causal LM with the target's tokenizer")
     architectures = getattr(config, "architectures", None) or []
-    if architectures and all(a.endswith(("ForMaskedLM", "ForSequenceClassification")) for a in architectures):
-        raise ValueError(f"draft_model {name} is an encoder ({architectures[0]}); pass a causal LM")
+    encoders = [a for a in [name, *architectures] if a.endswith(("ForMaskedLM", "ForSequenceClassification"))]
+    if encoders:
+        raise ValueError(f"draft_model {name} is an encoder ({encoders[0]}); pass a causal LM")
 
 
 def check_sizes(draft_model: CausalLM, target: CausalLM) -> None:

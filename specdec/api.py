@@ -38,7 +38,8 @@ def accelerate(
 
     Args:
         model: A transformers causal LM, or a PEFT model around one. It is not changed.
-        drafter: `"lookahead"`, `"auto"`, a `Drafter`, a smaller model with the same tokenizer, or None for drafting off.
+        drafter: `"lookahead"`, `"auto"`, a `Drafter`, a smaller model with the same tokenizer, or None for no
+            drafting.
         verifier: `"exact"` or a `Verifier`.
         strict: Raise a drafter's errors instead of going on without it.
         max_nodes: Largest token tree per target pass, root included: 1, 2, 4, ... 128.

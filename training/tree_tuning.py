@@ -190,7 +190,7 @@ def time_passes(
         ValueError: The model cannot be run ahead.
     """
     timer = PassTimer(max_nodes)
-    fast = accelerate(model, MedusaDrafter(heads, max_nodes, max_rest=0), strict=True, budget=timer)
+    fast = accelerate(model, MedusaDrafter(heads, max_nodes), strict=True, budget=timer)
     if fast.capability.mode == "plain":
         raise ValueError(f"this model cannot verify drafts: {fast.capability.reason}")
     ids = torch.tensor([list(examples[0]["input_ids"])[:TIMED_PROMPT]], device=model.device)
