@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from specdec.lazy import lazy_names
 
 if TYPE_CHECKING:
     from specdec.api import SpeculativeModel, accelerate, speculate
@@ -22,13 +23,4 @@ _HOMES = {
 }
 """Names are looked up on first use, so that `specdec --help` need not wait for torch and transformers."""
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(globals(), _HOMES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from specdec.lazy import lazy_names
 
 if not __name__.startswith("specdec."):
     raise ImportError("import it as specdec.training: 'training' alone is not a package of this project")
@@ -48,13 +49,4 @@ _HOMES = {
 }
 """Names are looked up on first use: the command line reads the settings without waiting for torch."""
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(globals(), _HOMES)
