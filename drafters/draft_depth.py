@@ -9,6 +9,7 @@ import numpy as np
 from specdec.budget import StepTimes
 from specdec.drafters.draft_growth import DraftNodes
 from specdec.kernels import Floats, Ints, kernel, kernel_part, seconds_of
+from specdec.tree import bucket_of
 
 WIDTHS = np.array([1, 2, 4, 8])
 """Nodes that a level may feed."""
@@ -34,7 +35,7 @@ class LevelTimes(StepTimes):
         self.seen: Counter[int] = Counter()
 
     def update(self, nodes: int, seconds: float) -> None:
-        width = next((size for size in self.buckets if size >= nodes), self.buckets[-1])
+        width = bucket_of(nodes, self.buckets)
         self.seen[width] += 1
         if self.seen[width] <= 4:
             self.seconds[width] = min(seconds, self.seconds.get(width, seconds))
@@ -126,24 +127,12 @@ def average_scores(nodes: DraftNodes, level: Ints, means: Floats, memory: float)
 
 
 @kernel
-def insert(best: Floats, count: int, value: float) -> int:
-    """Inserts a value into a falling list, which drops its last one when it is full; returns the new length."""
-    size = best.shape[0]
-    if count == size:
-        if value <= best[size - 1]:
-            return count
-        count -= 1
-    at = count
-    while at > 0 and best[at - 1] < value:
-        best[at] = best[at - 1]
-        at -= 1
-    best[at] = value
-    return count + 1
-
-
-@kernel
 def insert_pair(best: Floats, others: Floats, count: int, value: float, other: float) -> int:
-    """Does what `insert` does, and keeps another list in the same order."""
+    """Inserts a value into a falling list, which drops its last one when it is full; `others` keeps the same order.
+
+    Returns:
+        The new length.
+    """
     size = best.shape[0]
     if count == size:
         if value <= best[size - 1]:
@@ -155,6 +144,12 @@ def insert_pair(best: Floats, others: Floats, count: int, value: float, other: f
         at -= 1
     best[at], others[at] = value, other
     return count + 1
+
+
+@kernel
+def insert(best: Floats, count: int, value: float) -> int:
+    """`insert_pair` of one list alone."""
+    return int(insert_pair(best, best, count, value, value))
 
 
 @kernel
@@ -183,6 +178,44 @@ def net_tokens(best: Floats, filled: Ints, price: float, known: Ints, seconds: F
         if node == most - 1 or (bucket < known.shape[0] and known[bucket] == size):
             net = max(net, tokens - price * seconds_of(size, known, seconds))
     return float(net)
+
+
+@kernel
+def sort_nodes(
+    nodes: DraftNodes,
+    max_depths: Ints,
+    best: Floats,
+    filled: Ints,
+    waiting: Floats,
+    scores: Floats,
+    num_waiting: Ints,
+) -> int:
+    """Lists what was drafted, and what of it may be fed, by what it is ranked by.
+
+    Args:
+        nodes: What was drafted so far.
+        max_depths: Largest depth of a node, `[rows]`.
+        best: Written: path products, falling, `[rows, nodes]`.
+        filled: Written: how many there are, `[rows]`.
+        waiting: Written: the same of nodes that may be fed, `[rows, width]`.
+        scores: Written: their scores, `[rows, width]`.
+        num_waiting: Written: how many there are, `[rows]`.
+
+    Returns:
+        How many levels may follow those nodes at most.
+    """
+    deepest = 0
+    for row in range(nodes.tokens.shape[0]):
+        for node in range(nodes.counts[row]):
+            if node > 0:
+                filled[row] = insert(best[row], filled[row], nodes.orders[row, node])
+            is_new = nodes.fed[row, node] < 0 or (node == 0 and nodes.counts[row] == 1)
+            if is_new and nodes.depths[row, node] < max_depths[row]:
+                num_waiting[row] = insert_pair(
+                    waiting[row], scores[row], num_waiting[row], nodes.orders[row, node], nodes.scores[row, node]
+                )
+                deepest = max(deepest, max_depths[row] - nodes.depths[row, node])
+    return deepest
 
 
 @kernel
@@ -220,23 +253,10 @@ def best_width(
         max_levels: How many levels ahead to look at most.
     """
     rows = nodes.tokens.shape[0]
-    room = max(max_nodes - 1, 1)
-    best = np.zeros((rows, room))
-    filled = np.zeros(rows, np.int64)
-    waiting = np.zeros((rows, widths[-1]))
-    scores = np.zeros((rows, widths[-1]))
-    num_waiting = np.zeros(rows, np.int64)
-    deepest = 0
-    for row in range(rows):
-        for node in range(nodes.counts[row]):
-            if node > 0:
-                filled[row] = insert(best[row], filled[row], nodes.orders[row, node])
-            is_new = nodes.fed[row, node] < 0 or (node == 0 and nodes.counts[row] == 1)
-            if is_new and nodes.depths[row, node] < max_depths[row]:
-                num_waiting[row] = insert_pair(
-                    waiting[row], scores[row], num_waiting[row], nodes.orders[row, node], nodes.scores[row, node]
-                )
-                deepest = max(deepest, max_depths[row] - nodes.depths[row, node])
+    best = np.zeros((rows, max(max_nodes - 1, 1)))
+    waiting, scores = np.zeros((rows, widths[-1])), np.zeros((rows, widths[-1]))
+    filled, num_waiting = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+    deepest = sort_nodes(nodes, max_depths, best, filled, waiting, scores, num_waiting)
     most, width = net_tokens(best, filled, price, known, seconds), 0
     ahead, ahead_filled = np.empty_like(best), np.empty_like(filled)
     for option in widths:
