@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,9 +150,11 @@ class TokenTree:
 
     @cached_property
     def is_chain(self) -> bool:
-        """Whether every node's parent is the node before it, padding at the end allowed. Waits for the device."""
-        expected = torch.arange(-1, self.num_nodes - 1, device=self.tokens.device)
-        return bool(((self.parents == expected) | ~self.is_real).all())
+        """Whether every node's parent is the node before it, with padding at the end only."""
+        parents = self.host_parents
+        chain = np.arange(-1, self.num_nodes - 1)
+        count = 1 + (parents >= 0).sum(1, keepdims=True)
+        return bool((np.where(chain + 1 < count, chain, -1) == parents).all())
 
     def first(self, nodes: int) -> TokenTree:
         """The tree of the first `nodes` nodes (all of it when it has no more)."""

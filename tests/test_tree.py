@@ -59,6 +59,7 @@ def test_root_alone_is_plain_decoding() -> None:
 def test_chains_are_recognised() -> None:
     assert TokenTree.from_rows([[1, 2, 3], [4, 5]], [[-1, 0, 1], [-1, 0]]).is_chain
     assert not TokenTree.from_rows([[1, 2, 3]], [[-1, 0, 0]]).is_chain
+    assert not TokenTree.from_rows([[1, 2, 3]], [[-1, -1, 1]]).is_chain
 
 
 @pytest.mark.parametrize("tree", TREES, ids=lambda tree: f"{tree.num_nodes}-nodes")

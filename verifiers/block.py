@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +47,7 @@ class BlockVerifier(Verifier):
     def verify(self, tree: TokenTree, logits: Tensor, sampler: Sampler, rows: Sequence[int]) -> Acceptance:
         if follows_target(tree, sampler):
             return ExactVerifier().verify(tree, logits, sampler, rows)
-        if not _is_chain(tree):
+        if not tree.is_chain:
             return TraversalVerifier(self.draws).verify(tree, logits, sampler, rows)
         probs = sampler.process(tree, logits, rows).softmax(-1)  # [B, N, V]
         reached, residual = _reached_and_residual(tree, probs)
@@ -64,14 +63,6 @@ class BlockVerifier(Verifier):
         is_residual = (last < end) & (mass[row, behind] > 0)
         next_probs = torch.where(is_residual[:, None], residual[row, behind], probs[row, last])
         return Acceptance.of_paths(tree, last, self.draws.categorical(next_probs))
-
-
-def _is_chain(tree: TokenTree) -> bool:
-    """Whether every node's parent is the node before it, with padding at the end only."""
-    parents = tree.host_parents
-    chain = np.arange(-1, tree.num_nodes - 1)
-    count = 1 + (parents >= 0).sum(1, keepdims=True)
-    return bool((np.where(chain + 1 < count, chain, -1) == parents).all())
 
 
 def _reached_and_residual(tree: TokenTree, probs: Tensor) -> tuple[Tensor, Tensor]:
