@@ -38,7 +38,7 @@ class DraftContext:
         is_sampled_from: The verifier compares the target's distribution with the one that drafts were drawn from:
             they must be drawn at random, and recorded with `draft_probs`.
         step_seconds: Node counts and seconds of the target's passes at this batch size, ascending, `[sizes]` each;
-            None while they are not measured.
+            None while they are not measured, and unless the drafter `needs_step_seconds`.
     """
 
     rows: list[int]
@@ -76,6 +76,7 @@ class Drafter(ABC):
 
     name: str = "drafter"
     needs_hidden_states: bool = False
+    needs_step_seconds: bool = False
 
     def bind(self, model: Any) -> None:
         """Called with the target before any work, and again at each call; drafters that depend on it prepare here.

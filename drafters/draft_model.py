@@ -84,6 +84,7 @@ class DraftModelDrafter(Drafter):
     """
 
     name = "draft-model"
+    needs_step_seconds = True
 
     draft_model: Any = None
     growth: Mode = "auto"

@@ -9,6 +9,7 @@ from typing import Any
 from specdec.budget import Budget
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.hidden_states import HiddenStates
+from specdec.kernels import Floats, Ints
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
@@ -90,8 +91,13 @@ class GuardedDrafter:
             hidden_states=self.hidden_states.of_rows if self.hidden_states is not None else None,
             sampler=self.sampler,
             is_sampled_from=self.is_sampled_from,
-            step_seconds=self.budget.step_seconds(len(rows)) if self.budget is not None else None,
+            step_seconds=self._step_seconds(len(rows)),
         )
+
+    def _step_seconds(self, rows: int) -> tuple[Ints, Floats] | None:
+        if self.budget is None or self.drafter is None or not self.drafter.needs_step_seconds:
+            return None
+        return self.budget.step_seconds(rows)
 
     def _call(self, method: str, *args: Any) -> Any:
         if self.drafter is None:
