@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from specdec.capability import Capability, probe
 from specdec.drafters.self_draft import first_layers
-from specdec.target import CausalLM, embedding_rows
+from specdec.target import CausalLM, embedding_rows, unwrapped
 
 SELF = "self"
 
@@ -37,8 +37,7 @@ def load_draft_model(draft_model: Any, layers: int | None, target: CausalLM) -> 
         _check_config(AutoConfig.from_pretrained(draft_model), draft_model)
         loaded = AutoModelForCausalLM.from_pretrained(draft_model, dtype=target.dtype).eval()
         return loaded.to(target.get_input_embeddings().weight.device)
-    if hasattr(draft_model, "get_base_model"):  # of PEFT
-        draft_model = draft_model.get_base_model()
+    draft_model = unwrapped(draft_model)
     if hasattr(draft_model, "config"):
         _check_config(draft_model.config, type(draft_model).__name__)
     if not hasattr(draft_model, "generate") or not hasattr(draft_model, "config"):

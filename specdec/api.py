@@ -17,6 +17,7 @@ from specdec.drafters import DRAFTERS, DraftModelDrafter
 from specdec.drafters.base import Drafter
 from specdec.generation import Speculation
 from specdec.report import SpeculationReport
+from specdec.target import unwrapped
 from specdec.verifiers import VERIFIERS
 from specdec.verifiers.base import Verifier
 
@@ -56,7 +57,7 @@ def accelerate(
     _check_model(model)
     fast = SpeculativeModel(model, _speculation(drafter, verifier, strict, max_nodes, capability, budget))
     if fast.drafter is not None:
-        fast.drafter.bind(_unwrapped(model))
+        fast.drafter.bind(unwrapped(model))
     return fast
 
 
@@ -144,11 +145,6 @@ def resolve_verifier(verifier: Any) -> Verifier:
     raise TypeError(f"verifier must be a name ({', '.join(map(repr, VERIFIERS))}) or a Verifier, not {verifier!r}")
 
 
-def _unwrapped(model: Any) -> Any:
-    """The transformers model inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _check_model(model: Any) -> None:
     if isinstance(model, SpeculativeModel):
         raise TypeError("this model is accelerated already; pass its .model to wrap it another way")
@@ -201,7 +197,7 @@ class SpeculativeModel:
     @property
     def capability(self) -> Capability:
         """How this model can be run ahead; found out at first use."""
-        return probe(_unwrapped(self.model), self.speculation.capability)
+        return probe(unwrapped(self.model), self.speculation.capability)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` with the same arguments and the same result, sooner."""

@@ -52,6 +52,11 @@ def embedding_rows(model: CausalLM) -> int:
     return int(weight.shape[0] if weight is not None else model.config.get_text_config().vocab_size)
 
 
+def unwrapped(model: Any) -> CausalLM:
+    """The transformers model inside a PEFT model; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class CacheNotFilledError(RuntimeError):
     """The model ran the prompt with a cache of its own in place of the one it was given."""
 

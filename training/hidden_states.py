@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.target import accepts
+from specdec.target import accepts, unwrapped
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Allowed difference of hidden states, relative to their norm; `LOW_PRECISION_TOLERANCE` for other types."""
@@ -35,8 +35,7 @@ class FinalHiddenStates:
     """
 
     def __init__(self, model: Any) -> None:
-        is_wrapped = hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
-        self.model = model.get_base_model() if is_wrapped else model
+        self.model = unwrapped(model)
         if self.model.get_output_embeddings() is None:
             raise ValueError(f"{type(self.model).__name__} has no output embedding; use a causal language model")
         self._run: Callable[..., Tensor] = self._stopped
