@@ -52,15 +52,13 @@ def read_examples(config: MedusaTrainingConfig, source: str, tokenizer: Any) -> 
     """All examples of a source."""
     if config.prompts is not None:  # the other settings chose the prompts; of the answers all are used
         return load_examples(source, tokenizer)
-    return load_examples(
-        source,
-        tokenizer,
-        split=config.split,
-        text_field=config.text_field,
-        limit=config.limit,
-        seed=config.seed,
-        chat_template=config.chat_template,
-    )
+    return load_examples(source, tokenizer, **_reading(config))
+
+
+def _reading(config: MedusaTrainingConfig) -> dict[str, Any]:
+    """Settings of a source's records."""
+    names = ("split", "text_field", "limit", "seed", "chat_template")
+    return {name: getattr(config, name) for name in names}
 
 
 def windows_of(config: MedusaTrainingConfig, source: str, tokenizer: Any) -> TrainingData:
@@ -83,15 +81,7 @@ def windows_of(config: MedusaTrainingConfig, source: str, tokenizer: Any) -> Tra
 
 def self_distilled(config: MedusaTrainingConfig, model: Any, tokenizer: Any, console: Console | None) -> str:
     """Lets the target answer the prompts, through specdec; returns the folder of the answers."""
-    prompts = load_prompts(
-        config.prompts or "",
-        tokenizer,
-        split=config.split,
-        text_field=config.text_field,
-        limit=config.limit,
-        seed=config.seed,
-        chat_template=config.chat_template,
-    )
+    prompts = load_prompts(config.prompts or "", tokenizer, **_reading(config))
     report = distill(
         model,
         tokenizer,
