@@ -56,7 +56,6 @@ class DraftLists:
         is_drawn: Draw at random, without replacement, and keep the distributions.
         vocabulary: The target's tokens in the draft model's logits.
         target_size: Token ids that the target can take are below.
-        seed: Seeds the draws, of this object's own generator.
     """
 
     def __init__(

@@ -85,8 +85,9 @@ _TIMES: WeakKeyDictionary[nn.Module, dict[int, StepTimes]] = WeakKeyDictionary()
 class Budget:
     """Chooses the number of nodes n that maximises expected tokens per second.
 
-    `(rows + expected accepted draft tokens in the first n nodes) / t(n)`, over the node-count buckets, one node
-    ("no draft") included. Expectations are products of calibrated scores along paths; scores are calibrated by decayed
+    `(rows + expected accepted draft tokens in the first n nodes) / (t(n) + time of the drafting)`, over the node-count
+    buckets, one node ("no draft") included; drafting rests while even the best n is slower than not to draft at all.
+    Expectations are products of calibrated scores along paths; scores are calibrated by decayed
     counts of how often drafts of such a score, whose parent had been accepted, were accepted. Growing best-first by
     path product is optimal at every size at once (OPT-Tree, arXiv 2406.17276; Sequoia, arXiv 2402.12374, for t(n)).
 
