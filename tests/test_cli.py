@@ -24,8 +24,9 @@ from specdec.cli import app
 from specdec.commands import COMMANDS
 from specdec.commands.accepted_drafts import pieces_of
 from specdec.commands.demo_display import LiveDisplay, completion_text
-from specdec.commands.drafter_options import DrafterFlags, convert
+from specdec.commands.drafter_options import DrafterFlags
 from specdec.commands.errors import UserError
+from specdec.conversion import convert
 from specdec.drafters import DRAFTERS, DraftContext, Drafter
 from specdec.measuring import Sample
 from specdec.tree import TokenTree

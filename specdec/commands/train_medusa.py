@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec.commands.drafter_options import convert
 from specdec.commands.errors import UserError, user_errors
+from specdec.conversion import convert
 from specdec.training.config import MedusaTrainingConfig, Setting, read_yaml, settings
 
 
