@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from specdec.drafters.base import DraftContext
 from specdec.drafters.draft_growth import DraftNodes, add_children, choose_level, follow
@@ -107,23 +110,11 @@ class DraftCall:
         if width == 0 or growth.max_depths.max() < 1:
             self.nodes = None
             return nodes
-        row_index = np.arange(len(roots))[:, None]
         while True:
             started = time.perf_counter()
-            if self.passes.num_fed == 0:
-                logits = self.passes.feed_pending(
-                    [
-                        self._draft_tokens(sequence[length:])
-                        for sequence, length in zip(context.sequences, self.passes.lengths, strict=True)
-                    ]
-                )[:, None]
-            else:
-                is_real = level >= 0
-                fed = nodes.fed[row_index, nodes.parents[row_index, level]]
-                tokens = self._draft_tokens(np.where(is_real, nodes.tokens[row_index, level], 0))
-                logits = self.passes.feed_level(tokens, np.where(is_real, fed, -1))
-            depths = nodes.depths[row_index, level]
+            logits = self._feed(context, nodes, level)
             since = nodes.counts.copy() if not growth.any_level else np.ones_like(nodes.counts)
+            depths = nodes.depths[np.arange(len(roots))[:, None], level]
             listed, probs = self.lists.make(logits, growth.num_children, self.rows, depths)
             add_children(
                 nodes,
@@ -154,7 +145,17 @@ class DraftCall:
                 return nodes
             level = np.ascontiguousarray(level[:, :widest])
 
-    def _draft_tokens(self, tokens: Ints) -> Ints:
+    def _feed(self, context: DraftContext, nodes: DraftNodes, level: Ints) -> Tensor:
+        """Feeds a level, or what leads to the root and the root itself; logits `[rows, width, draft_vocab]`."""
+        if self.passes.num_fed == 0:
+            pending = zip(context.sequences, self.passes.lengths, strict=True)
+            return self.passes.feed_pending([self._draft_tokens(ids[length:]) for ids, length in pending])[:, None]
+        row_index, is_real = np.arange(len(level))[:, None], level >= 0
+        fed = nodes.fed[row_index, nodes.parents[row_index, level]]
+        tokens = self._draft_tokens(np.where(is_real, nodes.tokens[row_index, level], 0))
+        return self.passes.feed_level(tokens, np.where(is_real, fed, -1))
+
+    def _draft_tokens(self, tokens: NDArray[Any]) -> Ints:
         """Target tokens as the draft model takes them; one that it does not know as its first."""
         ids = torch.from_numpy(np.asarray(tokens, np.int64))
         drafted: Ints = self.lists.vocabulary.draft_tokens(ids).clamp(min=0).numpy()

@@ -55,11 +55,13 @@ class DraftNodes(NamedTuple):
         floats = np.ones((2, len(roots), capacity))
         probs = np.zeros((len(roots), capacity), np.float32)
         counts = np.ones(len(roots), np.int64)
-        return cls(*ints[:4], probs, *floats, *ints[4:], counts)
+        tokens, parents, depths, ranks, fed, first_child, num_children = ints
+        scores, orders = floats
+        return cls(tokens, parents, depths, ranks, probs, scores, orders, fed, first_child, num_children, counts)
 
     def of_rows(self, rows: list[int]) -> DraftNodes:
         """The trees of some rows."""
-        return DraftNodes(*(np.ascontiguousarray(array[rows]) for array in self))
+        return DraftNodes._make(np.ascontiguousarray(array[rows]) for array in self)
 
 
 @kernel

@@ -84,6 +84,9 @@ class DraftPasses(ABC):
 class TreePasses(DraftPasses):
     """Branching trees over ragged rows, a level per pass."""
 
+    _parents: Ints
+    _is_chain: bool
+
     def prefill(self, sequences: Sequence[Ints], room: int) -> None:
         self.lengths = [len(sequence) for sequence in sequences]
         longest = max(self.lengths)

@@ -171,8 +171,6 @@ class Speculation:
     ) -> Any:
         """Runs the loop and wraps up its result as `generate` would."""
         config, report = target.generation_config, self.report
-        if self.drafter is not None and self.drafter.needs_hidden_states:
-            target.hidden_states = HiddenStates(target.model)
         sequences = Sequences(input_ids, target.model_kwargs.get("attention_mask"), config.max_length)
         noise = NoiseQueue(len(input_ids), input_ids.device) if config.do_sample else None
         keep_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
@@ -181,16 +179,7 @@ class Speculation:
         is_sampled_from = self.verifier.guarantee == "distribution" and config.do_sample
         decoder = Decoder(
             target=target,
-            drafter=GuardedDrafter(
-                self.drafter,
-                embedding_rows(target.model),
-                report,
-                self.strict,
-                target.hidden_states,
-                sampler,
-                is_sampled_from,
-                self.budget,
-            ),
+            drafter=self._guarded_drafter(target, sampler, is_sampled_from),
             verifier=self.verifier,
             sampler=sampler,
             stop=StopRule(criteria, sequences),
@@ -217,6 +206,21 @@ class Speculation:
             fields |= {"scores": scores if config.output_scores else None}
             fields |= {"logits": logits if config.output_logits else None}
         return GenerateDecoderOnlyOutput(**fields)
+
+    def _guarded_drafter(self, target: TargetModel, sampler: Sampler, is_sampled_from: bool) -> GuardedDrafter:
+        """The drafter, with what it may know of the target."""
+        if self.drafter is not None and self.drafter.needs_hidden_states:
+            target.hidden_states = HiddenStates(target.model)
+        return GuardedDrafter(
+            self.drafter,
+            embedding_rows(target.model),
+            self.report,
+            self.strict,
+            target.hidden_states,
+            sampler,
+            is_sampled_from,
+            self.budget,
+        )
 
 
 def _check_ids(model: CausalLM, input_ids: Tensor) -> None:
