@@ -12,7 +12,8 @@ import specdec
 from specdec import budget as budget_module
 from specdec.budget import Budget, StepTimes
 from specdec.tree import NODE_BUCKETS, TokenTree
-from tests.conformance import AlwaysWrongDrafter, OracleDrafter, new_model, prompts, reference, tiny_model
+from tests.conformance import AlwaysWrongDrafter, OracleDrafter, reference
+from tests.tiny_models import new_model, prompts, tiny_model
 
 FLAT = dict.fromkeys(NODE_BUCKETS[:7], 1.0)
 LINEAR = {nodes: float(nodes) for nodes in NODE_BUCKETS[:7]}

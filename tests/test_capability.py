@@ -14,21 +14,8 @@ from specdec import capability
 from specdec.capability import Capability, probe
 from specdec.generation import FallbackWarning
 from specdec.masks import MaskFormat
-from tests.conformance import (
-    BOS,
-    EOS,
-    MODELS,
-    PAD,
-    VOCAB,
-    WINDOW,
-    Answers,
-    OracleDrafter,
-    RandomTreeDrafter,
-    assert_identical,
-    new_model,
-    prompts,
-    tiny_model,
-)
+from tests.conformance import Answers, OracleDrafter, RandomTreeDrafter, assert_identical
+from tests.tiny_models import BOS, EOS, MODELS, PAD, VOCAB, WINDOW, new_model, prompts, tiny_model
 
 SPECIAL = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 SINGLE, PADDED = prompts(9), prompts(4, 9, 6)

@@ -16,16 +16,8 @@ from specdec.drafters import DraftContext, Drafter, LookaheadDrafter
 from specdec.drafting import DrafterSwitchedOffWarning
 from specdec.tree import TokenTree
 from specdec.verifiers import ExactVerifier
-from tests.conformance import (
-    VOCAB,
-    FailingDrafter,
-    OracleDrafter,
-    assert_identical,
-    new_model,
-    prompts,
-    reference,
-    tiny_model,
-)
+from tests.conformance import FailingDrafter, OracleDrafter, assert_identical, reference
+from tests.tiny_models import VOCAB, new_model, prompts, tiny_model
 
 NEW_TOKENS = 24
 INPUTS = prompts(4, 9, 6)

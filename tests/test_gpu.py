@@ -11,16 +11,8 @@ import torch
 import specdec
 from specdec.budget import Budget
 from specdec.tree import NODE_BUCKETS
-from tests.conformance import (
-    DRAFTERS,
-    OracleDrafter,
-    answers_of,
-    assert_identical,
-    eos_ids,
-    new_model,
-    prompts,
-    reference,
-)
+from tests.conformance import DRAFTERS, OracleDrafter, answers_of, assert_identical, eos_ids, reference
+from tests.tiny_models import new_model, prompts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

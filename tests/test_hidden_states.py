@@ -12,7 +12,8 @@ from torch import Tensor
 from specdec.budget import Budget
 from specdec.drafters import DraftContext, Drafter, Step
 from specdec.tree import TokenTree
-from tests.conformance import Answers, OracleDrafter, assert_identical, new_model, prompts, reference, tiny_model
+from tests.conformance import Answers, OracleDrafter, assert_identical, reference
+from tests.tiny_models import new_model, prompts, tiny_model
 
 
 @dataclass

@@ -8,19 +8,8 @@ from typing import Any
 import pytest
 
 from specdec.budget import Budget
-from tests.conformance import (
-    DRAFTERS,
-    MODELS,
-    WINDOW,
-    OracleDrafter,
-    Reference,
-    assert_identical,
-    new_model,
-    prompts,
-    reference,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tests.conformance import DRAFTERS, OracleDrafter, Reference, assert_identical, reference
+from tests.tiny_models import MODELS, WINDOW, new_model, prompts, tiny_model, tiny_tokenizer
 
 NEW_TOKENS = 24
 SEEDS = 10

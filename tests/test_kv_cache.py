@@ -16,7 +16,8 @@ from specdec import kv_cache
 from specdec.budget import Budget
 from specdec.kv_cache import TreeCache, TreeLayer
 from specdec.target import TreeTarget
-from tests.conformance import WINDOW, RandomTreeDrafter, prompts, reference, tiny_model
+from tests.conformance import RandomTreeDrafter, reference
+from tests.tiny_models import WINDOW, prompts, tiny_model
 
 NEW_TOKENS = 24
 

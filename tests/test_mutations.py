@@ -18,7 +18,8 @@ from specdec.sequences import Sequences
 from specdec.stopping import StopRule
 from specdec.target import TreeTarget
 from specdec.tree import TokenTree
-from tests.conformance import OracleDrafter, RandomTreeDrafter, assert_identical, prompts, reference, tiny_model
+from tests.conformance import OracleDrafter, RandomTreeDrafter, assert_identical, reference
+from tests.tiny_models import prompts, tiny_model
 
 
 def with_depths_by_index(tree: TokenTree) -> TokenTree:

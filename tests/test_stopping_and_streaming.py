@@ -15,16 +15,8 @@ from specdec.budget import Budget
 from specdec.sequences import Sequences
 from specdec.stopping import StopRule, not_row_wise
 from specdec.streaming import StreamFeeder
-from tests.conformance import (
-    OracleDrafter,
-    RandomTreeDrafter,
-    Reference,
-    assert_identical,
-    prompts,
-    reference,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tests.conformance import OracleDrafter, RandomTreeDrafter, Reference, assert_identical, reference
+from tests.tiny_models import prompts, tiny_model, tiny_tokenizer
 
 NEW_TOKENS = 24
 SINGLE, PADDED = prompts(8), prompts(8, 3, 6, 5)

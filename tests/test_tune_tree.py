@@ -16,14 +16,8 @@ from specdec.drafters import MedusaDrafter
 from specdec.heads import HeadCalibration, MedusaHeads
 from specdec.heads.tree_choice import best_tree, measured_tokens
 from specdec.training.tree_tuning import measure_ranks, time_passes, tune
-from tests.conformance import (
-    assert_identical,
-    new_model,
-    prompts,
-    random_heads,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tests.conformance import assert_identical, random_heads
+from tests.tiny_models import new_model, prompts, tiny_model, tiny_tokenizer
 
 HEADS = 3
 

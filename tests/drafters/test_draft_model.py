@@ -20,7 +20,8 @@ from specdec.drafters import DraftContext, DraftModelDrafter, draft_loading
 from specdec.drafters.draft_passes import TreePasses
 from specdec.tree import TokenTree
 from specdec.verifiers import ExactVerifier
-from tests.conformance import VOCAB, assert_identical, draft_of, new_model, prompts, tiny_model
+from tests.conformance import assert_identical, draft_of
+from tests.tiny_models import VOCAB, new_model, prompts, tiny_model
 
 MODES = ("chain", "static", "dynamic", "auto")
 BATCHES = {"single": (prompts(12), {}), "padded": (prompts(3, 11, 5, 12, 7), {})}

@@ -21,15 +21,8 @@ from specdec.drafters.rank_tree import count_ranks, draft_rows
 from specdec.heads import HeadCalibration, MedusaHeads
 from specdec.replay import replay
 from specdec.tree import TokenTree
-from tests.conformance import (
-    TaughtMedusaDrafter,
-    assert_identical,
-    new_model,
-    prompts,
-    random_heads,
-    reference,
-    tiny_model,
-)
+from tests.conformance import TaughtMedusaDrafter, assert_identical, random_heads, reference
+from tests.tiny_models import new_model, prompts, tiny_model
 
 HEADS, HIDDEN = 3, 32
 

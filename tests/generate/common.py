@@ -14,11 +14,8 @@ import specdec
 from specdec import SpeculativeModel
 from specdec.budget import Budget
 from specdec.generation import FallbackWarning
-from tests.conformance import (
-    RandomTreeDrafter,
-    prompts,
-    reference,
-)
+from tests.conformance import RandomTreeDrafter, reference
+from tests.tiny_models import prompts
 
 NEW_TOKENS = 24
 SINGLE, PADDED = prompts(9), prompts(4, 9, 6)

@@ -15,12 +15,8 @@ from torch import Tensor
 import specdec
 from specdec.budget import Budget
 from specdec.generation import FallbackWarning
-from tests.conformance import (
-    new_model,
-    tiny_model,
-    tiny_tokenizer,
-)
 from tests.generate.common import NEW_TOKENS, PADDED, SINGLE, Recorder, accelerated, one_fallback
+from tests.tiny_models import new_model, tiny_model, tiny_tokenizer
 
 FALLBACKS: dict[str, tuple[dict[str, Any], str]] = {
     "beams": ({"num_beams": 3}, "beam search"),

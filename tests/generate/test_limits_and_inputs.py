@@ -11,20 +11,9 @@ from torch import Tensor
 
 import specdec
 from specdec.budget import Budget
-from tests.conformance import (
-    EOS,
-    FIRST_TOKEN,
-    PAD,
-    OracleDrafter,
-    RandomTreeDrafter,
-    assert_identical,
-    new_model,
-    prompts,
-    reference,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tests.conformance import OracleDrafter, RandomTreeDrafter, assert_identical, reference
 from tests.generate.common import NEW_TOKENS, PADDED, SINGLE, accelerated, one_fallback
+from tests.tiny_models import EOS, FIRST_TOKEN, PAD, new_model, prompts, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("inputs", [SINGLE, PADDED], ids=["single", "padded"])

@@ -12,14 +12,9 @@ from torch import Tensor
 
 import specdec
 from specdec.budget import Budget
-from tests.conformance import (
-    RandomTreeDrafter,
-    assert_identical,
-    prompts,
-    reference,
-    tiny_model,
-)
+from tests.conformance import RandomTreeDrafter, assert_identical, reference
 from tests.generate.common import NEW_TOKENS, PADDED, SINGLE, accelerated
+from tests.tiny_models import prompts, tiny_model
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

@@ -12,16 +12,9 @@ import transformers as tf
 
 import specdec
 from specdec.budget import Budget
-from tests.conformance import (
-    PAD,
-    RandomTreeDrafter,
-    assert_identical,
-    new_model,
-    reference,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tests.conformance import RandomTreeDrafter, assert_identical, reference
 from tests.generate.common import NEW_TOKENS, PADDED, SINGLE, Recorder, accelerated
+from tests.tiny_models import PAD, new_model, tiny_model, tiny_tokenizer
 
 
 def test_hook_of_transformers() -> None:

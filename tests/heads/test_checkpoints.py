@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from specdec.heads import HeadCalibration, MedusaHeads
-from tests.conformance import VOCAB, new_model, tiny_model
 from tests.heads.test_medusa import states, trained
+from tests.tiny_models import VOCAB, new_model, tiny_model
 
 HIDDEN = 6
 

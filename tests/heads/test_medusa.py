@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from specdec.heads import MedusaConfig, MedusaHeads
 from specdec.heads.output_embedding import OutputEmbedding
-from tests.conformance import VOCAB, new_model, tiny_model
+from tests.tiny_models import VOCAB, new_model, tiny_model
 
 
 def trained(heads: MedusaHeads, seed: int = 0) -> MedusaHeads:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from specdec.heads import MedusaHeads
 from specdec.training import MedusaTrainingConfig, TrainingResult, medusa, train
-from tests.conformance import new_model, tiny_tokenizer
+from tests.tiny_models import new_model, tiny_tokenizer
 
 CYCLE = "abcdefghij"
 """Text that goes round: after each letter it is known what follows at any distance."""

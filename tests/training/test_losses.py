@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec.heads import MedusaHeads
 from specdec.training.losses import IGNORED, NUM_RANKS, chunked_loss, medusa_targets
 from specdec.training.recipes import head_losses
-from tests.conformance import VOCAB, new_model
+from tests.tiny_models import VOCAB, new_model
 
 HEADS, POSITIONS, HIDDEN = 3, 37, 16
 Targets = Callable[[Tensor, Tensor, Tensor, int], Tensor]

@@ -15,7 +15,7 @@ from specdec.training import MedusaTrainingConfig, medusa
 from specdec.training.evaluation import TREE_SIZES
 from specdec.training.hidden_states import FinalHiddenStates
 from specdec.training.losses import medusa_targets
-from tests.conformance import MODELS, new_model, tiny_model
+from tests.tiny_models import MODELS, new_model, tiny_model
 from tests.training.small_runs import head_accuracies, run, small_config
 
 LEARNING: dict[str, Any] = {"steps": 150, "learning_rate": 0.03, "save_every": 1000, "log_every": 60}

@@ -17,16 +17,8 @@ from specdec.noise import NoiseQueue
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS, BlockVerifier, TraversalVerifier, Verifier
 from specdec.verifiers.draft_sampling import RandomDraws
-from tests.conformance import (
-    DRAFTERS,
-    EOS,
-    PAD,
-    assert_identical,
-    prompts,
-    reference,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tests.conformance import DRAFTERS, assert_identical, reference
+from tests.tiny_models import EOS, PAD, prompts, tiny_model, tiny_tokenizer
 
 SHAPES = {"block": [-1, 0, 1, 2], "traversal": [-1, 0, 0, 1, 1, 2, 3]}
 RULES = {"block": BlockVerifier, "traversal": TraversalVerifier}

@@ -23,14 +23,8 @@ from specdec.sampling import Sampler
 from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS, Acceptance, TypicalVerifier
-from tests.conformance import (
-    DRAFTERS,
-    assert_identical,
-    prompts,
-    random_tree,
-    reference,
-    tiny_model,
-)
+from tests.conformance import DRAFTERS, assert_identical, random_tree, reference
+from tests.tiny_models import prompts, tiny_model
 
 EPSILON, DELTA = 0.09, 0.3
 
