@@ -233,3 +233,13 @@ def test_run_goes_on_from_an_exported_model(scripts: dict[str, ModuleType], work
     commands = scripts["export"]._commands("draft", {"phases": again.phases, "tokens": again.tokens})
     assert commands[-2] == "python examples/embedded/train.py export draft"
     assert commands[-1].endswith("--start-from specdec/assets/embedded/draft")
+
+
+def test_prompts_for_distillation_are_cut_from_training_files_alone(scripts: dict[str, ModuleType], work: Path) -> None:
+    scripts["train"].prompts_command(work=work, per_file=1)
+    prompts = [json.loads(line) for line in (work / "prompts.jsonl").read_text().splitlines()]
+    texts = {d.path: d.text for d in scripts["corpus"].read_jsonl(work / "train.jsonl")}
+    files = [prompt["id"].split(":")[0] for prompt in prompts]
+    assert files
+    assert len(files) == len(set(files))
+    assert all(prompt["prompt"] in texts[file] for prompt, file in zip(prompts, files, strict=True))
