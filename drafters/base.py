@@ -106,6 +106,13 @@ class Drafter(ABC):
     def finish(self, context: DraftContext) -> None:
         """Called when the call ends, normally or not; `context` lists all rows."""
 
+    def figures(self, context: DraftContext) -> dict[str, Any]:
+        """What a call's report is to say of the drafter, beyond counts of tokens; ready for JSON, by name.
+
+        Called once per call, just before `finish`, with the same context.
+        """
+        return {}
+
     def settings(self) -> dict[str, Any]:
         """Hyper-parameters by name, for reports."""
         return {}

@@ -79,7 +79,9 @@ class GuardedDrafter:
     def finish(self, sequences: Sequences) -> None:
         """Tells the drafter that the call is over."""
         self.hidden_states = None  # rows that ended have none
-        self._call("finish", self._context(sequences, range(len(sequences))))
+        context = self._context(sequences, range(len(sequences)))
+        self.report.drafter_figures = self._call("figures", context) or {}
+        self._call("finish", context)
 
     def _context(self, sequences: Sequences, rows: Sequence[int]) -> DraftContext:
         return DraftContext(

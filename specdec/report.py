@@ -34,6 +34,7 @@ class SpeculationReport:
         seconds: Wall time per phase.
         fallback: Why the model's own `generate` did the work; None when specdec did.
         drafter_error: What the drafter raised before it was switched off; None when it did not.
+        drafter_figures: What the drafter tells of itself, by name.
     """
 
     drafter: str = "none"
@@ -50,6 +51,7 @@ class SpeculationReport:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     fallback: str | None = None
     drafter_error: str | None = None
+    drafter_figures: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens_per_pass(self) -> float:
@@ -98,6 +100,8 @@ class SpeculationReport:
                 value = ", ".join(f"{phase} {spent:.3f}" for phase, spent in self.seconds.items() if spent)
             elif isinstance(value, float):
                 value = f"{value:.3f}"
+            elif name == "drafter_figures":
+                value = ", ".join(f"{figure} {amount}" for figure, amount in self.drafter_figures.items()) or None
             if value is not None:
                 table.add_row(name, str(value))
         return table

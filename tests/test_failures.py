@@ -263,3 +263,18 @@ def test_draft_model_of_another_vocabulary_is_refused() -> None:
     other = new_model("llama", vocab_size=VOCAB + 1000)
     with pytest.raises(ValueError, match=f"a vocabulary of {VOCAB + 1000} tokens and the target .* {VOCAB}"):
         specdec.accelerate(tiny_model(), other)
+
+
+class Counting(LookaheadDrafter):
+    """Tells of itself in the report."""
+
+    def figures(self, context: DraftContext) -> dict[str, Any]:
+        return {"rows": len(context.rows), "tokens": sum(map(len, context.sequences))}
+
+
+def test_report_tells_what_the_drafter_tells_of_itself() -> None:
+    fast = accelerated(Counting())
+    output = fast.generate(**INPUTS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    tokens = int(INPUTS["attention_mask"].sum()) + 4 * len(output)
+    assert fast.report.drafter_figures == fast.report.to_dict()["drafter_figures"] == {"rows": 3, "tokens": tokens}
+    assert f"rows 3, tokens {tokens}" in str(fast.report)
