@@ -16,6 +16,7 @@ from torch import Tensor
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.rank_tree import count_ranks, draft_rows
 from specdec.heads.medusa import MedusaHeads
+from specdec.heads.output_embedding import OutputEmbedding
 from specdec.tree import TokenTree
 
 NUM_CLASSES = 16
@@ -35,7 +36,8 @@ class MedusaDrafter(Drafter):
     right of late with the probability that it gives: narrow and deep where heads are sure, wide where they are not.
 
     Args:
-        heads: Heads for the target, or their folder or hub name; None for the folder `medusa` in the target's own.
+        heads: Heads for the target, or their folder or hub name, loaded in the target's precision; None for the folder
+            `medusa` in the target's own.
         max_nodes: Largest tree, the root included.
         top_k: Length of each head's list.
         dynamic: Grow each step's tree by the heads' probabilities. Otherwise by the accuracies of their ranks, or take
@@ -123,7 +125,7 @@ class MedusaDrafter(Drafter):
                 f"no heads are given, and the model's folder {model.config.name_or_path!r} has no {FOLDER!r}; train "
                 "heads with `specdec train-medusa`, or pass MedusaDrafter(heads=...): heads, a folder or a hub name"
             )
-        return MedusaHeads.from_pretrained(source)
+        return MedusaHeads.from_pretrained(source, dtype=OutputEmbedding(model).dtype)
 
     def _reset_counts(self, heads: MedusaHeads) -> None:
         """Forgets what was counted of other heads, and takes up their calibration."""
@@ -155,10 +157,14 @@ class MedusaDrafter(Drafter):
     @torch.no_grad()
     def _lists(self, heads: MedusaHeads, hidden: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Each head's best tokens and their probabilities, `[rows, heads, ranks]`, with one transfer to the host."""
-        probs = heads(hidden.to(heads.device)).softmax(-1, dtype=torch.float32)  # [heads, rows, V]
-        best, tokens = probs.topk(min(self._num_ranks, probs.shape[-1]), dim=-1)
-        packed = torch.stack([tokens.int(), best.view(torch.int32)]).transpose(1, 2).cpu().numpy()
-        return packed[0].astype(np.int64), np.ascontiguousarray(packed[1]).view(np.float32)
+        logits = heads(hidden.to(heads.device)).float()  # [heads, rows, V]
+        best, places = logits.topk(min(self._num_ranks, logits.shape[-1]), dim=-1)
+        probs = (best - logits.logsumexp(-1, keepdim=True)).exp().transpose(0, 1).contiguous()
+        tokens = heads.tokens(places).transpose(0, 1).contiguous()
+        if tokens.device.type == "cpu":
+            return tokens.numpy(), probs.numpy()
+        packed = torch.stack([tokens.int(), probs.view(torch.int32)]).cpu().numpy()
+        return packed[0].astype(np.int64), packed[1].view(np.float32)
 
     def _fill_tuned(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import warnings
@@ -33,6 +34,8 @@ WEIGHT_FILES = (MEDUSA_FILE, PICKLED_FILE, VLLM_FILE)
 MEDUSA_NAME = re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.(?P<kind>linear\.weight|linear\.bias|weight)")
 VLLM_NAME = re.compile(r"blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<kind>weight|bias)")
 VLLM_PROJECTION = re.compile(r"lm_heads\.(?P<head>\d+)\.weight")
+TOKEN_MAP = "token_map"
+"""The tokens that heads with a small vocabulary can name: vLLM's, here also in Medusa's layouts."""
 PREFIX = re.compile(r"^medusa_heads?\.")
 
 
@@ -174,9 +177,9 @@ def _named(tensors: dict[str, Tensor], config: dict[str, Any]) -> NamedTensors:
             # The one projection, under either name, is a copy of the target's output embedding.
             ignored = {name for name in tensors if name == "lm_head.weight" or VLLM_PROJECTION.fullmatch(name)}
             places = {name: place for name, place in places.items() if name not in ignored}
-        ignored |= {"token_map"} & set(tensors)
     else:
         places = {name: place for name in tensors if (place := _medusa_place(name))}
+    ignored.add(TOKEN_MAP)
     unknown = [name for name in tensors if name not in places and name not in ignored]
     return NamedTensors(places, tensors, unknown, "vllm" if is_vllm else "medusa")
 
@@ -199,7 +202,7 @@ def _vllm_place(name: str) -> Place | None:
 
 def _assemble(named: NamedTensors, config: dict[str, Any]) -> tuple[MedusaConfig, dict[str, Tensor]]:
     """Sizes from the tensors, and the tensors stacked; every one that does not fit is named in one error."""
-    sizes = _sizes(named, config)
+    sizes, projected = _sizes(named, config)
     has_biases = named.layout == "medusa" or bool(named.of_kind("biases"))
     after = sizes.num_layers if named.layout == "medusa" else 0
     wanted: dict[Place, tuple[int, ...]] = {}
@@ -208,16 +211,11 @@ def _assemble(named: NamedTensors, config: dict[str, Any]) -> tuple[MedusaConfig
             wanted["weights", head, layer] = (sizes.hidden_size, sizes.hidden_size)
             if has_biases:
                 wanted["biases", head, layer] = (sizes.hidden_size,)
-        if sizes.version == "1" and sizes.vocab_size is not None:
-            wanted["projections", head, after] = (sizes.vocab_size, sizes.hidden_size)
+        if sizes.version == "1":
+            wanted["projections", head, after] = (projected, sizes.hidden_size)
     _check(named, wanted)
-    if sizes.version == "1" and sizes.vocab_size != (said := config.get("vocab_size", sizes.vocab_size)):
-        raise ValueError(
-            f"projections cover {sizes.vocab_size} tokens, {CONFIG_FILE} says {said} (vLLM's truncated_vocab_size?); "
-            "only heads over the whole vocabulary can be loaded"
-        )
-
     found = {place: named.tensors[name] for name, place in named.places.items()}
+    token_map, rows = _token_map(named, sizes, projected)
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in found.values()))
 
     def stacked(kind: str, layer: int) -> Tensor:
@@ -229,22 +227,63 @@ def _assemble(named: NamedTensors, config: dict[str, Any]) -> tuple[MedusaConfig
         tensors[f"biases.{layer}"] = stacked("biases", layer) if has_biases else no_biases.clone()
     if sizes.version == "1":
         tensors["projections"] = stacked("projections", after)
+        if rows is not None:
+            tensors["projections"] = tensors["projections"][:, rows]
+    if token_map is not None:
+        tensors[TOKEN_MAP] = token_map
     return sizes, tensors
 
 
-def _sizes(named: NamedTensors, config: dict[str, Any]) -> MedusaConfig:
-    """What most tensors say."""
+def _token_map(named: NamedTensors, sizes: MedusaConfig, projected: int) -> tuple[Tensor | None, Tensor | None]:
+    """The tokens that the heads can name, ascending, and which rows of a projection are theirs.
+
+    Args:
+        named: Of the file.
+        sizes: Of the heads.
+        projected: Rows of a projection in the file: of the tokens that can be named, or of all.
+    """
+    if sizes.draft_vocab_size is None:
+        return None, None
+    tokens, most = named.tensors[TOKEN_MAP], sizes.vocab_size or math.inf
+    ascending, order = tokens.flatten().long().sort()
+    is_set = tokens.dim() == 1 and not tokens.is_floating_point() and bool((ascending[1:] > ascending[:-1]).all())
+    if not is_set or not 0 <= int(ascending[0]) <= int(ascending[-1]) < most:
+        raise ValueError(
+            f"{TOKEN_MAP} must list token ids of the target, each once, from 0 and below {most}; it holds "
+            f"{tokens.flatten()[:8].tolist()} ..."
+        )
+    if sizes.version == "1" and projected not in (len(tokens), sizes.vocab_size):
+        raise ValueError(f"{TOKEN_MAP} lists {len(tokens)} tokens, but projections cover {projected}")
+    return ascending, order if projected == len(tokens) else ascending
+
+
+def _sizes(named: NamedTensors, config: dict[str, Any]) -> tuple[MedusaConfig, int]:
+    """What most tensors say, and how many rows projections have.
+
+    Raises:
+        ValueError: Projections cover a part of the vocabulary, and no map tells which.
+    """
     shapes = {name: named.tensors[name].shape for name in named.places}
     projections = [shapes[name][:1] for name, place in named.places.items() if place[0] == "projections"]
-    return MedusaConfig(
+    projected = _most_common(projections) if projections else 0
+    token_map = named.tensors.get(TOKEN_MAP)
+    said = config.get("vocab_size")
+    if projections and token_map is None and said not in (None, projected):
+        raise ValueError(
+            f"projections cover {projected} tokens, {CONFIG_FILE} says {said} (vLLM's truncated_vocab_size?), and "
+            f"there is no {TOKEN_MAP} that tells which; without it heads must cover the whole vocabulary"
+        )
+    sizes = MedusaConfig(
         hidden_size=_most_common(shapes[name][-1:] for name, place in named.places.items() if place[0] != "biases"),
-        vocab_size=_most_common(projections) if projections else config.get("vocab_size"),
+        vocab_size=projected if projections and token_map is None else said,
         num_heads=1 + max(head for _, head, _ in named.places.values()),
         # In Medusa's names a projection is numbered like the layer after the last.
         num_layers=max(layer + (kind != "projections") for kind, _, layer in named.places.values()),
         version="1" if projections else "2",
         base_model_name_or_path=config.get("base_model_name_or_path"),
+        draft_vocab_size=None if token_map is None else token_map.numel(),
     )
+    return sizes, projected
 
 
 def _most_common(shapes: Iterable[torch.Size]) -> int:

@@ -20,6 +20,7 @@ class MedusaConfig:
         num_layers: Residual layers in each head.
         version: `"1"` or `"2"`.
         base_model_name_or_path: The target they were trained for, for information.
+        draft_vocab_size: Tokens that the heads can name; None: all.
     """
 
     hidden_size: int
@@ -28,14 +29,24 @@ class MedusaConfig:
     num_layers: int = 1
     version: str = "2"
     base_model_name_or_path: str | None = None
+    draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         self.version = str(self.version)
         if self.version not in VERSIONS:
             raise ValueError(f"version={self.version!r} is not a kind of Medusa head; use one of '1', '2'")
-        if self.version == "1" and self.vocab_size is None:
+        if self.version == "1" and self.vocab_size is None and self.draft_vocab_size is None:
             raise ValueError("vocab_size=None with version='1': heads with projections of their own need a size")
-        for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
+        for name in ("hidden_size", "vocab_size", "num_heads", "num_layers", "draft_vocab_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive integer")
+        if self.vocab_size is not None and (self.draft_vocab_size or 0) > self.vocab_size:
+            raise ValueError(f"draft_vocab_size={self.draft_vocab_size} is above the vocabulary of {self.vocab_size}")
+
+    @property
+    def num_logits(self) -> int:
+        """Width of the heads' logits; the vocabulary's size must be known."""
+        size = self.draft_vocab_size or self.vocab_size
+        assert size is not None
+        return size

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.heads import calibration
-from specdec.heads.checkpoints import CONFIG_FILE, MEDUSA_FILE, VLLM_FILE, WEIGHT_FILES
+from specdec.heads.checkpoints import CONFIG_FILE, MEDUSA_FILE, TOKEN_MAP, VLLM_FILE, WEIGHT_FILES
 
 if TYPE_CHECKING:
     from specdec.heads.medusa import MedusaHeads
@@ -72,7 +72,7 @@ def _vllm_config(heads: MedusaHeads) -> dict[str, Any]:
         "base_model_name_or_path": config.base_model_name_or_path,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
-        "truncated_vocab_size": config.vocab_size,
+        "truncated_vocab_size": config.draft_vocab_size or config.vocab_size,
         "num_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
         "medusa_fc_bias": True,
@@ -92,7 +92,7 @@ def _medusa_tensors(heads: MedusaHeads, layout: str) -> dict[str, Tensor]:
     if layout == "1":
         for head in range(heads.config.num_heads):
             tensors[f"{head}.{heads.config.num_layers}.weight"] = _saved(_projection(heads, head))
-    return tensors
+    return tensors | _token_map(heads)
 
 
 def _vllm_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
@@ -104,12 +104,21 @@ def _vllm_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
     # vLLM does not take the running target's output embedding: with `original_lm_head` it wants one copy in the file.
     for head in range(heads.config.num_heads if heads.config.version == "1" else 1):
         tensors[f"lm_heads.{head}.weight"] = _saved(_projection(heads, head))
-    return tensors
+    return tensors | _token_map(heads)
+
+
+def _token_map(heads: MedusaHeads) -> dict[str, Tensor]:
+    return {} if heads.token_map is None else {TOKEN_MAP: _saved(heads.token_map)}
 
 
 def _projection(heads: MedusaHeads, head: int) -> Tensor:
-    """A head's own projection, or the target's for heads that share it."""
-    return heads.output_embedding.weight() if heads.projections is None else heads.projections[head]
+    """A head's own projection, or the target's for heads that share it; of the tokens that they can name."""
+    return _shared_projection(heads) if heads.projections is None else heads.projections[head]
+
+
+def _shared_projection(heads: MedusaHeads) -> Tensor:
+    weight = heads.output_embedding.weight()
+    return weight if heads.token_map is None else weight[heads.token_map.to(weight.device)]
 
 
 def _saved(tensor: Tensor) -> Tensor:
@@ -120,7 +129,7 @@ def _saved(tensor: Tensor) -> Tensor:
 def _check_projections_are_shared(heads: MedusaHeads) -> None:
     if heads.projections is None:
         return
-    shared = heads.output_embedding.weight().to(heads.device, torch.float32)
+    shared = _shared_projection(heads).to(heads.device, torch.float32)
     different = {
         head: difference
         for head, projection in enumerate(heads.projections.detach(), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,13 +38,23 @@ class MedusaHeads(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(heads, hidden) for _ in range(config.num_layers))
         self.projections: nn.Parameter | None = None
         if config.version == "1":
-            assert config.vocab_size is not None
-            self.projections = nn.Parameter(torch.zeros(heads, config.vocab_size, hidden))
+            self.projections = nn.Parameter(torch.zeros(heads, config.num_logits, hidden))
+        self.token_map: Tensor | None
+        """The tokens that the heads can name, ascending, `[draft_vocab]`, int64; None: all."""
+        known = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
+        self.register_buffer("token_map", known)
         self._output_embedding: OutputEmbedding | None = None
+        self._known_rows: Tensor | None = None
 
     @classmethod
     def for_model(
-        cls, model: Any, num_heads: int = 4, num_layers: int = 1, version: str = "2", dtype: torch.dtype = torch.float32
+        cls,
+        model: Any,
+        num_heads: int = 4,
+        num_layers: int = 1,
+        version: str = "2",
+        dtype: torch.dtype = torch.float32,
+        draft_tokens: Iterable[int] | None = None,
     ) -> MedusaHeads:
         """New heads for a model, bound to it, on its device; each starts with the model's own logits.
 
@@ -54,16 +65,25 @@ class MedusaHeads(nn.Module):
             version: `"2"`: the model's output embedding is shared. `"1"`: each head has a projection of its own, at the
                 start a copy of it.
             dtype: Of the parameters.
+            draft_tokens: The only tokens that the heads shall name, the frequent ones: with a large vocabulary, most of
+                a draft's time goes into the logits. None: all tokens.
 
         Raises:
-            ValueError: The model has no output embedding, or with version 1 none that can be copied.
+            ValueError: The model has no output embedding, or with version 1 none that can be copied; or draft tokens
+                are out of range.
         """
         embedding = OutputEmbedding(model)
         name = getattr(model.config, "_name_or_path", None) or None
-        config = MedusaConfig(embedding.hidden_size, embedding.vocab_size, num_heads, num_layers, version, name)
+        token_map = None if draft_tokens is None else torch.tensor(sorted(set(draft_tokens)), dtype=torch.int64)
+        size = None if token_map is None else len(token_map)
+        config = MedusaConfig(embedding.hidden_size, embedding.vocab_size, num_heads, num_layers, version, name, size)
         heads = cls(config).to(embedding.device, dtype)
+        if token_map is not None:
+            heads.token_map = token_map.to(embedding.device)
+            heads.check_token_map()
         if heads.projections is not None:
-            heads.projections.data.copy_(embedding.weight())
+            weight = embedding.weight()
+            heads.projections.data.copy_(weight if heads.token_map is None else weight[heads.token_map])
         return heads.bind(model)
 
     @classmethod
@@ -144,7 +164,38 @@ class MedusaHeads(nn.Module):
         if self.device != embedding.device:
             self.to(embedding.device)
         self._output_embedding = embedding
+        self.check_token_map()
+        self._known_rows = None
+        if self.token_map is not None and self.projections is None:
+            self._known_rows = embedding.rows(self.token_map)
         return self
+
+    def check_token_map(self) -> None:
+        """Checks the tokens that the heads can name.
+
+        Raises:
+            ValueError: They are not ascending, or out of the vocabulary's range.
+        """
+        if self.token_map is None:
+            return
+        tokens, size = self.token_map, self.config.vocab_size
+        is_within = len(tokens) > 0 and int(tokens[0]) >= 0 and (size is None or int(tokens[-1]) < size)
+        if not is_within or not bool((tokens[1:] > tokens[:-1]).all()):
+            raise ValueError(
+                f"token_map must hold token ids of the target, each once and ascending, below {size}; it begins with "
+                f"{tokens[:4].tolist()} and ends with {tokens[-4:].tolist()}"
+            )
+
+    def tokens(self, places: Tensor) -> Tensor:
+        """Token ids of places in the logits, of any shape."""
+        return places if self.token_map is None else self.token_map[places]
+
+    def places(self, tokens: Tensor, other: int) -> Tensor:
+        """Places in the logits of token ids, of any shape; `other` for tokens that the heads do not name."""
+        if self.token_map is None:
+            return tokens
+        places = torch.searchsorted(self.token_map, tokens).clamp(max=len(self.token_map) - 1)
+        return torch.where(self.token_map[places] == tokens, places, other)
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +219,7 @@ class MedusaHeads(nn.Module):
         return self._output_embedding
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits of all heads, `[..., hidden]` to `[heads, ..., vocab]`.
+        """Logits of all heads, `[..., hidden]` to `[heads, ..., vocab]`, or of the tokens of `token_map` alone.
 
         Args:
             hidden: What the target's output embedding is given.
@@ -184,8 +235,12 @@ class MedusaHeads(nn.Module):
 
     def project(self, features: Tensor) -> Tensor:
         """The second half: `[heads, ..., hidden]` to `[heads, ..., vocab]`."""
-        if self.projections is None:
+        if self.projections is None and self.token_map is None:
             return self.output_embedding(features)
+        if self.projections is None:
+            if self._known_rows is None:
+                return self.output_embedding(features)[..., self.token_map]
+            return nn.functional.linear(features.to(self._known_rows.dtype), self._known_rows)
         flat = features.to(self.dtype).flatten(1, -2) if features.dim() > 2 else features.to(self.dtype)[:, None]
         logits = torch.bmm(flat, self.projections.mT)
         return logits.reshape(*features.shape[:-1], logits.shape[-1])
@@ -195,4 +250,4 @@ class MedusaHeads(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are not bound: they would hold the target's embedding."""
-        return {**self.__dict__, "_output_embedding": None}
+        return {**self.__dict__, "_output_embedding": None, "_known_rows": None}

@@ -81,6 +81,13 @@ class OutputEmbedding:
             )
         return weight
 
+    def rows(self, tokens: Tensor) -> Tensor | None:
+        """A copy of some tokens' rows, `[tokens, hidden]`; None where logits are no product with one matrix."""
+        try:
+            return self.weight()[tokens.to(self.device)].to(self.dtype)
+        except ValueError:
+            return None
+
     @property
     def _stored(self) -> Tensor | None:
         weight = getattr(self.module, "weight", None)

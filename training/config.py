@@ -23,7 +23,7 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
 POSITIVE_INTEGERS = (
     "num_heads", "num_layers", "window", "batch_size", "accumulation", "save_every", "keep_checkpoints", "log_every",
     "lora_rank", "logits_mib", "eval_windows", "distill_tokens", "distill_batch", "measure_tokens", "steps", "limit",
-    "eval_every", "threads", "first_stage_steps",
+    "eval_every", "threads", "first_stage_steps", "draft_vocabulary",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "warmup_steps", "weight_decay", "max_grad_norm", "seed", "workers", "measure_prompts", "distill_temperature",
@@ -81,6 +81,10 @@ class MedusaTrainingConfig:
         Literal["1", "2"],
         "2: heads share the target's output embedding; 1: each has its own.",
     ] = "2"
+    draft_vocabulary: Annotated[
+        int | None,
+        "New heads name so many tokens only, the data's most frequent ones: drafts cost less. All, if not given.",
+    ] = None
     initial_heads: Annotated[
         str | None,
         "Heads to start from: folder or hub name. medusa-2 then skips its first stage.",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from specdec.training.config import MedusaTrainingConfig
@@ -19,6 +20,7 @@ from specdec.training.prompts import load_prompts
 
 DISTILLED_FOLDER = "distilled"
 _DIGESTED = 64
+_COUNTED = 1024
 
 
 @dataclass
@@ -46,6 +48,18 @@ class TrainingData:
         for number in np.linspace(0, len(self.train) - 1, min(_DIGESTED, len(self.train)), dtype=int):
             found.update(np.array(self.train[int(number)]["input_ids"], np.int64).tobytes())
         return found.hexdigest()
+
+
+def most_frequent(windows: Any, count: int) -> list[int]:
+    """The tokens that are supervised most often, ascending; all of them where there are no more than `count`."""
+    counts: NDArray[np.int64] = np.zeros(0, np.int64)
+    for start in range(0, len(windows), _COUNTED):
+        batch = windows[start : start + _COUNTED]
+        found = np.bincount(batch["input_ids"][batch["supervised"] != 0], minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    best = np.argsort(-counts, kind="stable")[:count]
+    return sorted(best[counts[best] > 0].tolist())
 
 
 def read_examples(config: MedusaTrainingConfig, source: str, tokenizer: Any) -> Any:

@@ -21,7 +21,7 @@ from specdec.heads import MedusaHeads
 from specdec.training.batches import BatchPlan, evaluation_batches, training_batches
 from specdec.training.checkpoints import Checkpoints
 from specdec.training.config import MedusaTrainingConfig
-from specdec.training.data import TrainingData, self_distilled, windows_of
+from specdec.training.data import TrainingData, most_frequent, self_distilled, windows_of
 from specdec.training.evaluation import Counts, Evaluation, evaluate
 from specdec.training.losses import IGNORED, medusa_targets
 from specdec.training.progress import TrainingProgress, evaluation_table
@@ -156,7 +156,10 @@ class _Run:
         self.console = console
         set_seed(config.seed)
         if config.initial_heads is None:
-            heads = MedusaHeads.for_model(model, config.num_heads, config.num_layers, config.heads_version)
+            known = config.draft_vocabulary and most_frequent(data.train, config.draft_vocabulary)
+            heads = MedusaHeads.for_model(
+                model, config.num_heads, config.num_layers, config.heads_version, draft_tokens=known
+            )
         else:
             heads = MedusaHeads.from_pretrained(config.initial_heads, dtype=torch.float32).bind(model)
         self.num_heads = heads.config.num_heads

@@ -89,7 +89,10 @@ def model_card(result: TrainingResult, figures: Mapping[str, Any]) -> str:
 
 def _shape(result: TrainingResult) -> str:
     heads = result.heads.config
-    return f"Heads: {heads.num_heads}; residual blocks per head: {heads.num_layers}; version {heads.version}."
+    text = f"Heads: {heads.num_heads}; residual blocks per head: {heads.num_layers}; version {heads.version}."
+    if heads.draft_vocab_size is None:
+        return text
+    return f"{text} They name the {heads.draft_vocab_size:,} most frequent tokens of {heads.vocab_size:,}."
 
 
 def _model_name(model: str) -> str:

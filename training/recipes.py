@@ -30,15 +30,15 @@ def head_losses(
         coefficients: `[num_heads]`, the factors of the heads' summed losses.
         logits_mib: Largest block of logits; None: as the device likes it.
     """
+    targets = heads.places(targets, IGNORED)  # nothing is learned of tokens that the heads cannot name
     positions = (targets != IGNORED).any(0).flatten().nonzero().squeeze(1)
     features = heads.features(hidden.flatten(0, 1)[positions])
-    assert heads.config.vocab_size is not None
     return chunked_loss(
         features,
         targets.flatten(1)[:, positions],
         coefficients,
         heads.project,
-        heads.config.vocab_size,
+        heads.config.num_logits,
         [] if heads.projections is None else [heads.projections],
         logits_mib=logits_mib,
     )

@@ -159,7 +159,7 @@ def measure_ranks(
         ValueError: There is no such position.
     """
     hidden_states, num_heads = FinalHiddenStates(model), heads.config.num_heads
-    vocab = heads.output_embedding.vocab_size
+    vocab = heads.config.num_logits
     chunk = max(1, LOGIT_VALUES // (num_heads * vocab))
     found = []
     for example in examples:
@@ -173,7 +173,8 @@ def measure_ranks(
         hidden = hidden_states(ids, segments, positions)[0, known]
         wanted = targets[1:, known]
         for states, tokens in zip(hidden.split(chunk), wanted.split(chunk, dim=1), strict=True):
-            is_it = heads(states).topk(min(num_ranks, vocab), dim=-1).indices == tokens.to(heads.device)[..., None]
+            listed = heads.tokens(heads(states).topk(min(num_ranks, vocab), dim=-1).indices)
+            is_it = listed == tokens.to(heads.device)[..., None]
             rank = torch.where(is_it.any(-1), is_it.int().argmax(-1), -1)  # [heads, positions]
             found.append(rank.T.cpu().numpy().astype(np.int64))
     if not found:

@@ -260,6 +260,15 @@ def test_heads_are_found_in_the_models_own_folder(tmp_path: Path) -> None:
     assert report.num_draft_tokens > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_of_a_folder_come_in_the_targets_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = new_model("llama")
+    random_heads(model).save_pretrained(tmp_path)
+    drafter = MedusaDrafter(str(tmp_path))
+    drafter.bind(model.to(dtype))
+    assert drafter._heads is not None and drafter._heads.dtype == dtype
+
+
 def test_the_demonstration_shows_medusa_where_the_model_has_heads(tmp_path: Path) -> None:
     model = new_model("llama")
     assert MEDUSA not in [method.name for method in specdec_methods(model, shared=True)]

@@ -46,6 +46,7 @@ def test_heads_in_the_wild_load(file_name: str, prefix: str, num_layers: int, tm
         "num_layers": num_layers,
         "version": "1",
         "base_model_name_or_path": "lmsys/vicuna-7b-v1.3",
+        "draft_vocab_size": None,
     }
     hidden = numbers(4, HIDDEN, seed=7)
     torch.testing.assert_close(heads(hidden), wild_logits(tensors, hidden, 5, num_layers))
@@ -85,19 +86,10 @@ def test_vllm_in_the_wild(bias: bool, tmp_path: Path) -> None:
 def test_vllm_heads_that_share_the_projection(names: list[str], tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in wild_vllm().items() if not name.startswith("lm_heads")}
     tensors |= {name: numbers(VOCAB, HIDDEN, seed=1) for name in names}
-    config = {"model_type": "medusa", "vocab_size": VOCAB, "original_lm_head": True, "truncated_vocab_size": 50}
-    tensors["token_map"] = torch.arange(50)
+    config = {"model_type": "medusa", "vocab_size": VOCAB, "original_lm_head": True, "truncated_vocab_size": VOCAB}
     heads = MedusaHeads.from_pretrained(save_raw(tmp_path, tensors, config, "model.safetensors"))
     assert (heads.config.version, heads.config.vocab_size) == ("2", VOCAB)
     assert heads.projections is None
-
-
-def test_vllm_heads_over_a_part_of_the_vocabulary(tmp_path: Path) -> None:
-    tensors = wild_vllm() | {"token_map": torch.arange(VOCAB)}
-    config = {"model_type": "medusa", "vocab_size": 2 * VOCAB, "truncated_vocab_size": VOCAB}
-    save_raw(tmp_path, tensors, config, "model.safetensors")
-    with pytest.raises(ValueError, match=rf"projections cover {VOCAB} tokens.* says {2 * VOCAB}.*truncated_vocab_size"):
-        MedusaHeads.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
