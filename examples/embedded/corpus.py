@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,6 +33,10 @@ HELD_OUT_SIZES = range(3_000, 60_000)
 # A newline run and the indentation after it are one piece, so "\n        " can become one token;
 # a word takes one leading sign or space along (" return", ".append", "_name").
 PIECES = r"(?:\r?\n)+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+# The pieces of GPT-2: a word takes a space along, never a sign; digits are not cut.
+OTHER_PIECES = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+OTHER: dict[str, Any] = {"vocab_size": 2000, "pieces": OTHER_PIECES}
+"""Settings of a tokenizer that cuts text differently, for a draft model that does not share the target's."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,14 @@ def read_jsonl(path: Path) -> list[Document]:
         return [Document(**json.loads(line)) for line in lines]
 
 
-def train_tokenizer(texts: Iterator[str], folder: Path, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterator[str], folder: Path, vocab_size: int = VOCAB_SIZE, pieces: str = PIECES
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer and saves it as a transformers tokenizer directory."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

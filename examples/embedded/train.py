@@ -4,6 +4,10 @@ Run the commands in this order; nothing is downloaded, and all that passes betwe
 the folder --work:
 
     corpus, tokenizer, train target, train draft, export
+
+A second draft model, whose tokenizer is another one, is trained with
+
+    tokenizer other-draft, train other-draft, export other-draft --out FOLDER
 """
 
 from __future__ import annotations
@@ -30,6 +34,22 @@ ASSETS = Path(__file__).parents[2] / "specdec" / "assets" / "embedded"
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 WorkOption = Annotated[Path, typer.Option(help="Folder of the corpus, the tokenizer and the checkpoints.")]
 WORK = Path("/tmp/embedded")
+SHIPPED = ("target", "draft")
+OTHER_DRAFT = "other-draft"
+
+
+def check_model(which: str) -> None:
+    if which not in SHAPES:
+        raise typer.BadParameter(f"{which!r} is not a model; choose one of {', '.join(SHAPES)}")
+
+
+def tokenizer_folder(which: str, work: Path) -> Path:
+    return work / ("other-tokenizer" if which == OTHER_DRAFT else "tokenizer")
+
+
+def stream_file(name: str, which: str, work: Path) -> Path:
+    """Where the encoded training or held-out files of a model are."""
+    return work / (f"{name}-other.npy" if which == OTHER_DRAFT else f"{name}.npy")
 
 
 @app.command("corpus")
@@ -50,20 +70,27 @@ def corpus_command(
 
 
 @app.command("tokenizer")
-def tokenizer_command(work: WorkOption = WORK) -> None:
+def tokenizer_command(
+    which: Annotated[str, typer.Argument(help="The model it is for: target, draft (the same) or other-draft.")] = (
+        "target"
+    ),
+    work: WorkOption = WORK,
+) -> None:
     """Train the byte-level BPE tokenizer on the training files and encode all files."""
+    check_model(which)
     training = corpora.read_jsonl(work / "train.jsonl")
-    tokenizer = corpora.train_tokenizer((d.text for d in training), work / "tokenizer")
+    settings = corpora.OTHER if which == OTHER_DRAFT else {}
+    tokenizer = corpora.train_tokenizer((d.text for d in training), tokenizer_folder(which, work), **settings)
     for name in ("train", "heldout"):
         documents = corpora.read_jsonl(work / f"{name}.jsonl")
         stream = corpora.encode(documents, tokenizer)
-        np.save(work / f"{name}.npy", stream)
+        np.save(stream_file(name, which, work), stream)
         print(f"{name}: {len(stream):,} tokens")
 
 
 @app.command("train")
 def train_command(
-    which: Annotated[str, typer.Argument(help="target or draft.")],
+    which: Annotated[str, typer.Argument(help="target, draft or other-draft.")],
     work: WorkOption = WORK,
     tokens: Annotated[
         int,
@@ -77,6 +104,10 @@ def train_command(
     muon_lr: Annotated[float, typer.Option(help="Learning rate of the hidden matrices.")] = Settings.muon_lr,
     adam_lr: Annotated[float, typer.Option(help="Learning rate of the embedding and the norms.")] = Settings.adam_lr,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Exported model of the same tokenizer, whose distributions are learned instead of the text."),
+    ] = None,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Passes in bfloat16: faster on GPUs and on CPUs with AVX512-BF16 or AMX.")
     ] = False,
@@ -88,9 +119,8 @@ def train_command(
         typer.Option(help="Exported model to go on from, with new optimizers, unless the checkpoint is further."),
     ] = None,
 ) -> None:
-    """Train target or draft. Ctrl-C saves and stops; the same command goes on from there."""
-    if which not in SHAPES:
-        raise typer.BadParameter(f"{which!r} is not a model; choose one of {', '.join(SHAPES)}")
+    """Train a model. Ctrl-C saves and stops; the same command goes on from there."""
+    check_model(which)
     torch.set_num_threads(threads)
     settings = Settings(
         tokens=tokens,
@@ -99,19 +129,20 @@ def train_command(
         window=window,
         muon_lr=muon_lr,
         adam_lr=adam_lr,
+        teacher=teacher,
         bf16=bf16,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vocab_size = len(AutoTokenizer.from_pretrained(work / "tokenizer"))
+    vocab_size = len(AutoTokenizer.from_pretrained(tokenizer_folder(which, work)))
     run = Run.fresh(SHAPES[which], vocab_size, settings, device)
     print(f"{which}: {run.model.num_parameters():,} parameters on {device}, {settings}", flush=True)
-    streams = np.load(work / "train.npy"), np.load(work / "heldout.npy")
+    streams = [np.load(stream_file(name, which, work)) for name in ("train", "heldout")]
     train(run, *streams, settings, work / which, compiled, start_from)
 
 
 @app.command("export")
 def export_command(
-    models: Annotated[list[str] | None, typer.Argument(help="target, draft or both (the default).")] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="Which models; target and draft by default.")] = None,
     work: WorkOption = WORK,
     out: Annotated[Path, typer.Option(help="Folder for target/, draft/ and heldout.jsonl.")] = ASSETS,
     only_if_better: Annotated[
@@ -119,11 +150,15 @@ def export_command(
     ] = False,
 ) -> None:
     """Write weights, tokenizer and model card of the trained models, and the held-out prompts."""
-    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    held_out = np.load(work / "heldout.npy")
-    for which in models or SHAPES:
+    for which in models or SHIPPED:
+        check_model(which)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(which, work))
+        held_out = np.load(stream_file("heldout", which, work))
         if (work / which / "checkpoint.pt").exists():
             print(exporting.export_model(which, work, out / which, tokenizer, held_out, only_if_better))
+    if models == [OTHER_DRAFT]:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     prompts = exporting.cut_prompts(corpora.read_jsonl(work / "heldout.jsonl"), tokenizer)
     exporting.write_prompts(prompts, out / "heldout.jsonl")
     print(f"{len(prompts)} prompts in {out / 'heldout.jsonl'}")

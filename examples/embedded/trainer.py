@@ -38,6 +38,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2,
         "intermediate_size": 352,
     },
+    "other-draft": {
+        "hidden_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 352,
+    },
 }
 LOG_EVERY = 50
 HELD_OUT_SAMPLE = 40_000
@@ -69,6 +76,8 @@ class Settings:
     warmup_steps: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
+    teacher: str | None = None
+    """Exported model whose distributions are learned in place of the text's tokens; of the same tokenizer."""
     bf16: bool = False
     """Forward and backward passes in bfloat16; the weights and the optimizers stay in float32."""
     seed: int = 0
@@ -146,7 +155,7 @@ class Run:
         phase["optimizers_from"] = self.optimizers_from
         if self.phases:
             last = self.phases[-1]
-            changed = {name for name in phase if phase[name] != last[name]} - {"from_step", "from_tokens"}
+            changed = {name for name in phase if phase[name] != last.get(name)} - {"from_step", "from_tokens"}
             decaying = self.tokens > last["tokens"] - last["decay_tokens"]
             if changed <= WITHOUT_EFFECT or (changed <= WITHOUT_EFFECT | TOTALS and not decaying):
                 phase |= {name: last[name] for name in ("from_step", "from_tokens")}
@@ -178,6 +187,16 @@ def next_token_loss(model: torch.nn.Module, windows: Tensor, bf16: bool = False)
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
+def divergence(model: torch.nn.Module, teacher: torch.nn.Module, windows: Tensor, bf16: bool = False) -> Tensor:
+    """KL(teacher || model) in nats a token: what a draft model is judged by is whether it says what its target says."""
+    with torch.autocast(windows.device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad():
+            wanted = teacher(input_ids=windows[:, :-1], use_cache=False).logits
+        logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    log_probs = [F.log_softmax(part.float().flatten(0, 1), dim=-1) for part in (logits, wanted)]
+    return F.kl_div(*log_probs, reduction="batchmean", log_target=True)
+
+
 @torch.inference_mode()
 def mean_loss(model: torch.nn.Module, stream: np.ndarray, window: int, most_tokens: int | None = None) -> float:
     """Mean loss in nats a token over disjoint windows of `stream`, evenly thinned to about `most_tokens`."""
@@ -190,13 +209,18 @@ def mean_loss(model: torch.nn.Module, stream: np.ndarray, window: int, most_toke
     return sum(losses) / len(windows)
 
 
-def train_step(run: Run, model: torch.nn.Module, windows: Tensor, settings: Settings) -> float:
+def train_step(
+    run: Run, model: torch.nn.Module, windows: Tensor, settings: Settings, teacher: torch.nn.Module | None = None
+) -> float:
     scale = settings.scale(run.step - run.optimizers_from, run.tokens)
     for optimizer, rate in ((run.muon, settings.muon_lr), (run.adam, settings.adam_lr)):
         for group in optimizer.param_groups:
             group["lr"] = rate * scale
         optimizer.zero_grad(set_to_none=True)
-    loss = next_token_loss(model, windows, settings.bf16)
+    if teacher is None:
+        loss = next_token_loss(model, windows, settings.bf16)
+    else:
+        loss = divergence(model, teacher, windows, settings.bf16)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
     run.muon.step()
@@ -204,6 +228,13 @@ def train_step(run: Run, model: torch.nn.Module, windows: Tensor, settings: Sett
     run.step += 1
     run.tokens += windows[:, 1:].numel()
     return loss.item()
+
+
+def _teacher(folder: str, model: LlamaForCausalLM) -> torch.nn.Module:
+    teacher = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise ValueError(f"the teacher {folder} has another vocabulary; name a model of the same tokenizer")
+    return teacher.to(model.device)
 
 
 @contextmanager
@@ -244,6 +275,7 @@ def train(
         run.go_on_from(checkpoint)
     run.begin_phase(settings, compiled)
     model = torch.compile(run.model) if compiled else run.model
+    teacher = _teacher(settings.teacher, run.model) if settings.teacher else None
     console = Console()
     plain = not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
@@ -252,7 +284,7 @@ def train(
         started, started_at = time.perf_counter(), run.tokens
         while run.tokens < settings.tokens and not signals:
             windows = draw_windows(train_stream, run.step, settings).to(run.model.device)
-            run.losses.append(train_step(run, model, windows, settings))
+            run.losses.append(train_step(run, model, windows, settings, teacher))
             rate = (run.tokens - started_at) / (time.perf_counter() - started)
             recent = float(np.mean(run.losses[-LOG_EVERY:]))
             note = f"loss {recent:.3f}  {rate:,.0f} tokens/s"

@@ -235,6 +235,29 @@ def test_run_goes_on_from_an_exported_model(scripts: dict[str, ModuleType], work
     assert commands[-1].endswith("--start-from specdec/assets/embedded/draft")
 
 
+def test_draft_learns_what_its_teacher_says(scripts: dict[str, ModuleType], work: Path, tmp_path: Path) -> None:
+    trainer = scripts["trainer"]
+    start(scripts, work, work / "draft", tokens=12 * 64)
+    scripts["train"].export_command(models=["draft"], work=work, out=tmp_path)
+    streams = (np.load(work / "train.npy"), np.load(work / "heldout.npy"))
+    settings = trainer.Settings(tokens=40 * 64, decay_tokens=64, batch=2, window=32, teacher=str(tmp_path / "draft"))
+    vocab = len(AutoTokenizer.from_pretrained(work / "tokenizer"))
+    run = trainer.Run.fresh(TINY, vocab, settings)
+    torch.manual_seed(1)
+    for parameter in run.model.parameters():  # not the weights with which the teacher began
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim == 2 else None
+    teacher = trainer._teacher(settings.teacher, run.model)
+    windows = trainer.draw_windows(streams[1], 0, settings)
+    before = trainer.divergence(run.model, teacher, windows).item()
+    assert trainer.train(run, *streams, settings, tmp_path / "taught")
+    assert trainer.divergence(teacher, teacher, windows).item() == pytest.approx(0.0, abs=1e-6)
+    assert trainer.divergence(run.model, teacher, windows).item() < 0.8 * before
+    commands = scripts["export"]._commands("draft", {"phases": run.phases, "tokens": run.tokens})
+    assert f" --teacher {settings.teacher}" in commands[-1]
+    with pytest.raises(ValueError, match="another vocabulary"):
+        trainer._teacher(settings.teacher, trainer.Run.fresh(TINY, vocab + 1, settings).model)
+
+
 def test_prompts_for_distillation_are_cut_from_training_files_alone(scripts: dict[str, ModuleType], work: Path) -> None:
     scripts["train"].prompts_command(work=work, per_file=1)
     prompts = [json.loads(line) for line in (work / "prompts.jsonl").read_text().splitlines()]
