@@ -3,17 +3,22 @@
     python benchmarks/bench_medusa.py
     python benchmarks/bench_medusa.py --model Qwen/Qwen3-8B --heads me/qwen3-8b-medusa --name medusa-qwen3
 
-All methods complete each prompt in turn with HF generate. Figures are medians over the prompts.
+    python benchmarks/bench_medusa.py --heads heads/ --adapter heads/adapter --name medusa-2      (of --recipe medusa-2)
+
+All methods complete each prompt in turn with HF generate. Figures are medians over the prompts. With an adapter, the
+adapted model is the target, and how far its own output has moved is reported.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from bench_generate import measure
 from rich.console import Console
@@ -27,7 +32,7 @@ from specdec.drafters.base import DraftContext, Drafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.embedded import heldout_prompts, read_prompts
 from specdec.heads import MedusaHeads
-from specdec.measuring import Method, Settings
+from specdec.measuring import EncodedPrompt, Method, Settings
 from specdec.provenance import circumstances, model_info, write_json
 from specdec.tree import TokenTree
 
@@ -62,10 +67,28 @@ def variants(heads: MedusaHeads) -> dict[str, Callable[[], Drafter]]:
     return made
 
 
+@torch.no_grad()
+def moved(adapted: Any, prompts: Sequence[EncodedPrompt]) -> dict[str, float]:
+    """Perplexity of the prompts with and without the adapter, and KL(without || with) in nats per token."""
+    losses, divergence, count = [0.0, 0.0], 0.0, 0
+    for prompt in prompts:
+        ids = prompt.input_ids
+        with adapted.disable_adapter():
+            before = adapted(ids).logits[0, :-1].float().log_softmax(-1)
+        after = adapted(ids).logits[0, :-1].float().log_softmax(-1)
+        for i, log_probs in enumerate((before, after)):
+            losses[i] += float(torch.nn.functional.nll_loss(log_probs, ids[0, 1:], reduction="sum"))
+        divergence += float((before.exp() * (before - after)).sum())
+        count += ids.shape[1] - 1
+    perplexities = [math.exp(loss / count) for loss in losses]
+    return {"perplexity_before": perplexities[0], "perplexity_after": perplexities[1], "divergence": divergence / count}
+
+
 @app.command()
 @with_short_errors
 def main(
     heads: Annotated[str | None, typer.Option(help="Folder or hub name; the folder medusa in the model's own.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder of adapters that were trained with the heads.")] = None,
     name: Annotated[str, typer.Option(help="Of the file in benchmarks/results.")] = "medusa",
     model: options.Model = EMBEDDED,
     prompt_file: Annotated[Path | None, typer.Option(help='JSONL, {"prompt": "..."} a line.')] = None,
@@ -83,6 +106,14 @@ def main(
     loaded = MedusaHeads.from_pretrained(heads or str(Path(target.config.name_or_path) / "medusa"))
     chosen = read_prompts(prompt_file)[: prompts + 1] if prompt_file else heldout_prompts(prompts + 1)
     encoded = encode_prompts(chosen, tokenizer, target.device)
+    own_output: dict[str, float] | None = None
+    if adapter is not None:
+        from peft import PeftModel
+
+        adapted: Any = PeftModel.from_pretrained(target, adapter).eval()
+        own_output = moved(adapted, encoded)
+        target = adapted.merge_and_unload()
+        print("the target's own output on the prompts:", own_output)
     methods = [Method(HF_GENERATE, lambda: target), specdec_method(OFF, target, lambda: None)]
     methods += [specdec_method(f"medusa, {variant}", target, make) for variant, make in variants(loaded).items()]
     console, results = Console(), {}
@@ -94,6 +125,7 @@ def main(
         console.print(summary_table(result, f"{part}, {tokens} tokens, batch 1, {len(encoded) - 1} prompts"))
         results[part] = result.to_dict()
     figures: dict[str, Any] = {"models": {"target": model_info(model, target)}, "parts": results}
+    figures["own_output"] = own_output
     figures["heads"] = vars(loaded.config) | {"calibration": vars(loaded.calibration) if loaded.calibration else None}
     shape = {"batch": 1, "num_prompts": len(encoded) - 1, "repeats": repeats}
     write_json(RESULTS / f"{name}.json", {**circumstances(), **shape, **figures})
