@@ -3,16 +3,32 @@
 if not __name__.startswith("specdec."):
     raise ImportError("import it as specdec.drafters: 'drafters' alone is not a package of this project")
 
+from specdec.drafters.auto import AutoDrafter
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.medusa import MedusaDrafter
+from specdec.drafters.merged import MergedDrafter
+from specdec.drafters.recycling import RecyclingDrafter
 
 DRAFTERS: dict[str, type[Drafter]] = {
-    "auto": LookaheadDrafter,
+    "auto": AutoDrafter,
     "lookahead": LookaheadDrafter,
     "medusa": MedusaDrafter,
+    "recycling": RecyclingDrafter,
+    "draft-model": DraftModelDrafter,
 }
 """Drafters by name."""
 
-__all__ = ["DRAFTERS", "DraftContext", "DraftModelDrafter", "Drafter", "LookaheadDrafter", "MedusaDrafter", "Step"]
+__all__ = [
+    "DRAFTERS",
+    "AutoDrafter",
+    "DraftContext",
+    "DraftModelDrafter",
+    "Drafter",
+    "LookaheadDrafter",
+    "MedusaDrafter",
+    "MergedDrafter",
+    "RecyclingDrafter",
+    "Step",
+]

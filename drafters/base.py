@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from specdec.sampling import Sampler
 
 
+class DrafterSwitchedOffWarning(RuntimeWarning):
+    """A drafter raised in mid-generation. The call goes on without it, and its output is complete."""
+
+
 @dataclass
 class DraftContext:
     """What a drafter may look at when it proposes.
@@ -39,6 +43,7 @@ class DraftContext:
             they must be drawn at random, and recorded with `draft_probs`.
         step_seconds: Node counts and seconds of the target's passes at this batch size, ascending, `[sizes]` each;
             None while they are not measured, and unless the drafter `needs_step_seconds`.
+        strict: Errors are to be raised: a drafter that could go on without a part that fails must not.
     """
 
     rows: list[int]
@@ -50,6 +55,7 @@ class DraftContext:
     sampler: Sampler | None = None
     is_sampled_from: bool = False
     step_seconds: tuple[Ints, Floats] | None = None
+    strict: bool = False
 
 
 @dataclass
@@ -60,11 +66,14 @@ class Step:
         rows: Index in the batch of each row that took part.
         tree: The tree that was verified (cut to what the budget chose, padded to a bucket), on the CPU or the device.
         accepted: Per row, how many draft tokens were accepted.
+        top_tokens: What the target holds likeliest behind each node, best first, `[rows, nodes, num_top_tokens]` (fewer
+            where the vocabulary is smaller); of no meaning at padding. None unless the drafter asks for it.
     """
 
     rows: list[int]
     tree: TokenTree
     accepted: Sequence[int]
+    top_tokens: Ints | None = None
 
 
 class Drafter(ABC):
@@ -77,6 +86,8 @@ class Drafter(ABC):
     name: str = "drafter"
     needs_hidden_states: bool = False
     needs_step_seconds: bool = False
+    num_top_tokens: int = 0
+    """How many of the target's likeliest tokens `Step.top_tokens` is to have per node; 0 for none."""
 
     def bind(self, model: Any) -> None:
         """Called with the target before any work, and again at each call; drafters that depend on it prepare here.
@@ -116,3 +127,25 @@ class Drafter(ABC):
     def settings(self) -> dict[str, Any]:
         """Hyper-parameters by name, for reports."""
         return {}
+
+
+def check_proposal(tree: TokenTree, context: DraftContext, max_nodes: int, vocab_size: int) -> None:
+    """Checks what `propose` returned: an embedding lookup out of range would end a CUDA process.
+
+    Raises:
+        TypeError: It is no tree.
+        ValueError: It is not one that was asked for.
+    """
+    if not isinstance(tree, TokenTree):
+        raise TypeError(f"propose() returned a {type(tree).__name__}, a TokenTree is needed")
+    if len(tree.tokens) != len(context.rows) or tree.num_nodes > max_nodes:
+        raise ValueError(
+            f"propose() returned a tree of {list(tree.tokens.shape)}, "
+            f"at most [{len(context.rows)}, {max_nodes}] was asked for"
+        )
+    if tree.num_nodes == 1:  # nothing is drafted, and the loop makes its own roots
+        return
+    tree.validate(vocab_size)
+    roots = [int(sequence[-1]) for sequence in context.sequences]
+    if tree.tokens[:, 0].tolist() != roots:
+        raise ValueError(f"the roots must be the rows' last tokens {roots}, got {tree.tokens[:, 0].tolist()}")

@@ -13,8 +13,9 @@ from transformers.generation import GenerationMixin, StoppingCriteriaList, StopS
 
 from specdec.budget import Budget
 from specdec.capability import Capability, check_mode, probe
-from specdec.drafters import DRAFTERS, DraftModelDrafter
+from specdec.drafters import DRAFTERS, AutoDrafter, DraftModelDrafter, MergedDrafter
 from specdec.drafters.base import Drafter
+from specdec.explaining import explain
 from specdec.generation import Speculation
 from specdec.report import SpeculationReport
 from specdec.target import unwrapped
@@ -39,8 +40,8 @@ def accelerate(
 
     Args:
         model: A transformers causal LM, or a PEFT model around one. It is not changed.
-        drafter: `"lookahead"`, `"auto"`, a `Drafter`, a smaller model with the same tokenizer, or None for no
-            drafting.
+        drafter: A name (`"auto"`, `"lookahead"`, ...), a `Drafter`, a smaller model with the same tokenizer, a list of
+            these to be merged, or None for no drafting.
         verifier: `"exact"` or a `Verifier`.
         strict: Raise a drafter's errors instead of going on without it.
         max_nodes: Largest token tree per target pass, root included: 1, 2, 4, ... 128.
@@ -102,10 +103,10 @@ def _speculation(
 
 
 def resolve_drafter(drafter: DrafterLike) -> Drafter | None:
-    """A drafter from its name, one that asks a draft model, or the drafter itself.
+    """A drafter from its name, one that asks a draft model, one that merges several, or the drafter itself.
 
     Raises:
-        ValueError: The name is not known.
+        ValueError: The name is not known, or a list is empty or has None in it.
         TypeError: It is neither a name nor a drafter.
     """
     if drafter is None or isinstance(drafter, Drafter):
@@ -117,13 +118,27 @@ def resolve_drafter(drafter: DrafterLike) -> Drafter | None:
             known = ", ".join(map(repr, DRAFTERS))
             raise ValueError(f"drafter={drafter!r} is not known; use one of {known}, a Drafter, or None for none")
         return DRAFTERS[drafter]()
-    if isinstance(drafter, Sequence) and len(drafter) == 1:
-        return resolve_drafter(drafter[0])
+    if isinstance(drafter, Sequence):
+        return _merged(drafter)
     if isinstance(drafter, type) and issubclass(drafter, Drafter):
         raise TypeError(f"drafter={drafter.__name__} is a class; pass an instance: {drafter.__name__}()")
     raise TypeError(
-        f"drafter must be a name ({', '.join(map(repr, DRAFTERS))}), one Drafter or None, not {drafter!r:.200}"
+        f"drafter must be a name ({', '.join(map(repr, DRAFTERS))}), a Drafter, a list of these or None, "
+        f"not {drafter!r:.200}"
     )
+
+
+def _merged(drafters: Sequence[Any]) -> Drafter | None:
+    """One drafter out of several."""
+    if len(drafters) == 1:
+        return resolve_drafter(drafters[0])
+    if not drafters:
+        raise ValueError("drafter=[] is empty; give at least one drafter, or None for none")
+    others = [resolve_drafter(drafter) for drafter in drafters if drafter != "auto"]
+    sources = [drafter for drafter in others if drafter is not None]
+    if len(sources) < len(others):
+        raise ValueError(f"drafter={list(drafters)!r:.200} has None in it; leave it out")
+    return MergedDrafter(sources) if len(sources) == len(drafters) else AutoDrafter(more=sources)
 
 
 def resolve_verifier(verifier: Any) -> Verifier:
@@ -198,6 +213,10 @@ class SpeculativeModel:
     def capability(self) -> Capability:
         """How this model can be run ahead; found out at first use."""
         return probe(unwrapped(self.model), self.speculation.capability)
+
+    def explain(self) -> None:
+        """Prints what is used, at what size and why, and what each source of drafts has earned in the last call."""
+        print(explain(self.speculation))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` with the same arguments and the same result, sooner."""

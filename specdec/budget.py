@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,6 +27,10 @@ PATIENCE = 4
 TRIAL_SHARE = 0.01
 """Share of the time that goes into drafts while drafting does not pay, to see when it does again."""
 LONGEST_REST = 64
+FIRST_LENGTH = 1024
+"""Tokens in the kv cache up to which step times count as the same; from there on they are told apart by doublings."""
+PATIENCE_AT_LENGTH = 0.5
+"""Seconds for measuring anew because the kv cache has grown."""
 
 
 class StepTimes:
@@ -79,7 +85,31 @@ class StepTimes:
                 self.seconds[larger] += 0.0005 * (self.seconds[bucket] - self.seconds[larger])
 
 
-_TIMES: WeakKeyDictionary[nn.Module, dict[int, StepTimes]] = WeakKeyDictionary()
+Surroundings = tuple[int, int, str]
+"""What step times are measured for: rows and length by powers of two, and where and in what type the model is."""
+
+_TIMES: WeakKeyDictionary[nn.Module, dict[Surroundings, StepTimes]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided on a proposal, and why.
+
+    Args:
+        proposed: Nodes of the proposal.
+        nodes: Nodes of it that were verified.
+        tokens: Tokens expected of that, over all rows.
+        seconds: What it should take: drafting and the target pass.
+        plain_tokens: Tokens of a pass without a draft: one per row.
+        plain_seconds: What that takes.
+    """
+
+    proposed: int
+    nodes: int
+    tokens: float
+    seconds: float
+    plain_tokens: int
+    plain_seconds: float
 
 
 class Budget:
@@ -103,7 +133,15 @@ class Budget:
         self.fixed = fixed
         self.tried: Floats = np.zeros(SCORE_BINS)
         self.hit: Floats = np.zeros(SCORE_BINS)
+        self.last_choice: Choice | None = None
+        """The latest decision; None before the first one."""
+        self.sizes: Counter[int] = Counter()
+        """How often trees of so many nodes were chosen; 1 is no draft."""
+        self.num_rests = 0
+        """Steps in which drafting rested."""
         self._times: dict[int, StepTimes] = {}
+        self._lengths: dict[int, int] = {}
+        self._length = 0
         self._losses = 0
         self._rest = 0
 
@@ -114,33 +152,43 @@ class Budget:
         """
         if self._rest > 0:
             self._rest -= 1
+            self.num_rests += 1
             return 1
         return self.max_nodes
 
+    def set_length(self, tokens: int) -> None:
+        """Tells how many tokens the kv cache of the longest row holds: the more, the longer each pass takes."""
+        self._length = max(-(-tokens // FIRST_LENGTH) - 1, 0).bit_length()
+
     def is_ready(self, rows: int) -> bool:
-        """Whether the step times at this batch size are known (or not needed)."""
-        return self.fixed or _size(rows) in self._times
+        """Whether the step times at this batch size and length are known (or not needed)."""
+        size = _size(rows)
+        return self.fixed or (size in self._times and self._lengths.get(size, self._length) == self._length)
 
     def step_seconds(self, rows: int) -> tuple[Ints, Floats] | None:
         """Node counts and seconds of a target pass at this batch size, `[sizes]` each; None while not measured."""
         times = self._times.get(_size(rows))
         return None if times is None or not times.seconds else times.known()
 
-    def measure(self, target: TargetModel, roots: Tensor, room: int) -> None:
-        """Finds the step times at the current batch size; measures them the first time this model is seen with it.
+    def measure(self, target: TargetModel, tokens: Tensor, room: int) -> None:
+        """Finds the step times at the current batch size and length; measures them the first time a model has these.
 
         Args:
             target: The model in mid-generation; what is run is rolled back.
-            roots: `[batch]`, on the device of the trees.
+            tokens: What to run, as many per row as the largest tree has nodes, `[batch, nodes]`, on the device of the
+                trees. A mixture of experts takes longer the more they differ, so they should be real text.
             room: Tokens that may still be generated; a chain is not run beyond.
         """
         known = _TIMES.setdefault(target.model, {})
-        size = _size(len(roots))
-        if size not in known or known[size].buckets[-1] < self.max_nodes:
+        size = _size(len(tokens))
+        surroundings = size, self._length, f"{target.model.device} {target.model.dtype}"
+        if surroundings not in known or known[surroundings].buckets[-1] < self.max_nodes:
             widest = min(self.max_nodes, room) if target.lockstep else self.max_nodes
-            known[size] = StepTimes(max(widest, 1))
-            known[size].measure(lambda nodes: target.trial_pass(roots, nodes))
-        self._times[size] = known[size]
+            times = known[surroundings] = StepTimes(max(widest, 1))
+            patience = {"patience": PATIENCE_AT_LENGTH} if size in self._times else {}
+            times.measure(lambda nodes: target.trial_pass(tokens, nodes), **patience)
+        self._times[size] = known[surroundings]
+        self._lengths[size] = self._length
 
     def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
         """The part of a proposal that is worth a target pass; the root alone when none is.
@@ -163,6 +211,9 @@ class Budget:
         if best == 1:
             self.tried *= IDLE_DECAY
             self.hit *= IDLE_DECAY
+        self.sizes[best] += 1
+        seconds = spent + seconds_of(best, *known)
+        self.last_choice = Choice(tree.num_nodes, best, tokens, seconds, len(parents), plain)
         return tree.first(best)
 
     def observe(self, tree: TokenTree, accepted: list[list[int]]) -> None:

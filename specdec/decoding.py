@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.budget import Budget
 from specdec.drafting import GuardedDrafter
+from specdec.kernels import Ints
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
@@ -52,7 +53,7 @@ class Decoder:
         self.report.count_pass([0] * len(self.rows))
         tree = self._last_prompt_tokens(input_ids)
         with self.report.timed("verify"):
-            accepted, new_tokens = self._verify(tree, logits)
+            accepted, new_tokens, _ = self._verify(tree, logits)
         unfinished = self._commit(tree, accepted, new_tokens)
         try:
             self.drafter.start(self.sequences, self.rows)
@@ -64,12 +65,12 @@ class Decoder:
                 with self.report.timed("target"):
                     logits = self.target.forward(tree)  # [B, N, V]
                 with self.report.timed("verify"):
-                    accepted, new_tokens = self._verify(tree, logits)
+                    accepted, new_tokens, top_tokens = self._verify(tree, logits)
                 self.budget.record(len(self.rows), tree.num_nodes, time.perf_counter() - started)
                 with self.report.timed("commit"):
                     unfinished = self._commit(tree, accepted, new_tokens, is_in_cache=False)
                     self.budget.observe(tree, accepted)
-                    self.drafter.observe(self.sequences, self.rows, tree, accepted)
+                    self.drafter.observe(self.sequences, self.rows, tree, accepted, top_tokens)
         finally:
             self.drafter.finish(self.sequences)
         self.streamer.end()
@@ -82,6 +83,7 @@ class Decoder:
 
     def _propose(self) -> TokenTree:
         """The next tree: the drafter's, cut to what is worth verifying, or the roots alone."""
+        self.budget.set_length(max(self.sequences.lengths[row] for row in self.rows))
         started = time.perf_counter()
         tree = self.drafter.propose(self.sequences, self.rows, self.budget.nodes_to_draft())
         spent = time.perf_counter() - started
@@ -90,7 +92,8 @@ class Decoder:
             return TokenTree.root_only(self.sequences.roots(self.rows))
         if not self.budget.is_ready(len(self.rows)):
             with self.report.timed("calibrate"):
-                self.budget.measure(self.target, self.sequences.roots(self.rows), self._least_room())
+                tokens = self.sequences.latest(self.rows, self.budget.max_nodes)
+                self.budget.measure(self.target, tokens, self._least_room())
         tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent)
         # Few shapes, so that a pass can be captured. Padding of a chain would stand at positions that may not exist.
         if self.sequences.device.type != "cpu" and not self.target.lockstep:
@@ -101,13 +104,17 @@ class Decoder:
     def _least_room(self) -> int:
         return min(self.sequences.room(row) for row in self.rows)
 
-    def _verify(self, tree: TokenTree, logits: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Accepted nodes, and accepted tokens with the next one, per row: the step's one transfer to the host."""
+    def _verify(self, tree: TokenTree, logits: Tensor) -> tuple[list[list[int]], list[list[int]], Ints]:
+        """Accepted nodes, accepted tokens with the next one, and the target's top tokens, per row: one transfer."""
         acceptance = self.verifier.verify(tree, logits, self.sampler, self.rows)
-        packed = torch.cat([acceptance.num_accepted[:, None], acceptance.nodes, acceptance.tokens], 1).tolist()
+        top_tokens = self.drafter.top_tokens(logits)  # [B, N, count]
+        parts = [acceptance.num_accepted[:, None], acceptance.nodes, acceptance.tokens, top_tokens.flatten(1)]
+        packed: Ints = torch.cat([part.to(acceptance.nodes.device) for part in parts], 1).cpu().numpy()
         width = acceptance.nodes.shape[1]
-        nodes = [row[1 : 1 + row[0]] for row in packed]
-        return nodes, [row[1 + width : 2 + width + row[0]] for row in packed]
+        rows = packed[:, : 2 + 2 * width].tolist()
+        nodes = [row[1 : 1 + row[0]] for row in rows]
+        tokens = [row[1 + width : 2 + width + row[0]] for row in rows]
+        return nodes, tokens, packed[:, 2 + 2 * width :].reshape(top_tokens.shape)
 
     def _commit(
         self, tree: TokenTree, accepted: list[list[int]], new_tokens: list[list[int]], is_in_cache: bool = True

@@ -6,18 +6,19 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from specdec.budget import Budget
-from specdec.drafters.base import DraftContext, Drafter, Step
+from specdec.drafters.base import DraftContext, Drafter, DrafterSwitchedOffWarning, Step, check_proposal
 from specdec.hidden_states import HiddenStates
-from specdec.kernels import Floats, Ints
+from specdec.kernels import Floats, Ints, host_array, largest
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 
-
-class DrafterSwitchedOffWarning(RuntimeWarning):
-    """A drafter raised in mid-generation. The call goes on without it, and its output is complete."""
+__all__ = ["DrafterSwitchedOffWarning", "GuardedDrafter"]
 
 
 class GuardedDrafter:
@@ -71,10 +72,41 @@ class GuardedDrafter:
         # Beyond the length limit there may be no position for a token.
         return tree.up_to_depth(context.max_depth)
 
-    def observe(self, sequences: Sequences, rows: Sequence[int], tree: TokenTree, accepted: list[list[int]]) -> None:
-        """Tells the drafter what became of a tree."""
+    def top_tokens(self, logits: Tensor) -> Tensor:
+        """What the target holds likeliest, as far as the drafter wants to know it.
+
+        Args:
+            logits: The target's, `[batch, nodes, vocab]`.
+
+        Returns:
+            Token ids, best first, `[batch, nodes, count]`, int64, on the logits' device; the count is 0 for a drafter
+            that does not ask.
+        """
+        count = min(self.drafter.num_top_tokens if self.drafter is not None else 0, logits.shape[-1])
+        if count and logits.device.type == "cpu":
+            return torch.from_numpy(largest(host_array(logits.float()), count))
+        return logits.topk(count).indices if count else logits.new_empty((*logits.shape[:2], 0), dtype=torch.int64)
+
+    def observe(
+        self,
+        sequences: Sequences,
+        rows: Sequence[int],
+        tree: TokenTree,
+        accepted: list[list[int]],
+        top_tokens: Ints | None = None,
+    ) -> None:
+        """Tells the drafter what became of a tree.
+
+        Args:
+            sequences: With the accepted tokens.
+            rows: That took part.
+            tree: The verified tree.
+            accepted: Per row the accepted draft nodes.
+            top_tokens: See `Step`.
+        """
         if self.drafter is not None and type(self.drafter).observe is not Drafter.observe:
-            self._call("observe", self._context(sequences, rows), Step(list(rows), tree, [len(a) for a in accepted]))
+            step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens)
+            self._call("observe", self._context(sequences, rows), step)
 
     def finish(self, sequences: Sequences) -> None:
         """Tells the drafter that the call is over."""
@@ -94,6 +126,7 @@ class GuardedDrafter:
             sampler=self.sampler,
             is_sampled_from=self.is_sampled_from,
             step_seconds=self._step_seconds(len(rows)),
+            strict=self.strict,
         )
 
     def _step_seconds(self, rows: int) -> tuple[Ints, Floats] | None:
@@ -107,7 +140,7 @@ class GuardedDrafter:
         try:
             result = getattr(self.drafter, method)(*args)
             if method == "propose":
-                self._check(result, *args)
+                check_proposal(result, *args, self.vocab_size)
             return result
         except Exception as error:
             if self.strict:
@@ -122,19 +155,3 @@ class GuardedDrafter:
             )
             self.drafter = None
             return None
-
-    def _check(self, tree: TokenTree, context: DraftContext, max_nodes: int) -> None:
-        """A wrong tree must not reach the target: an embedding lookup out of range ends a CUDA process."""
-        if not isinstance(tree, TokenTree):
-            raise TypeError(f"propose() returned a {type(tree).__name__}, a TokenTree is needed")
-        if len(tree.tokens) != len(context.rows) or tree.num_nodes > max_nodes:
-            raise ValueError(
-                f"propose() returned a tree of {list(tree.tokens.shape)}, "
-                f"at most [{len(context.rows)}, {max_nodes}] was asked for"
-            )
-        if tree.num_nodes == 1:  # nothing is drafted, and the loop makes its own roots
-            return
-        tree.validate(self.vocab_size)
-        roots = [int(sequence[-1]) for sequence in context.sequences]
-        if tree.tokens[:, 0].tolist() != roots:
-            raise ValueError(f"the roots must be the rows' last tokens {roots}, got {tree.tokens[:, 0].tolist()}")

@@ -67,6 +67,38 @@ def is_valid(tokens: Ints, parents: Ints, vocab_size: int) -> bool:
     return True
 
 
+@kernel
+def largest(values: NDArray[np.float32], count: int) -> Ints:
+    """Where the largest values of each list stand, the largest first; among equals the first.
+
+    Args:
+        values: `[batch, nodes, values]`.
+        count: How many are wanted, at most as many as there are.
+
+    Returns:
+        `[batch, nodes, count]`.
+    """
+    batch, nodes, size = values.shape
+    found = np.empty((batch, nodes, count), np.int64)
+    best = np.empty(count, np.float32)
+    for row in range(batch):
+        for node in range(nodes):
+            listed = values[row, node]
+            held = 0
+            for i in range(size):
+                if held == count and not listed[i] > best[count - 1]:
+                    continue
+                at = min(held, count - 1)
+                while at > 0 and best[at - 1] < listed[i]:
+                    best[at] = best[at - 1]
+                    found[row, node, at] = found[row, node, at - 1]
+                    at -= 1
+                best[at] = listed[i]
+                found[row, node, at] = i
+                held = min(held + 1, count)
+    return found
+
+
 @kernel_part
 def calibrated(score: float, rates: Floats) -> float:
     """A score's rate of acceptance, between those of the two nearest bins."""
@@ -144,6 +176,8 @@ def count_accepted(
 ) -> None:
     """Adds the drafts whose parent was accepted to the decayed counts `tried` and `hit`, by bin of their score.
 
+    A score between the middles of two bins counts for both, as `calibrated` reads it.
+
     Args:
         parents: `[batch, nodes]`.
         scores: `[batch, nodes]`.
@@ -158,7 +192,11 @@ def count_accepted(
     for row in range(parents.shape[0]):
         for node in range(1, parents.shape[1]):
             if parents[row, node] >= 0 and accepted[row, parents[row, node]]:
-                score_bin = min(max(int(scores[row, node] * bins), 0), bins - 1)
-                tried[score_bin] += 1.0
+                at = min(max(scores[row, node] * bins - 0.5, 0.0), bins - 1.0)
+                low = min(int(at), bins - 2)
+                share = at - low
+                tried[low] += 1.0 - share
+                tried[low + 1] += share
                 if accepted[row, node]:
-                    hit[score_bin] += 1.0
+                    hit[low] += 1.0 - share
+                    hit[low + 1] += share

@@ -11,6 +11,7 @@ import torch
 import specdec
 from specdec import budget as budget_module
 from specdec.budget import Budget, StepTimes
+from specdec.target import TargetModel
 from specdec.tree import NODE_BUCKETS, TokenTree
 from tests.conformance import AlwaysWrongDrafter, OracleDrafter, reference
 from tests.tiny_models import new_model, prompts, tiny_model
@@ -204,7 +205,7 @@ def test_step_times_follow_what_is_seen_but_not_one_stall() -> None:
 
 def test_times_are_measured_once_per_model(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
-    monkeypatch.setattr(StepTimes, "measure", lambda self, run: measured.append(self) or self.seconds.update(GPU))
+    monkeypatch.setattr(StepTimes, "measure", lambda self, *_: measured.append(self) or self.seconds.update(GPU))
     model, inputs = new_model("llama"), prompts(6)
     answers = reference(model, inputs, max_new_tokens=12).answers
     for _ in range(2):
@@ -278,3 +279,129 @@ def test_drafting_that_costs_more_than_it_brings_rests() -> None:
 def test_a_draft_is_worth_more_nodes_the_dearer_it_was() -> None:
     tree = chain(0.8, nodes=32)
     assert with_times(CPU).choose(tree, spent=0.0).num_nodes <= with_times(CPU).choose(tree, spent=100.0).num_nodes
+
+
+# --- the controller on a simulated device ----------------------------------------------------------------------------
+
+H200 = {1: 8.0, 2: 8.0, 4: 8.0, 8: 8.0, 16: 8.1, 32: 8.3, 64: 8.8}
+STEPPED = {1: 10.0, 2: 10.0, 4: 10.0, 8: 10.0, 16: 30.0, 32: 30.0, 64: 30.0}
+STEEP = {1: 10.0, 2: 19.0, 4: 36.0, 8: 70.0, 16: 138.0, 32: 270.0, 64: 540.0}
+
+
+def simulate(seconds: dict[int, float], rate: float, draft_seconds: float = 0.0, steps: int = 600) -> Budget:
+    """Runs the controller over chains of which each token is accepted at a rate; times and acceptances are simulated.
+
+    The drafter's scores promise too much.
+    Only the second half counts: `sizes` and `num_rests` are those of it.
+    """
+    budget, random, tree = with_times(seconds), np.random.default_rng(0), chain(0.6 + 0.4 * rate)
+    for step in range(steps):
+        if step == steps // 2:
+            budget.sizes.clear()
+            budget.num_rests = 0
+        if budget.nodes_to_draft() == 1:
+            budget.record(1, 1, seconds[1])
+            continue
+        chosen = budget.choose(tree, draft_seconds)
+        accepted = 0
+        while accepted < chosen.num_nodes - 1 and random.random() < rate:
+            accepted += 1
+        budget.record(1, chosen.num_nodes, seconds[chosen.num_nodes])
+        budget.observe(chosen, [list(range(1, accepted + 1))])
+    return budget
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rate", "sizes"),
+    [
+        pytest.param(H200, 0.9, {32, 64}, id="flat-good"),
+        pytest.param(H200, 0.5, {8, 16}, id="flat-fair"),
+        pytest.param(CPU, 0.9, {8, 16, 32}, id="cpu-good"),
+        pytest.param(CPU, 0.3, {1}, id="cpu-poor"),
+        pytest.param(STEPPED, 0.6, {8}, id="stepped-fair"),
+        pytest.param(STEPPED, 0.98, {32, 64}, id="stepped-sure"),
+        pytest.param(STEEP, 0.6, {1}, id="steep-fair"),
+        pytest.param(STEEP, 0.95, {2, 4}, id="steep-sure"),
+        pytest.param(LINEAR, 0.8, {1}, id="linear"),
+    ],
+)
+def test_controller_finds_the_size_for_the_device(seconds: dict[int, float], rate: float, sizes: set[int]) -> None:
+    budget = simulate(seconds, rate)
+    expected = {n: (1 - rate**n) / (1 - rate) / taken for n, taken in seconds.items()}
+    best = max(expected, key=lambda n: expected[n])
+    assert best in sizes, "the definition"
+    assert sum(count for size, count in budget.sizes.items() if size in sizes) > 0.8 * sum(budget.sizes.values())
+
+
+def test_drafting_that_never_pays_is_never_done() -> None:
+    """On a steep device, with a drafter that takes a third of a pass, nearly all steps are plain ones."""
+    budget = simulate(STEEP, rate=0.3, draft_seconds=3.0, steps=1000)
+    assert budget.num_rests > 450
+    assert budget.sizes.total() - budget.sizes[1] <= 5, "a size that seemed dear is tried again now and then"
+
+
+def test_last_choice_tells_why() -> None:
+    budget, tree = with_times(GPU), chain(0.9)
+    assert budget.last_choice is None
+    chosen = budget.choose(tree, spent=0.5)
+    choice = budget.last_choice
+    assert choice is not None
+    assert (choice.proposed, choice.nodes) == (64, chosen.num_nodes)
+    assert choice.seconds == pytest.approx(GPU[chosen.num_nodes] + 0.5)
+    assert (choice.plain_tokens, choice.plain_seconds) == (1, GPU[1])
+    assert 5 < choice.tokens < 11
+    assert budget.sizes == {chosen.num_nodes: 1}
+
+
+# --- surroundings that change -----------------------------------------------------------------------------------------
+
+
+def test_times_are_measured_anew_when_the_cache_has_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(StepTimes, "measure", lambda self, *_, **how: measured.append(how) or self.seconds.update(GPU))
+    monkeypatch.setattr(budget_module, "FIRST_LENGTH", 16)
+    model, inputs = new_model("llama"), prompts(10)
+    expected = reference(model, inputs, max_new_tokens=60, eos_token_id=None)
+    for _ in range(2):  # the second call knows all of them
+        fast = specdec.accelerate(model, OracleDrafter(expected.answers, max_nodes=4), strict=True)
+        assert fast.generate(**inputs, max_new_tokens=60, eos_token_id=None).tolist() == expected.ids.tolist()
+    assert len(measured) == 4, "up to 16 tokens, 32, 64 and beyond"
+    assert measured[0] == {}
+    assert measured[1] == {"patience": budget_module.PATIENCE_AT_LENGTH}
+
+
+def test_lengths_are_told_apart_by_doublings() -> None:
+    budget = Budget(8)
+    classes = []
+    for tokens in (1, 1024, 1025, 2048, 2049, 4096, 4097, 130_000):
+        budget.set_length(tokens)
+        classes.append(budget._length)
+    assert classes == [0, 0, 1, 1, 2, 2, 3, 7]
+
+
+def test_times_in_use_last_until_those_for_the_new_length_are_there() -> None:
+    budget = with_times(GPU)
+    budget._lengths[1] = 0
+    assert budget.is_ready(1)
+    budget.set_length(3000)
+    assert not budget.is_ready(1)
+    assert budget.step_seconds(1) is not None
+    assert budget.choose(chain(0.9)).num_nodes > 1
+
+
+def test_trial_passes_run_text_and_not_one_token_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture of experts would take the same experts for all of them, and seem cheaper than it is."""
+    seen: list[tuple[Any, int]] = []
+    right = TargetModel.trial_pass
+    monkeypatch.setattr(
+        TargetModel, "trial_pass", lambda self, tokens, n: seen.append((tokens, n)) or right(self, tokens, n)
+    )
+    model, inputs = new_model("llama"), prompts(12, 5)
+    answers = reference(model, inputs, max_new_tokens=8, eos_token_id=None).answers
+    fast = specdec.accelerate(model, OracleDrafter(answers), strict=True, max_nodes=16)
+    fast.generate(**inputs, max_new_tokens=8, eos_token_id=None)
+    tokens = seen[0][0]
+    assert tokens.shape == (2, 16)
+    text = [*inputs["input_ids"][0].tolist(), answers[0][0]]
+    assert tokens[0, :13].tolist() == text[::-1]
+    assert tokens[1, :6].tolist() == tokens[1, 6:12].tolist(), "a short text is run over again"

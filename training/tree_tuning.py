@@ -79,9 +79,9 @@ class PassTimer(Budget):
     def is_ready(self, rows: int) -> bool:
         return self.times is not None
 
-    def measure(self, target: TargetModel, roots: Tensor, room: int) -> None:
+    def measure(self, target: TargetModel, tokens: Tensor, room: int) -> None:
         self.times = StepTimes(max(1, min(self.max_nodes, room) if target.lockstep else self.max_nodes))
-        self.times.measure(lambda nodes: target.trial_pass(roots, nodes), patience=30.0)
+        self.times.measure(lambda nodes: target.trial_pass(tokens, nodes), patience=30.0)
 
     def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
         return tree.first(1)

@@ -1,0 +1,142 @@
+"""What a merged drafter keeps during one call of `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from specdec.drafters.base import DraftContext, Drafter
+from specdec.drafters.merge_growth import Candidates
+from specdec.kernels import Ints
+from specdec.tree import TokenTree
+
+
+@dataclass
+class SourceRecord:
+    """What one source did in a call.
+
+    Args:
+        calls: Steps in which it was asked.
+        skipped: Steps in which it was not, because it did not seem worth its time.
+        seconds: Time of its proposals.
+        proposed: Draft tokens that it named.
+        error: What it raised before it was switched off; None when it did not.
+    """
+
+    calls: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    proposed: int = 0
+    error: str | None = None
+
+
+class Proposal(NamedTuple):
+    """A source's tree, and what it took.
+
+    Args:
+        tree: As the source proposed it.
+        node_of: Place of each node among the candidates, -1 for none, `[rows, nodes]`; None for a root alone.
+        seconds: What it took.
+        sureness: Class of what was expected of the sources asked before.
+    """
+
+    tree: TokenTree
+    node_of: Ints | None
+    seconds: float
+    sureness: int
+
+
+@dataclass
+class PendingStep:
+    """What was proposed and has not been verified yet.
+
+    Args:
+        rows: As in the context.
+        lengths: Tokens of each row then.
+        started: When the step began, in seconds.
+        nodes: What all sources named.
+        proposals: By source, of those that were asked.
+        alone: The source whose tree was taken as it is, None for a merged tree.
+    """
+
+    rows: list[int]
+    lengths: list[int]
+    started: float
+    nodes: Candidates
+    proposals: dict[int, Proposal] = field(default_factory=dict)
+    alone: int | None = None
+
+    def known(self, context: DraftContext) -> tuple[Ints, Ints]:
+        """The tokens committed since, `[rows, tokens]`, and how many they are, `[rows]`."""
+        counts = [len(sequence) - length for sequence, length in zip(context.sequences, self.lengths, strict=True)]
+        known = np.zeros((len(counts), max(*counts, 1)), np.int64)
+        for row, (sequence, count) in enumerate(zip(context.sequences, counts, strict=True)):
+            known[row, :count] = sequence[len(sequence) - count :]
+        return known, np.array(counts, np.int64)
+
+
+@dataclass
+class MergedCall:
+    """One call of `generate`.
+
+    Args:
+        sources: All sources, by number.
+        active: Those that have not failed.
+        records: What each did.
+        credits: Accepted tokens by the sources that named them, `[2 ** sources]`.
+        drawing: The source that draws its drafts at random; None while there is none.
+        pending: The step that is under way.
+    """
+
+    sources: Sequence[Drafter]
+    active: list[int]
+    records: list[SourceRecord]
+    credits: Ints
+    drawing: int | None = None
+    pending: PendingStep | None = None
+
+    @classmethod
+    def begin(cls, sources: Sequence[Drafter]) -> MergedCall:
+        """A call in which nothing has happened yet."""
+        count = len(sources)
+        records = [SourceRecord() for _ in sources]
+        return cls(sources, list(range(count)), records, np.zeros(2**count, np.int64))
+
+    def figures(self, context: DraftContext) -> dict[str, Any]:
+        """What each source did and earned, by its name, ready for JSON.
+
+        An accepted token counts as `accepted` of every source that had named it, as `alone` of a source that no other
+        one shared it with, and as `credit` in equal shares: credits sum up to the accepted tokens.
+        """
+        out: dict[str, Any] = {}
+        named = np.arange(len(self.credits))
+        shares = np.array([bin(sources).count("1") for sources in named]).clip(1)
+        for source, (name, record) in enumerate(zip(distinct_names(self.sources), self.records, strict=True)):
+            is_named = (named >> source & 1).astype(bool)
+            out[name] = {
+                "calls": record.calls,
+                "skipped": record.skipped,
+                "seconds": round(record.seconds, 6),
+                "proposed": record.proposed,
+                "accepted": int(self.credits[is_named].sum()),
+                "alone": int(self.credits[1 << source]),
+                "credit": round(float((self.credits / shares)[is_named].sum()), 3),
+            }
+            if record.error is not None:
+                out[name]["error"] = record.error
+            elif source in self.active and (own := self.sources[source].figures(context)):
+                out[name]["figures"] = own
+        return out
+
+
+def distinct_names(sources: Sequence[Drafter]) -> list[str]:
+    """The sources' names; the second one of a name gets a number."""
+    seen: dict[str, int] = {}
+    names = []
+    for source in sources:
+        seen[source.name] = seen.get(source.name, 0) + 1
+        names.append(source.name if seen[source.name] == 1 else f"{source.name}-{seen[source.name]}")
+    return names

@@ -1,0 +1,319 @@
+"""Joins the trees of several sources into one, and learns what nodes that certain sources agree on are worth."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specdec.drafters.rank_tree import class_of
+from specdec.drafters.trie_growth import pop_best, push_best
+from specdec.kernels import Bools, Floats, Ints, kernel, kernel_part
+
+DEPTH_CLASSES = 4
+"""Depths whose acceptances are counted apart; deeper ones count as the last."""
+SCORE_BINS = 12
+MOST_SURE = 0.99
+"""No combination of scores counts as more: a node that is certain would let its child overtake it."""
+
+
+class Candidates(NamedTuple):
+    """Nodes that any source has named, one row each per row of the batch, the root first; a path stands there once.
+
+    Args:
+        tokens: Token ids, `[rows, nodes]`.
+        parents: Index of each node's parent, `[rows, nodes]`; -1 at the root.
+        depths: Distance from the root, `[rows, nodes]`.
+        named: Sources that have named the node: source s as bit s, `[rows, nodes]`.
+        first_child: -1 for none, `[rows, nodes]`.
+        last_child: -1 for none, `[rows, nodes]`.
+        next_sibling: -1 for none, `[rows, nodes]`.
+        written: Place in the merged tree, -1 for none, `[rows, nodes]`.
+        scores: The sources' scores, combined, `[rows, nodes]`.
+        rates: How often such nodes were accepted where no other source objected, `[rows, nodes]`.
+        open_shares: What is left of that by likelier siblings that other sources have named, `[rows, nodes]`.
+        counts: Nodes of each row, `[rows]`.
+    """
+
+    tokens: Ints
+    parents: Ints
+    depths: Ints
+    named: Ints
+    first_child: Ints
+    last_child: Ints
+    next_sibling: Ints
+    written: Ints
+    scores: Floats
+    rates: Floats
+    open_shares: Floats
+    counts: Ints
+
+    @classmethod
+    def of_roots(cls, roots: Ints, capacity: int) -> Candidates:
+        """Rows of their roots `[rows]` alone, with room for so many nodes each."""
+        ints = np.empty((8, len(roots), capacity), np.int64)
+        scores = np.empty((3, len(roots), capacity))
+        ints[:, :, 0] = -1
+        ints[0, :, 0] = roots
+        for zero in (2, 3, 7):  # depth, sources and place of the root
+            ints[zero, :, 0] = 0
+        scores[:, :, 0] = 1.0
+        return cls(*ints, *scores, np.ones(len(roots), np.int64))
+
+
+@kernel_part
+def child_with(nodes: Candidates, row: int, parent: int, token: int) -> int:
+    """The child of a node that holds a token, -1 for none."""
+    child = nodes.first_child[row, parent]
+    while child >= 0 and nodes.tokens[row, child] != token:
+        child = nodes.next_sibling[row, child]
+    return int(child)
+
+
+@kernel
+def add_tree(
+    nodes: Candidates,
+    source: int,
+    tokens: Ints,
+    parents: Ints,
+    scores: NDArray[np.float32],
+    max_depths: Ints,
+    vocab_size: int,
+    node_of: Ints,
+) -> bool:
+    """Adds a source's tree to the candidates.
+
+    A node that was there gets `1 - (1 - a)(1 - b)` of its scores a and b: sources that err for different reasons are
+    right together more often than either. Where they do not, the counts of that combination tell.
+
+    Args:
+        nodes: Changed; there must be room.
+        source: Its number.
+        tokens: `[rows, nodes]`.
+        parents: `[rows, nodes]`.
+        scores: P(accepted | parent accepted), `[rows, nodes]`.
+        max_depths: Largest depth of a node, `[rows]`: what is deeper is left out.
+        vocab_size: Tokens must be below.
+        node_of: Written: each node's place among the candidates, -1 where it is left out, `[rows, nodes]`.
+
+    Returns:
+        Whether the tree is valid; nothing has changed where it is not.
+    """
+    for row in range(tokens.shape[0]):
+        if tokens[row, 0] != nodes.tokens[row, 0]:
+            return False
+        for node in range(tokens.shape[1]):
+            if not (0 <= tokens[row, node] < vocab_size and -1 <= parents[row, node] < node):
+                return False
+    bit = 1 << source
+    for row in range(tokens.shape[0]):
+        node_of[row, 0] = 0
+        for node in range(1, tokens.shape[1]):
+            node_of[row, node] = -1
+            above = node_of[row, parents[row, node]] if parents[row, node] >= 0 else -1
+            if above < 0 or nodes.depths[row, above] >= max_depths[row]:
+                continue
+            score = min(float(scores[row, node]), MOST_SURE) if scores[row, node] > 0.0 else 0.0
+            found = child_with(nodes, row, above, tokens[row, node])
+            if found < 0:
+                found = nodes.counts[row]
+                nodes.counts[row] += 1
+                nodes.tokens[row, found] = tokens[row, node]
+                nodes.parents[row, found] = above
+                nodes.depths[row, found] = nodes.depths[row, above] + 1
+                nodes.named[row, found] = bit
+                nodes.first_child[row, found] = nodes.last_child[row, found] = nodes.next_sibling[row, found] = -1
+                if nodes.first_child[row, above] < 0:
+                    nodes.first_child[row, above] = found
+                else:
+                    nodes.next_sibling[row, nodes.last_child[row, above]] = found
+                nodes.last_child[row, above] = found
+                nodes.scores[row, found] = score
+            elif not nodes.named[row, found] & bit:  # of equal siblings, the first counts
+                nodes.named[row, found] |= bit
+                combined = 1.0 - (1.0 - nodes.scores[row, found]) * (1.0 - score)
+                nodes.scores[row, found] = min(combined, MOST_SURE)
+            node_of[row, node] = found
+    return True
+
+
+@kernel_part
+def open_share(nodes: Candidates, row: int, node: int) -> float:
+    """What the best of a node's likelier siblings leaves of it that has a source which did not name this node.
+
+    Only one token can come next: a second choice of one source is worth little where another source is sure.
+    """
+    rival = 0.0
+    sibling = nodes.first_child[row, nodes.parents[row, node]]
+    while sibling >= 0:
+        rate = nodes.rates[row, sibling]
+        if rate > rival and rate > nodes.rates[row, node] and nodes.named[row, sibling] & ~nodes.named[row, node]:
+            rival = rate
+        sibling = nodes.next_sibling[row, sibling]
+    return float(1.0 - rival)
+
+
+@kernel_part
+def rate_of(tried: Floats, hit: Floats, prior: float, named: int, depth: int, score: float) -> float:
+    """A score's rate of acceptance among nodes of the same sources and depth, between the two nearest bins."""
+    at = min(depth, DEPTH_CLASSES) - 1
+    place = class_of(score, 0, SCORE_BINS, True)
+    low = min(int(place), SCORE_BINS - 2)
+    # A bin's own score counts like a number of observations.
+    lower = (hit[named, at, low] + prior * ((low + 0.5) / SCORE_BINS) ** 2) / (tried[named, at, low] + prior)
+    upper = (hit[named, at, low + 1] + prior * ((low + 1.5) / SCORE_BINS) ** 2) / (tried[named, at, low + 1] + prior)
+    return float(min(max(lower + (place - low) * (upper - lower), 1e-6), MOST_SURE))
+
+
+@kernel
+def grow_merged(
+    nodes: Candidates,
+    tried: Floats,
+    hit: Floats,
+    prior: float,
+    tokens: Ints,
+    parents: Ints,
+    scores: NDArray[np.float32],
+) -> tuple[int, float]:
+    """Writes each row's merged tree, best first by the product of calibrated scores from the root down.
+
+    Args:
+        nodes: `rates`, `open_shares` and `written` are set.
+        tried: Nodes whose parent was accepted, each for its open share, by sources, depth and bin of score,
+            `[2 ** sources, depths, bins]`.
+        hit: Those among them that were accepted, each for 1.
+        prior: How many of them a score is worth by itself.
+        tokens: Written: token ids, `[rows, nodes]`.
+        parents: Written: parents, `[rows, nodes]`; the others stay -1.
+        scores: Written: P(accepted | parent accepted), `[rows, nodes]`.
+
+    Returns:
+        Nodes of the largest tree, and how many draft tokens can be expected to be accepted, over all rows.
+    """
+    capacity = nodes.tokens.shape[1]
+    heap = np.empty(capacity, np.int64)
+    paths = np.empty(capacity)
+    widest, expected = 1, 0.0
+    for row in range(tokens.shape[0]):
+        for node in range(1, nodes.counts[row]):
+            nodes.written[row, node] = -1
+            named, depth, score = nodes.named[row, node], nodes.depths[row, node], nodes.scores[row, node]
+            nodes.rates[row, node] = rate_of(tried, hit, prior, named, depth, score)
+        for node in range(1, nodes.counts[row]):
+            nodes.open_shares[row, node] = open_share(nodes, row, node)
+        tokens[row, 0] = nodes.tokens[row, 0]
+        paths[0] = 1.0
+        node, waiting, made = 0, 0, 1
+        while True:
+            child = nodes.first_child[row, node]
+            while child >= 0:
+                paths[child] = paths[node] * nodes.rates[row, child] * nodes.open_shares[row, child]
+                waiting = push_best(heap, waiting, paths, child)
+                child = nodes.next_sibling[row, child]
+            if waiting == 0 or made == tokens.shape[1]:
+                break
+            waiting = pop_best(heap, waiting, paths)
+            node = heap[waiting]
+            nodes.written[row, node] = made
+            tokens[row, made] = nodes.tokens[row, node]
+            parents[row, made] = nodes.written[row, nodes.parents[row, node]]
+            scores[row, made] = nodes.rates[row, node] * nodes.open_shares[row, node]
+            expected += paths[node]
+            made += 1
+        widest = max(widest, made)
+    return widest, expected
+
+
+@kernel
+def follow_merged(
+    nodes: Candidates,
+    known: Ints,
+    counts: Ints,
+    decay: float,
+    tried: Floats,
+    hit: Floats,
+    credited: Ints,
+    own: Ints,
+    gains: Ints,
+) -> int:
+    """Walks each row's candidates along the target's tokens: counts what was right, and to whom it is owed.
+
+    All candidates are counted whose parent was right, those too that were left out of the tree: the target's token is
+    known there.
+
+    Args:
+        nodes: What was named, `open_shares` set by `grow_merged`.
+        known: The tokens behind the root, `[rows, tokens]`.
+        counts: How many there are, `[rows]`: all but the last were accepted.
+        decay: Factor on the counts so far.
+        tried: Changed; see `grow_merged`.
+        hit: Changed.
+        credited: Changed: accepted tokens by the sources that named them, `[2 ** sources]`.
+        own: Written: how far down each source's own nodes go along the accepted ones, `[rows, sources]`.
+        gains: Written: accepted tokens that would not be if this source had named nothing, over all rows, `[sources]`.
+
+    Returns:
+        How many tokens were committed, over all rows.
+    """
+    tried *= decay
+    hit *= decay
+    own[:] = 0
+    without = np.zeros_like(own)
+    for row in range(known.shape[0]):
+        node = 0
+        for i in range(counts[row]):
+            found = -1
+            child = nodes.first_child[row, node]
+            while child >= 0:
+                at = min(nodes.depths[row, child], DEPTH_CLASSES) - 1
+                place = class_of(nodes.scores[row, child], 0, SCORE_BINS, True)
+                low = min(int(place), SCORE_BINS - 2)
+                share = place - low
+                named = nodes.named[row, child]
+                tried[named, at, low] += (1.0 - share) * nodes.open_shares[row, child]
+                tried[named, at, low + 1] += share * nodes.open_shares[row, child]
+                if nodes.tokens[row, child] == known[row, i]:
+                    hit[named, at, low] += 1.0 - share
+                    hit[named, at, low + 1] += share
+                    found = child
+                child = nodes.next_sibling[row, child]
+            if found < 0:
+                break
+            node = found
+            if i + 1 == counts[row]:
+                break
+            named = nodes.named[row, node]
+            credited[named] += 1
+            for source in range(own.shape[1]):
+                if own[row, source] == i and named >> source & 1:
+                    own[row, source] += 1
+                if without[row, source] == i and named & ~(1 << source):
+                    without[row, source] += 1
+    gains[:] = 0
+    for row in range(known.shape[0]):
+        for source in range(own.shape[1]):
+            gains[source] += counts[row] - 1 - without[row, source]
+    return int(counts.sum())
+
+
+@kernel
+def mark_verified(nodes: Candidates, tokens: Ints, parents: Ints, verified: Bools) -> None:
+    """Finds out which candidates stand in the verified tree, however it was cut or rearranged.
+
+    Args:
+        nodes: What was named.
+        tokens: Of the verified tree, `[rows, nodes]`.
+        parents: -1 at padding, `[rows, nodes]`.
+        verified: Written, `[rows, candidates]`.
+    """
+    verified[:] = False
+    place = np.empty(tokens.shape[1], np.int64)
+    for row in range(tokens.shape[0]):
+        verified[row, 0] = True
+        place[0] = 0
+        for node in range(1, tokens.shape[1]):
+            above = place[parents[row, node]] if parents[row, node] >= 0 else -1
+            place[node] = child_with(nodes, row, above, tokens[row, node]) if above >= 0 else -1
+            if place[node] >= 0:
+                verified[row, place[node]] = True

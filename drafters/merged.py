@@ -1,0 +1,310 @@
+"""Several drafters as one: all they propose goes into one tree."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import torch
+
+from specdec.drafters.base import DraftContext, Drafter, DrafterSwitchedOffWarning, Step, check_proposal
+from specdec.drafters.merge_call import MergedCall, PendingStep, Proposal, distinct_names
+from specdec.drafters.merge_growth import (
+    DEPTH_CLASSES,
+    SCORE_BINS,
+    Candidates,
+    add_tree,
+    follow_merged,
+    grow_merged,
+    mark_verified,
+)
+from specdec.drafters.merge_worth import Asked, Worth, sureness_of
+from specdec.kernels import Ints, host_array
+from specdec.target import embedding_rows
+from specdec.tree import TokenTree
+
+MAX_SOURCES = 8
+UNKNOWN_SCORE = 0.5
+"""P(accepted | parent accepted) of a node whose source gives none, until it is counted."""
+
+
+@dataclass(eq=False)
+class MergedDrafter(Drafter):
+    """Merges the trees of several drafters into one, the best nodes of all first.
+
+    A path that several sources name stands in the tree once, and is worth more. What a node is worth is learned by the
+    sources that name it, its depth and their scores: decayed counts of how often such nodes were accepted where their
+    parent was. By these the tree grows best-first, which is optimal at every size (OPT-Tree, arXiv 2406.17276), so a
+    source gets as many nodes as it earns, and what no source is good at gets none.
+
+    Each source has its time measured. One whose time matters, such as a draft model, is asked only while the tokens
+    that come of it alone are worth more than that time; this is learned apart for steps in which the cheaper sources
+    are sure of themselves and those in which they are not, and tried again now and then.
+
+    A source that raises is left out for the rest of the call. Where a verifier needs drafts that were drawn at random
+    (`"block"`, `"traversal"`) there is no merging: a drawn tree must be verified with all its nodes and no others, so
+    the first source that draws is the only one then.
+
+    Args:
+        sources: The drafters, used as they are. Each keeps what it learns.
+        max_nodes: Largest tree, the root included.
+        prior_weight: How many counted nodes the sources' own scores are worth.
+        memory: Steps after which a count is worth 1/e.
+    """
+
+    name = "merged"
+
+    sources: Sequence[Drafter] = ()
+    max_nodes: int = 64
+    prior_weight: float = 6.0
+    memory: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_nodes", 1), ("prior_weight", 0.01), ("memory", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        self._lock = threading.Lock()
+        self._thread = threading.local()
+        self._clock: Callable[[], float] = time.perf_counter
+        self._target: Callable[[], Any] = lambda: None
+        self._use(self.sources)
+
+    def _use(self, sources: Sequence[Drafter]) -> None:
+        """Takes up sources, and forgets what was counted of others."""
+        self.sources = sources = list(sources)
+        for source in sources:
+            if not isinstance(source, Drafter):
+                raise TypeError(
+                    f"sources must be Drafters, got {source!r:.200}; specdec.accelerate takes names as well"
+                )
+        if not 1 <= len(sources) <= MAX_SOURCES:
+            raise ValueError(f"sources: {len(sources)} drafters were given; 1 to {MAX_SOURCES} can be merged")
+        if len(set(map(id, sources))) < len(sources):
+            raise ValueError("sources: one drafter was given twice; leave it out once")
+        self.needs_hidden_states = any(source.needs_hidden_states for source in sources)
+        self.needs_step_seconds = any(source.needs_step_seconds for source in sources)
+        self.num_top_tokens = max(source.num_top_tokens for source in sources)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._tried = np.zeros((2 ** len(self.sources), DEPTH_CLASSES, SCORE_BINS))
+        self._hit = np.zeros_like(self._tried)
+        self._decay = float(np.exp(-1.0 / self.memory))
+        self._worths: dict[int, Worth] = {}
+
+    def settings(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "sources"}
+        names = distinct_names(self.sources)
+        return values | {"sources": {name: s.settings() for name, s in zip(names, self.sources, strict=True)}}
+
+    def bind(self, model: Any) -> None:
+        for source in self.sources:
+            source.bind(model)
+        with self._lock:
+            if self._target() is not model:
+                self._target = ref(model)
+                self._vocab_size = embedding_rows(model)
+                self._forget()
+        _compile_kernels()
+
+    # --- a call ---
+
+    def start(self, context: DraftContext) -> None:
+        call = self._thread.call = MergedCall.begin(self.sources)
+        for source in tuple(call.active):
+            self._guarded(call, source, "start", context, partial(self.sources[source].start, context))
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        call = self._of_thread(context)
+        width = max(1, min(max_nodes, self.max_nodes))
+        roots = np.array([sequence[-1] for sequence in context.sequences], np.int64)
+        nodes = Candidates.of_roots(roots, 1 + (width - 1) * len(self.sources))
+        lengths = [len(sequence) for sequence in context.sequences]
+        pending = call.pending = PendingStep(list(context.rows), lengths, self._clock(), nodes)
+        worth = self._worth(len(roots))
+        for source in self._order(call, worth):
+            sureness = 0
+            if worth.is_dear(source):
+                sureness = sureness_of(self._grow(nodes, width)[1] / len(roots))
+                if call.drawing is None and not worth.is_asked(source, sureness, self._clock()):
+                    call.records[source].skipped += 1
+                    continue
+            tree = self._ask(call, source, context, width, sureness)
+            if tree is not None and tree.draft_probs is not None:
+                call.drawing = pending.alone = source
+                return tree
+        return self._grow(nodes, width)[0]
+
+    def observe(self, context: DraftContext, step: Step) -> None:
+        call = self._of_thread(context)
+        pending, call.pending = call.pending, None
+        if pending is None or pending.alone is not None or pending.rows != context.rows:
+            for source in tuple(call.active):
+                is_shown = pending is not None and source == pending.alone
+                self._tell(call, source, context, step if is_shown else idle_step(step), step)
+            return
+        known, counts = pending.known(context)
+        own, gains = np.empty((len(counts), len(self.sources)), np.int64), np.empty(len(self.sources), np.int64)
+        with self._lock:
+            counted = self._decay, self._tried, self._hit
+            tokens = follow_merged(pending.nodes, known, counts, *counted, call.credits, own, gains)
+            asked = {s: Asked(p.seconds, p.sureness, int(gains[s])) for s, p in pending.proposals.items()}
+            self._worth(len(counts)).observe(asked, len(counts), tokens, pending.started, self._clock())
+        verified = None
+        for source in tuple(call.active):
+            drafter, proposal = self.sources[source], pending.proposals.get(source)
+            if type(drafter).observe is Drafter.observe:
+                continue
+            shown = idle_step(step)
+            if proposal is not None and proposal.node_of is not None and not drafter.num_top_tokens:
+                if verified is None:
+                    verified = np.zeros(pending.nodes.tokens.shape, np.bool_)
+                    mark_verified(pending.nodes, host_array(step.tree.tokens), step.tree.host_parents, verified)
+                shown = Step(step.rows, _verified_part(proposal, verified), own[:, source].tolist())
+            self._tell(call, source, context, shown, step)
+
+    def figures(self, context: DraftContext) -> dict[str, Any]:
+        return self._of_thread(context).figures(context)
+
+    def finish(self, context: DraftContext) -> None:
+        call = self._of_thread(context)
+        for source in tuple(call.active):
+            self._guarded(call, source, "finish", context, partial(self.sources[source].finish, context))
+        self._thread.call = None
+
+    # --- its parts ---
+
+    def _of_thread(self, context: DraftContext) -> MergedCall:
+        call: MergedCall | None = getattr(self._thread, "call", None)
+        if call is None or call.sources is not self.sources:
+            self.start(context)
+            call = self._thread.call
+        assert call is not None
+        return call
+
+    def _worth(self, rows: int) -> Worth:
+        """Batch sizes are told apart by powers of two."""
+        size = 1 << (rows - 1).bit_length()
+        if size not in self._worths:
+            self._worths[size] = Worth(len(self.sources))
+        return self._worths[size]
+
+    def _order(self, call: MergedCall, worth: Worth) -> list[int]:
+        if call.drawing is not None:
+            return [source for source in call.active if source == call.drawing]
+        return worth.by_cost(call.active)
+
+    def _ask(self, call: MergedCall, source: int, context: DraftContext, width: int, sureness: int) -> TokenTree | None:
+        """A source's proposal, taken in among the candidates; None when the source has failed."""
+
+        def ask() -> TokenTree:
+            started = self._clock()
+            tree = self.sources[source].propose(context, width)
+            seconds = self._clock() - started
+            record = call.records[source]
+            record.calls += 1
+            record.seconds += seconds
+            node_of = self._add(call, source, context, tree, width)
+            record.proposed += 0 if node_of is None else int(np.count_nonzero(node_of > 0))
+            assert call.pending is not None
+            call.pending.proposals[source] = Proposal(tree, node_of, seconds, sureness)
+            return tree
+
+        tree: TokenTree | None = self._guarded(call, source, "propose", context, ask)
+        return tree
+
+    def _add(self, call: MergedCall, source: int, context: DraftContext, tree: TokenTree, width: int) -> Ints | None:
+        """Adds a tree to the candidates; each node's place there, or None for a tree that is not to be merged.
+
+        Raises:
+            TypeError: It is no tree.
+            ValueError: It is not one that was asked for.
+        """
+        assert call.pending is not None
+        is_tree = isinstance(tree, TokenTree) and tree.tokens.dtype == tree.parents.dtype == torch.int64
+        if not is_tree or tree.tokens.shape[0] != len(context.rows) or tree.num_nodes > width:
+            check_proposal(tree, context, width, self._vocab_size)
+        if tree.num_nodes == 1 or tree.draft_probs is not None:
+            return None
+        node_of = np.empty(tree.tokens.shape, np.int64)
+        scores = np.full(node_of.shape, UNKNOWN_SCORE) if tree.scores is None else host_array(tree.scores)
+        arrays = host_array(tree.tokens), host_array(tree.parents), scores.astype(np.float32, copy=False)
+        max_depths = np.array(context.max_depth, np.int64)
+        if not add_tree(call.pending.nodes, source, *arrays, max_depths, self._vocab_size, node_of):
+            check_proposal(tree, context, width, self._vocab_size)
+        return node_of
+
+    def _grow(self, nodes: Candidates, width: int) -> tuple[TokenTree, float]:
+        """The merged tree, and how many draft tokens it should bring, over all rows."""
+        rows = len(nodes.tokens)
+        tokens = np.zeros((rows, width), np.int64)
+        parents = np.full((rows, width), -1, np.int64)
+        scores = np.zeros((rows, width), np.float32)
+        with self._lock:
+            counted = self._tried, self._hit, float(self.prior_weight)
+            used, expected = grow_merged(nodes, *counted, tokens, parents, scores)
+        parts = (torch.from_numpy(array[:, :used]) for array in (tokens, parents, scores))
+        return TokenTree(*parts), expected
+
+    def _tell(self, call: MergedCall, source: int, context: DraftContext, shown: Step, step: Step) -> None:
+        """Tells a source what became of its nodes; one that wants the target's top tokens, of the whole tree."""
+        drafter = self.sources[source]
+        if drafter.num_top_tokens and step.top_tokens is not None:
+            shown = Step(step.rows, step.tree, step.accepted, step.top_tokens[..., : drafter.num_top_tokens])
+        self._guarded(call, source, "observe", context, lambda: drafter.observe(context, shown))
+
+    def _guarded(
+        self, call: MergedCall, source: int, method: str, context: DraftContext, action: Callable[[], Any]
+    ) -> Any:
+        """Runs a source's method; after an error the source is left out, unless errors are to be raised."""
+        try:
+            return action()
+        except Exception as error:
+            if context.strict:
+                raise
+            call.active.remove(source)
+            call.records[source].error = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"source {distinct_names(self.sources)[source]!r} of the merged drafter failed in {method}() and is "
+                f"left out for the rest of this call; the output is complete and the same as without it. "
+                f"{call.records[source].error}. Pass strict=True to raise instead.",
+                DrafterSwitchedOffWarning,
+                stacklevel=2,
+            )
+            return None
+
+
+def idle_step(step: Step) -> Step:
+    """The step as it was for a source that had no part in it."""
+    return Step(step.rows, TokenTree.root_only(step.tree.tokens[:, 0]), [0] * len(step.rows))
+
+
+def _verified_part(proposal: Proposal, verified: Any) -> TokenTree:
+    """A source's own tree, of the nodes that were verified: the others are padding."""
+    assert proposal.node_of is not None
+    is_verified = np.take_along_axis(verified, proposal.node_of.clip(0), 1) & (proposal.node_of >= 0)
+    width = int(is_verified.any(0).nonzero()[0][-1]) + 1
+    tree = proposal.tree.first(width)
+    parents = tree.parents.where(torch.from_numpy(is_verified[:, :width]).to(tree.parents.device), -1)
+    return TokenTree(tree.tokens, parents, tree.scores)
+
+
+@functools.cache
+def _compile_kernels() -> None:
+    """Compiles, or loads what was compiled before, so that no step of a generation waits for it."""
+    ids, table = np.zeros((1, 2), np.int64), np.zeros((2, DEPTH_CLASSES, SCORE_BINS))
+    parents, scores = np.array([[-1, 0]]), np.zeros((1, 2), np.float32)
+    nodes = Candidates.of_roots(ids[0, :1].copy(), 2)
+    add_tree(nodes, 0, ids, parents, scores, ids[0, :1].copy(), 1, ids.copy())
+    grow_merged(nodes, table, table.copy(), 1.0, ids.copy(), ids.copy(), scores)
+    counts = np.ones(1, np.int64)
+    follow_merged(nodes, ids, counts, 1.0, table, table.copy(), ids[0].copy(), ids[:, :1].copy(), counts.copy())
+    mark_verified(nodes, ids, parents, np.zeros((1, 2), np.bool_))

@@ -1,0 +1,434 @@
+"""Merged drafters: one tree of all paths, best first; credit where it is due; sources that do not pay are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import specdec
+from specdec.budget import Budget
+from specdec.drafters import (
+    DraftContext,
+    Drafter,
+    DraftModelDrafter,
+    LookaheadDrafter,
+    MergedDrafter,
+    RecyclingDrafter,
+    Step,
+)
+from specdec.drafters.base import DrafterSwitchedOffWarning
+from specdec.tree import TokenTree
+from tests.conformance import (
+    Answers,
+    FailingDrafter,
+    OracleDrafter,
+    RandomTreeDrafter,
+    TaughtMedusaDrafter,
+    assert_identical,
+    draft_of,
+    lookahead,
+    reference,
+)
+from tests.drafters.merging import (
+    ScriptedDrafter,
+    combined,
+    context_of,
+    few_token_tree,
+    merging,
+    paths_of,
+    paths_tree,
+    reference_merge,
+)
+from tests.tiny_models import VOCAB, prompts, tiny_model
+
+BATCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "single": (prompts(12), {}),
+    "padded": (prompts(3, 11, 5, 12), {}),
+    "return-sequences": (prompts(9), {"num_return_sequences": 3, "do_sample": True}),
+}
+SOURCES: dict[str, Any] = {
+    "lookahead+recycling": lambda answers: MergedDrafter([lookahead(answers), RecyclingDrafter()]),
+    "medusa+draft+lookahead": lambda answers: MergedDrafter(
+        [
+            TaughtMedusaDrafter(max_nodes=16, answers=answers),
+            DraftModelDrafter(draft_of("llama"), max_nodes=16),
+            lookahead(answers),
+        ],
+        max_nodes=32,
+    ),
+    "random+random": lambda answers: MergedDrafter(
+        [RandomTreeDrafter(answers, seed) for seed in range(3)], max_nodes=16
+    ),
+}
+
+
+# --- exactness --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sources", SOURCES)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_same_tokens_as_plain_decoding(sources: str, batch: str, do_sample: bool) -> None:
+    inputs, extra = BATCHES[batch]
+    kwargs = {"max_new_tokens": 24, "do_sample": do_sample} | extra
+    report = assert_identical(tiny_model(), SOURCES[sources], inputs, seed=3, **kwargs)
+    assert report.fallback is None
+    assert report.num_accepted_tokens > 0
+    credit = sum(figures["credit"] for figures in report.drafter_figures.values())
+    assert credit == pytest.approx(report.num_accepted_tokens, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "processor", [{"temperature": 0.7}, {"repetition_penalty": 1.4}, {"eos_token_id": [2, 20, 40]}]
+)
+def test_same_tokens_with_processors_under_the_adaptive_budget(processor: dict[str, Any]) -> None:
+    assert_identical(
+        tiny_model(),
+        SOURCES["medusa+draft+lookahead"],
+        prompts(5, 9, 12),
+        seed=5,
+        budget=Budget(16),
+        max_new_tokens=24,
+        do_sample=True,
+        **processor,
+    )
+
+
+def test_same_tokens_in_chains() -> None:
+    report = assert_identical(
+        tiny_model(), SOURCES["random+random"], prompts(4, 9), capability="chain", max_new_tokens=24
+    )
+    assert report.num_accepted_tokens > 0
+    credit = sum(figures["credit"] for figures in report.drafter_figures.values())
+    assert credit == pytest.approx(report.num_accepted_tokens, abs=0.01)
+
+
+def test_list_is_merged() -> None:
+    report = assert_identical(
+        tiny_model(), ["lookahead", "recycling", draft_of("llama")], prompts(8), max_new_tokens=16
+    )
+    assert report.drafter == "merged"
+    assert set(report.drafter_figures) == {"lookahead", "recycling", "draft-model"}
+
+
+# --- the tree ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_merged_tree_is_that_of_the_definition(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    trees = [few_token_tree(3 * seed + i, nodes=int(random.integers(2, 16))) for i in range(3)]
+    drafter = merging(*(ScriptedDrafter(lambda context, tree=tree: tree) for tree in trees))
+    drafter._tried = random.random(drafter._tried.shape) * 20
+    drafter._hit = drafter._tried * random.random(drafter._tried.shape)
+    max_nodes, rooms = int(random.integers(2, 40)), random.integers(1, 8, 2).tolist()
+    context = context_of([5, 11], [5, 12])
+    context.max_depth = rooms
+    merged = drafter.propose(context, max_nodes)
+    for row in range(2):
+        counts = drafter._tried, drafter._hit, drafter.prior_weight
+        expected = reference_merge([tree.first(max_nodes) for tree in trees], row, max_nodes, rooms[row], *counts)
+        found = paths_of(merged, row)
+        assert list(found) == list(expected)
+        assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-6)
+
+
+def test_a_path_of_several_sources_stands_there_once_and_is_worth_more() -> None:
+    one = paths_tree(9, {(1,): 0.5, (1, 2): 0.5, (3,): 0.3})
+    two = paths_tree(9, {(1,): 0.5, (1, 4): 0.4, (1, 2): 0.2})
+    drafter = merging(ScriptedDrafter(lambda _: one), ScriptedDrafter(lambda _: two))
+    found = paths_of(drafter.propose(context_of([9]), 16))
+    assert set(found) == {(1,), (1, 2), (1, 4), (3,)}
+    assert found[1,] == pytest.approx(0.75, abs=0.05)
+    assert found[1, 2] == pytest.approx(0.6, abs=0.05)
+    assert found[3,] < 0.3, "another source is surer of another token"
+
+
+def test_best_nodes_of_all_sources_come_first() -> None:
+    good = paths_tree(9, {(1,): 0.9, (1, 1): 0.9, (1, 1, 1): 0.9})
+    bad = paths_tree(9, {(token,): 0.05 for token in range(20, 60)})
+    drafter = merging(ScriptedDrafter(lambda _: bad), ScriptedDrafter(lambda _: good))
+    found = list(paths_of(drafter.propose(context_of([9]), 8)))
+    assert found[:3] == [(1,), (1, 1), (1, 1, 1)]
+    assert len(found) == 7
+
+
+def test_a_source_without_scores_is_counted_as_undecided() -> None:
+    tree = TokenTree(*(getattr(paths_tree(9, {(1,): 0.9, (1, 2): 0.9}), name) for name in ("tokens", "parents")))
+    drafter = merging(ScriptedDrafter(lambda _: tree))
+    assert list(paths_of(drafter.propose(context_of([9]), 8)).values()) == pytest.approx([0.5, 0.5], abs=0.02)
+    assert combined([tree], 0, 9)[1, 2] == (1, 0.5)
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+def steps(drafter: MergedDrafter, right: list[int], count: int, clock: Any = None, seconds: float = 0.0) -> TokenTree:
+    """Runs steps in which the target picks the same tokens each time; returns the last proposal."""
+    tree = None
+    for _ in range(count):
+        context = context_of([9])
+        tree = drafter.propose(context, 16)
+        paths = paths_of(tree)
+        accepted = 0
+        while accepted < len(right) - 1 and tuple(right[: accepted + 1]) in paths:
+            accepted += 1
+        if clock is not None:
+            clock.now += seconds
+        drafter.observe(context_of([9, *right[: accepted + 1]]), Step([0], tree, [accepted]))
+    assert tree is not None
+    return tree
+
+
+def test_nodes_are_worth_what_those_of_their_sources_were_of_late() -> None:
+    boastful = ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.9, (1, 1): 0.9}))
+    modest = ScriptedDrafter(lambda _: paths_tree(9, {(2,): 0.2, (2, 3): 0.2}))
+    drafter = merging(boastful, modest)
+    assert next(iter(paths_of(drafter.propose(context_of([9]), 8)))) == (1,)
+    drafter._thread.call.pending = None
+    found = paths_of(steps(drafter, [2, 3, 5], 60))
+    assert list(found)[:2] == [(2,), (2, 3)]
+    assert found[2,] > 0.8
+    assert found[1,] < 0.1
+
+
+def test_what_has_changed_is_learned_anew() -> None:
+    """After a change of topic the other source leads within some twenty steps."""
+    one = ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.6}))
+    two = ScriptedDrafter(lambda _: paths_tree(9, {(2,): 0.6}))
+    drafter = merging(one, two)
+    assert next(iter(paths_of(steps(drafter, [1, 4], 300)))) == (1,)
+    needed = 0
+    while next(iter(paths_of(steps(drafter, [2, 4], 1)))) != (2,):
+        needed += 1
+    assert needed <= 25
+
+
+def test_nodes_left_out_of_the_tree_are_learned_from_too() -> None:
+    """What was cut off for being unlikely, but was right, is found out."""
+    wrong = {(token,): 0.5 for token in range(20, 40)}
+    drafter = merging(
+        ScriptedDrafter(lambda _: paths_tree(9, wrong)), ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.01}))
+    )
+    context = context_of([9])
+    assert (1,) not in paths_of(drafter.propose(context, 4))
+    for _ in range(60):
+        tree = drafter.propose(context, 4)
+        drafter.observe(context_of([9, 1]), Step([0], tree, [0]))
+    assert next(iter(paths_of(drafter.propose(context, 4)))) == (1,)
+
+
+def test_counts_are_of_another_target_no_more() -> None:
+    drafter = merging(ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.5})))
+    steps(drafter, [1, 2], 5)
+    assert drafter._tried.any()
+    drafter.bind(tiny_model())
+    assert drafter._tried.any()
+    drafter.bind(tiny_model("gpt2"))
+    assert not drafter._tried.any()
+
+
+# --- credit -----------------------------------------------------------------------------------------------------------
+
+
+def test_credit_goes_to_all_sources_that_named_an_accepted_token() -> None:
+    one = ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.8, (1, 2): 0.8, (5,): 0.1}), "one")
+    two = ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.8, (1, 3): 0.2}), "two")
+    drafter = merging(one, two)
+    drafter.start(context_of([9]))
+    steps(drafter, [1, 2, 7], 4)
+    figures = drafter.figures(context_of([9, 1, 2, 7]))
+    assert {name: figures["one"][name] for name in ("calls", "skipped", "proposed", "accepted", "alone", "credit")} == {
+        "calls": 4,
+        "skipped": 0,
+        "proposed": 12,
+        "accepted": 8,
+        "alone": 4,
+        "credit": 6.0,
+    }
+    assert {name: figures["two"][name] for name in ("accepted", "alone", "credit")} == {
+        "accepted": 4,
+        "alone": 0,
+        "credit": 2.0,
+    }
+
+
+def test_sources_are_shown_their_own_part_of_the_step() -> None:
+    one = ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.8, (1, 2): 0.8, (1, 2, 3): 0.8}), "one")
+    two = ScriptedDrafter(lambda _: paths_tree(9, {(4,): 0.01, (1,): 0.8, (6,): 0.001}), "two")
+    silent = ScriptedDrafter(lambda context: TokenTree.root_only(torch.tensor([9])), "silent")
+    drafter = merging(one, two, silent)
+    tree = drafter.propose(context_of([9]), 16)
+    verified = tree.first(4)
+    assert set(paths_of(verified)) == {(1,), (1, 2), (1, 2, 3)}
+    drafter.observe(context_of([9, 1, 2, 8]), Step([0], verified.padded_to(8), [2]))
+    assert [paths_of(source.steps[0].tree) for source in (one, two)] == [
+        pytest.approx({(1,): 0.8, (1, 2): 0.8, (1, 2, 3): 0.8}),
+        pytest.approx({(1,): 0.8}),
+    ]
+    assert [list(source.steps[0].accepted) for source in (one, two, silent)] == [[2], [1], [0]]
+    assert silent.steps[0].tree.num_nodes == 1
+
+
+def test_sources_that_learn_from_the_target_see_the_whole_step() -> None:
+    watching, other = RecyclingDrafter(top_k=2), ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.8}))
+    drafter = merging(watching, other)
+    assert drafter.num_top_tokens == 2
+    drafter.start(context_of([9]))
+    tree = drafter.propose(context_of([9]), 8)
+    top_tokens = np.array([[[1, 50], [60, 61]]])
+    drafter.observe(context_of([9, 1, 60]), Step([0], tree, [1], top_tokens))
+    assert watching._table is not None
+    assert watching._table[[9, 1]].tolist() == [[1, 50], [60, 61]]
+
+
+def test_needs_are_those_of_all_sources() -> None:
+    drafter = MergedDrafter([LookaheadDrafter(), TaughtMedusaDrafter(), DraftModelDrafter(draft_of("llama"))])
+    assert drafter.needs_hidden_states
+    assert drafter.needs_step_seconds
+    assert drafter.num_top_tokens == 0
+    assert not MergedDrafter([LookaheadDrafter()]).needs_hidden_states
+
+
+# --- sources that fail, and drawn drafts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "at_step"), [("start", 0), ("propose", 0), ("propose", 3), ("observe", 2)])
+def test_source_that_raises_is_left_out_and_the_others_go_on(method: str, at_step: int) -> None:
+    expected = reference(tiny_model(), prompts(5, 9), max_new_tokens=30, eos_token_id=None)
+    failing = FailingDrafter(OracleDrafter([]), method, at_step)
+    drafter = MergedDrafter([failing, OracleDrafter(expected.answers)])
+    fast = specdec.accelerate(tiny_model(), drafter, budget=Budget(16, fixed=True))
+    with pytest.warns(
+        DrafterSwitchedOffWarning, match=rf"'failing' of the merged drafter failed in {method}\(\)"
+    ) as caught:
+        ids = fast.generate(**prompts(5, 9), max_new_tokens=30, eos_token_id=None)
+    assert len(caught) == 1
+    assert ids.tolist() == expected.ids.tolist()
+    assert fast.report.drafter_error is None
+    assert fast.report.num_accepted_tokens > 20
+    assert fast.report.drafter_figures["failing"]["error"] == "RuntimeError: the drafter is broken"
+    failing.at_step = -1
+    fast.generate(**prompts(5, 9), max_new_tokens=8, eos_token_id=None)
+    assert "error" not in fast.report.drafter_figures["failing"], "the next call begins with all sources"
+
+
+def test_strict_raises_what_a_source_raised() -> None:
+    drafter = MergedDrafter([FailingDrafter(OracleDrafter([])), RecyclingDrafter()])
+    with pytest.raises(RuntimeError, match="the drafter is broken"):
+        specdec.accelerate(tiny_model(), drafter, strict=True).generate(**prompts(5), max_new_tokens=20)
+
+
+BAD_TREES: dict[str, tuple[Any, str]] = {
+    "token": (lambda: paths_tree(9, {(VOCAB,): 0.5}), "draft tokens must be in"),
+    "root": (lambda: paths_tree(8, {(1,): 0.5}), "the roots must be the rows' last tokens"),
+    "parent": (lambda: TokenTree(torch.tensor([[9, 1]]), torch.tensor([[-1, 1]])), "every parent must stand before"),
+    "rows": (lambda: TokenTree(torch.zeros(2, 2).long(), torch.tensor([[-1, 0]] * 2)), "a tree of"),
+    "dtype": (lambda: TokenTree(torch.tensor([[9, 1]]).int(), torch.tensor([[-1, 0]]).int()), "must be int64"),
+    "no tree": (lambda: None, "a TokenTree is needed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TREES)
+def test_a_wrong_tree_is_not_merged(case: str) -> None:
+    make, message = BAD_TREES[case]
+
+    class Wrong(Drafter):
+        def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+            return make()
+
+    drafter = merging(Wrong(), ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.5})))
+    with pytest.warns(DrafterSwitchedOffWarning, match=message):
+        assert set(paths_of(drafter.propose(context_of([9]), 8))) == {(1,)}
+    with pytest.raises((TypeError, ValueError), match=message):
+        merging(Wrong()).propose(context_of([9], strict=True), 8)
+
+
+@pytest.mark.parametrize("verifier", ["block", "traversal"])
+def test_the_first_source_that_draws_is_alone(verifier: str) -> None:
+    draft = DraftModelDrafter(draft_of("llama"), growth="chain" if verifier == "block" else "dynamic", max_nodes=8)
+    asked: list[int] = []
+
+    class Late(LookaheadDrafter):
+        def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+            asked.append(1)
+            return super().propose(context, max_nodes)
+
+    drafter = MergedDrafter([draft, Late()])
+    fast = specdec.accelerate(tiny_model(), drafter, verifier, strict=True, budget=Budget(8, fixed=True))
+    fast.generate(**prompts(5, 9), max_new_tokens=24, do_sample=True, eos_token_id=None)
+    assert not asked
+    assert fast.report.guarantee == "distribution"
+    assert fast.report.num_accepted_tokens > 0
+    fast.generate(**prompts(5, 9), max_new_tokens=24, do_sample=False, eos_token_id=None)
+    assert asked, "greedy drafts are merged"
+
+
+def test_deterministic_sources_are_merged_under_every_verifier() -> None:
+    drafter = MergedDrafter([LookaheadDrafter(), RecyclingDrafter()])
+    fast = specdec.accelerate(tiny_model(), drafter, "traversal", strict=True, budget=Budget(8, fixed=True))
+    fast.generate(**prompts(5, 9), max_new_tokens=40, do_sample=True, eos_token_id=None)
+    assert {figures["calls"] > 0 for figures in fast.report.drafter_figures.values()} == {True}
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "none": (lambda: MergedDrafter([]), ValueError, "0 drafters were given; 1 to 8"),
+    "many": (
+        lambda: MergedDrafter([LookaheadDrafter(shared_bytes=4096, corpus_bytes=4096) for _ in range(9)]),
+        ValueError,
+        "9 drafters",
+    ),
+    "name": (lambda: MergedDrafter(["lookahead"]), TypeError, "sources must be Drafters, got 'lookahead'"),  # type: ignore[list-item]
+    "twice": (lambda: MergedDrafter([RecyclingDrafter()] * 2), ValueError, "one drafter was given twice"),
+    "memory": (lambda: MergedDrafter([RecyclingDrafter()], memory=0), ValueError, "memory=0 must be at least 1"),
+    "empty list": (lambda: specdec.accelerate(tiny_model(), []), ValueError, r"drafter=\[\] is empty"),
+    "none in list": (lambda: specdec.accelerate(tiny_model(), ["recycling", None]), ValueError, "has None in it"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_sources_are_refused(case: str) -> None:
+    make, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_settings_are_those_of_all_sources() -> None:
+    settings = MergedDrafter([RecyclingDrafter(top_k=4), RecyclingDrafter(top_k=5)]).settings()
+    assert settings["max_nodes"] == 64
+    assert {name: values["top_k"] for name, values in settings["sources"].items()} == {"recycling": 4, "recycling-2": 5}
+
+
+def answers_of_call(new_tokens: int) -> Answers:
+    return reference(tiny_model(), prompts(10), max_new_tokens=new_tokens, eos_token_id=None).answers
+
+
+def test_merged_sources_accept_more_than_either_alone() -> None:
+    """One source knows every other stretch of the answer, another one the rest."""
+    answers = answers_of_call(120)
+
+    def stretches(parity: int) -> Drafter:
+        def script(context: DraftContext) -> TokenTree:
+            at = len(context.sequences[0]) - context.prompt_lengths[0]
+            right = answers[0][at : at + 4] if at // 8 % 2 == parity else []
+            root = int(context.sequences[0][-1])
+            return paths_tree(root, {tuple(right[: i + 1]): 0.6 for i in range(len(right))})
+
+        return ScriptedDrafter(script)
+
+    passes = {}
+    for name, sources in {"even": [0], "odd": [1], "both": [0, 1]}.items():
+        report = assert_identical(
+            tiny_model(),
+            MergedDrafter([stretches(parity) for parity in sources]),
+            prompts(10),
+            max_new_tokens=120,
+            eos_token_id=None,
+        )
+        passes[name] = report.num_target_passes
+    assert passes["both"] < min(passes["even"], passes["odd"]) * 0.7
