@@ -22,7 +22,7 @@ from specdec.commands import options
 from specdec.commands.contenders import assisted_kwargs, encode_prompts, hf_methods, specdec_methods
 from specdec.commands.demo_display import summary_table
 from specdec.commands.errors import UserError, with_short_errors
-from specdec.commands.loading import EMBEDDED, load_model, prepare_torch
+from specdec.commands.loading import EMBEDDED, load_model, own_draft_model, prepare_torch
 from specdec.embedded import heldout_prompts, read_prompts
 from specdec.measuring import EncodedPrompt, Measurement, Method, Settings, run_interleaved
 from specdec.provenance import circumstances, model_info, write_json
@@ -84,10 +84,10 @@ def main(
     if len(chosen) < 2:
         raise UserError("there must be two prompts at least: the last one is for the warm-up")
     prepare_torch(threads)
-    draft_name = f"{EMBEDDED}-draft" if draft_model is None and model == EMBEDDED else draft_model
+    draft_name = draft_model or own_draft_model(model)
     target, tokenizer = load_model(model, dtype, device)
     draft, draft_tokenizer = load_model(draft_name, dtype, device) if draft_name else (None, None)
-    ours = specdec_methods(target)
+    ours = specdec_methods(target, draft)
     everything = hf_methods(target, draft, assisted_kwargs(tokenizer, draft_tokenizer) if draft_name else {}) + ours
     encoded = encode_prompts(chosen, tokenizer, target.device)
     sampled = Settings.of(tokens, do_sample=True, temperature=1.0, seed=seed)

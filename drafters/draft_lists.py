@@ -4,44 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specdec.drafters.draft_vocabulary import DraftVocabulary
 from specdec.kernels import Ints
 from specdec.sampling import SCORE_ONLY, Sampler
 
 Kind: TypeAlias = Literal["likeliest", "coupled", "drawn"]
-
-
-class DraftVocabulary(Protocol):
-    """How the draft model's tokens and the target's go together."""
-
-    def to_target(self, draft_logits: Tensor, target_size: int) -> Tensor:
-        """Logits over the target's vocabulary, `[..., at most target_size]`, -inf where there is no draft token."""
-
-    def draft_tokens(self, target_tokens: Tensor) -> Tensor:
-        """The draft token of each target token; -1 where there is none."""
-
-
-class SharedVocabulary:
-    """One tokenizer, whatever padding each model's embedding has.
-
-    Args:
-        draft_size: Token ids that the draft model can take are below.
-    """
-
-    def __init__(self, draft_size: int) -> None:
-        self.draft_size = draft_size
-
-    def to_target(self, draft_logits: Tensor, target_size: int) -> Tensor:
-        return draft_logits[..., :target_size]
-
-    def draft_tokens(self, target_tokens: Tensor) -> Tensor:
-        return target_tokens.where(target_tokens < self.draft_size, -1)
 
 
 class DraftLists:
@@ -54,7 +28,7 @@ class DraftLists:
         sampler: How the target's tokens are picked; None counts as greedy.
         coupled: Use the target's noise.
         is_drawn: Draw at random, without replacement, and keep the distributions.
-        vocabulary: The target's tokens in the draft model's logits.
+        vocabulary: The tokens to draft in the draft model's logits.
         target_size: Token ids that the target can take are below.
     """
 
@@ -91,7 +65,7 @@ class DraftLists:
             Tokens, -1 where there are no more, and their share: of the probability, or coupled of all `q / e`;
             `[rows, width, count]` each.
         """
-        scores = self.vocabulary.to_target(logits, self.target_size).float()
+        scores = self.vocabulary.to_nodes(logits, self.target_size).float()
         for processor in self.processors:  # of the score-only kind: no prefix is looked at
             flat = scores.reshape(-1, scores.shape[-1])
             scores = processor(None, flat).view_as(scores)
@@ -102,7 +76,7 @@ class DraftLists:
             keys = probs / self._draws(probs)
             self.draft_probs.append(probs)
         best, tokens = keys.topk(min(count, keys.shape[-1]), dim=-1)
-        tokens = tokens.where(best > 0, -1) if self.processors or self.target_size < logits.shape[-1] else tokens
+        tokens = tokens.where(best > 0, -1)
         if self.kind == "coupled":
             best = best / keys.sum(-1, keepdim=True)
         elif self.kind == "drawn":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from specdec.capability import Capability, probe
+from specdec.drafters.draft_vocabulary import Use, Vocabularies
 from specdec.drafters.self_draft import first_layers
-from specdec.target import CausalLM, embedding_rows, unwrapped
+from specdec.drafters.vocabularies import same_vocabulary, vocabulary_map
+from specdec.limits import length_limit
+from specdec.target import CausalLM, embedding_rows, input_device, unwrapped
 
 SELF = "self"
 
@@ -36,7 +40,7 @@ def load_draft_model(draft_model: Any, layers: int | None, target: CausalLM) -> 
     if isinstance(draft_model, str):
         _check_config(AutoConfig.from_pretrained(draft_model), draft_model)
         loaded = AutoModelForCausalLM.from_pretrained(draft_model, dtype=target.dtype).eval()
-        return loaded.to(target.get_input_embeddings().weight.device)
+        return loaded.to(input_device(target))
     draft_model = unwrapped(draft_model)
     if hasattr(draft_model, "config"):
         _check_config(draft_model.config, type(draft_model).__name__)
@@ -61,6 +65,80 @@ def _check_config(config: Any, name: str) -> None:
         raise ValueError(f"draft_model {name} is an encoder ({encoders[0]}); pass a causal LM")
 
 
+def load_vocabularies(
+    draft_model: CausalLM, target: CausalLM, use: Use, tokenizer: Any = None, target_tokenizer: Any = None
+) -> Vocabularies:
+    """How the tokens of a draft model and of a target go together, by what their tokenizers hold.
+
+    Args:
+        draft_model: The draft model.
+        target: The target.
+        use: `"auto"`, or how they are to go together.
+        tokenizer: The draft model's: a tokenizer, its folder or hub name; None for the one that was saved with it.
+        target_tokenizer: The same for the target.
+
+    Raises:
+        ValueError: A tokenizer is missing, or none is known and the vocabularies cannot be one by their sizes.
+        TypeError: What is given is no tokenizer.
+    """
+    sizes = [_vocabulary_size(model) for model in (target, draft_model)]
+    if use == "shared":
+        return Vocabularies(sizes[1])
+    of_target = _tokenizer_of(target, target_tokenizer, "target_tokenizer")
+    of_draft = _tokenizer_of(draft_model, tokenizer, "tokenizer")
+    if of_target is None or of_draft is None:
+        missing = "target_tokenizer" if of_target is None else "tokenizer"
+        if use != "auto" or tokenizer is not None or target_tokenizer is not None:
+            reason = f"vocabulary={use!r}" if use != "auto" else "comparing tokenizers"
+            without = _described(target if of_target is None else draft_model)
+            raise ValueError(
+                f"{reason} needs both tokenizers, but none was found for the {without}; pass {missing}=...: a "
+                "tokenizer, its folder or hub name"
+            )
+        check_sizes(draft_model, target)
+        return Vocabularies(sizes[1])
+    pairs = vocabulary_map(of_target, of_draft, *sizes)
+    if use == "auto" and same_vocabulary(of_target, of_draft):
+        return Vocabularies(sizes[1])
+    if use == "intersection" and not len(pairs):
+        raise ValueError(
+            "vocabulary='intersection' cannot be used: the two tokenizers have no token in common; use 'text'"
+        )
+    return Vocabularies(sizes[1], pairs, use)
+
+
+def _vocabulary_size(model: CausalLM) -> int:
+    """Token ids that the model can take, and say, are below."""
+    output = getattr(model.get_output_embeddings(), "weight", None)
+    return embedding_rows(model) if output is None else min(embedding_rows(model), len(output))
+
+
+def _tokenizer_of(model: CausalLM, given: Any, setting: str) -> Any:
+    """The tokenizer that is given, or the one beside the model's weights; None where there is none on this machine."""
+    if given is not None and not isinstance(given, str):
+        return given
+    name = given or getattr(model, "name_or_path", "")
+    if not name:
+        return None
+    error: Exception | None = None
+    for local_only in (True, False) if given else (True,):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_only)
+        except Exception as problem:  # of many kinds: no file, no network, a name that cannot be
+            error = problem
+            continue
+        # Where files are missing, transformers may make an empty tokenizer of the model's kind.
+        if given or 2 * len(tokenizer) > embedding_rows(model):
+            return tokenizer
+    if given:
+        raise ValueError(f"{setting}={given!r} holds no tokenizer that can be loaded; pass another one") from error
+    return None
+
+
+def _described(model: CausalLM) -> str:
+    return f"{type(model).__name__} ({getattr(model, 'name_or_path', '') or 'unnamed'})"
+
+
 def check_sizes(draft_model: CausalLM, target: CausalLM) -> None:
     """Tells vocabularies apart that are not one with more or less padding.
 
@@ -69,11 +147,19 @@ def check_sizes(draft_model: CausalLM, target: CausalLM) -> None:
     """
     sizes = [embedding_rows(model) for model in (draft_model, target)]
     if abs(sizes[0] - sizes[1]) > max(128, max(sizes) // 100):
-        names = [f"{type(m).__name__} ({getattr(m, 'name_or_path', '') or 'unnamed'})" for m in (draft_model, target)]
         raise ValueError(
-            f"the draft model {names[0]} has a vocabulary of {sizes[0]} tokens and the target {names[1]} one of "
-            f"{sizes[1]}, so they cannot share a tokenizer; pass a draft model with the target's tokenizer"
+            f"the draft model {_described(draft_model)} has a vocabulary of {sizes[0]} tokens and the target "
+            f"{_described(target)} one of {sizes[1]}, so they cannot share a tokenizer; pass a draft model with the "
+            "target's tokenizer, or tokenizer=... (the draft model's) and target_tokenizer=..., by which their tokens "
+            "are told apart"
         )
+
+
+def longest_sequence(draft_model: CausalLM) -> float:
+    """Tokens that a draft may reach, itself included."""
+    positions = getattr(draft_model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = length_limit(draft_model)
+    return min(positions or math.inf, limit[0] if limit is not None else math.inf)
 
 
 def capability_of(draft_model: CausalLM) -> Capability:

@@ -5,36 +5,33 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 from weakref import ref
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from specdec.budget import StepTimes
+from specdec.drafters import branch_pace
 from specdec.drafters.base import DraftContext, Drafter, Step
-from specdec.drafters.draft_call import MAX_CANDIDATES, DraftCall, Growth
+from specdec.drafters.draft_call import MAX_CANDIDATES, DraftCall, Growth, compile_kernels
 from specdec.drafters.draft_depth import WIDTHS, Pace
 from specdec.drafters.draft_growth import (
     DraftNodes,
-    add_children,
-    choose_level,
-    follow,
     least_product,
     write_trees,
 )
-from specdec.drafters.draft_lists import DraftLists, DraftVocabulary, Kind, SharedVocabulary
-from specdec.drafters.draft_loading import SELF, capability_of, check_sizes, load_draft_model
+from specdec.drafters.draft_lists import DraftLists, Kind
+from specdec.drafters.draft_loading import SELF, capability_of, load_draft_model, load_vocabularies, longest_sequence
 from specdec.drafters.draft_passes import ChainPasses, DraftPasses, TreePasses
+from specdec.drafters.draft_vocabulary import RowTexts, Use
+from specdec.drafters.pipelined import LoadWindows, Pacing, adjust_threshold, check_pipeline, paced_growth
 from specdec.kernels import Floats, Ints
-from specdec.limits import length_limit
 from specdec.target import embedding_rows
 from specdec.tree import TokenTree
 
-Mode = Literal["auto", "chain", "static", "dynamic"]
-DEPTHS: dict[str, int] = {"auto": 32, "chain": 12, "static": 6, "dynamic": 6}
+Mode = Literal["auto", "chain", "static", "dynamic", "paced"]
+DEPTHS: dict[str, int] = {"auto": 32, "chain": 12, "static": 6, "dynamic": 6, "paced": 32}
 """Levels at most, unless `max_depth` is given."""
 UNMEASURED_DEPTH = 8
 """Levels of an automatic draft while nothing is known of the target's time."""
@@ -47,7 +44,7 @@ DRAWN_CHILDREN = 3
 
 @dataclass(eq=False)
 class DraftModelDrafter(Drafter):
-    """Proposes what a smaller model of the same vocabulary would say.
+    """Proposes what a smaller model would say.
 
     The draft model reads each token once: it keeps its own kv cache in step with the target's, takes over the accepted
     drafts with the keys and values that they got when they were drafted, and feeds the others along with the next root.
@@ -61,15 +58,22 @@ class DraftModelDrafter(Drafter):
     - `"auto"`: like that, and before each level it is asked how many nodes, of any level, are worth feeding: by the
       measured times of a level and of the target's passes, and by how often such drafts were accepted of late. A chain
       and no draft at all are possible answers.
+    - `"paced"`: every token of some confidence opens a branch, branches grow in proportion to their confidence, and the
+      draft ends when none is above a threshold that adjusts itself; "LLMCad" (arXiv 2309.04255, sections 3.2 and 3.3).
+
+    With `pipelined=True` drafts are paced, and while accelerate loads weights of the target that are offloaded to the
+    CPU or the disk, drafting goes on behind the tree under verification, for the next step; it never runs while the
+    target computes. What was drafted behind the tokens that the target picks is used, the rest is dropped (in a batch
+    all of it, unless every row can go on). With a target that is not offloaded there is no gain, which a warning says;
+    nor is there one for drafts drawn at random, across vocabularies, or with a draft model that cannot see trees.
 
     Under sampling drafts are coupled with the target's own noise `e`: the draft model, of distribution `q`, proposes
     the largest `q / e`, among which is what the target will pick if it is of the same mind. The output depends on the
     target's distribution and `e` alone, so it is that of plain decoding all the same.
 
     Args:
-        draft_model: A causal LM with the target's tokenizer (the padding of their embeddings may differ), its folder or
-            hub name, or `"self"`: the target's own first layers, weights shared.
-        growth: `"auto"`, `"chain"`, `"static"` or `"dynamic"`.
+        draft_model: A causal LM, its folder or hub name, or `"self"`: the target's own first layers, weights shared.
+        growth: `"auto"`, `"chain"`, `"static"`, `"dynamic"` or `"paced"`.
         layers: How many layers `"self"` has; a quarter of the target's by default.
         max_nodes: Largest tree, the root included.
         max_depth: Levels at most; None for what suits the growth.
@@ -80,7 +84,14 @@ class DraftModelDrafter(Drafter):
         coupled: Use the target's noise under sampling. Without, the likeliest tokens are proposed.
         prior_weight: How many counted lists the draft model's own probabilities are worth.
         memory: Lists after which a count is worth 1/e.
-        vocabulary: How the draft model's tokens and the target's go together; None for the same ones.
+        pipelined: Draft on while weights of an offloaded target are loading. Goes with `"paced"`, which it makes of
+            `"auto"`.
+        tokenizer: The draft model's, its folder or hub name; None for the one that lies beside its weights.
+        target_tokenizer: The same for the target.
+        vocabulary: How their tokens go together. `"auto"` goes by what the tokenizers hold: `"shared"`, one vocabulary,
+            padding aside; else `"intersection"`, trees of the tokens that both have, if nearly all of the prompt's
+            tokens are such; else `"text"`, chains that are re-encoded for the target. Without tokenizers, vocabularies
+            of about one size are taken for one.
     """
 
     name = "draft-model"
@@ -98,11 +109,17 @@ class DraftModelDrafter(Drafter):
     coupled: bool = True
     prior_weight: float = 10.0
     memory: float = 300.0
-    vocabulary: DraftVocabulary | None = None
+    pipelined: bool = False
+    tokenizer: Any = None
+    target_tokenizer: Any = None
+    vocabulary: Use = "auto"
     _model: Any = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         self._check_settings()
+        if self.pipelined:
+            self.growth = "paced"
+        self._pacing = Pacing()
         self._lock = threading.Lock()
         self._thread = threading.local()
         self._target: Callable[[], Any] = lambda: None
@@ -114,12 +131,10 @@ class DraftModelDrafter(Drafter):
 
     def settings(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        model = self.draft_model
-        name = getattr(model, "name_or_path", "") or type(model).__name__
-        return values | {
-            "draft_model": model if model is None or isinstance(model, str) else name,
-            "vocabulary": None if self.vocabulary is None else type(self.vocabulary).__name__,
-        }
+        for key in ("draft_model", "tokenizer", "target_tokenizer"):
+            if not isinstance(value := values[key], str | None):
+                values[key] = getattr(value, "name_or_path", "") or type(value).__name__
+        return values
 
     def bind(self, model: Any) -> None:
         with self._lock:
@@ -130,20 +145,29 @@ class DraftModelDrafter(Drafter):
             draft_model = load_draft_model(self.draft_model, self.layers, model) if is_own else self._model
             if draft_model is model:
                 draft_model = load_draft_model(draft_model, None, model)  # says what is wrong
-            if self.vocabulary is None:
-                check_sizes(draft_model, model)
+            use: Use = "shared" if self.draft_model == SELF else self.vocabulary
+            vocabularies = load_vocabularies(draft_model, model, use, self.tokenizer, self.target_tokenizer)
+            if self.pipelined:
+                check_pipeline(draft_model, model)
+                self._pacing = Pacing()
             self._capability = capability_of(draft_model)
             self._target_size = embedding_rows(model)
-            self._vocabulary = self.vocabulary or SharedVocabulary(embedding_rows(draft_model))
-            self._longest = self._length_limit(draft_model)
+            self._vocabularies = vocabularies
+            self._longest = longest_sequence(draft_model)
             self._counts, self._paces = {}, {}
             self._model, self._target = draft_model, ref(model)
-        _compile_kernels()
+        compile_kernels()
+        if self.growth == "paced":
+            branch_pace.compile_kernels()
 
     def start(self, context: DraftContext) -> None:
+        if self.pipelined:
+            self._thread.windows = LoadWindows(self._target(), self._pacing)
         self._thread.call = self._new_call(context)
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        if windows := self._windows():
+            windows.close()
         call: DraftCall | None = getattr(self._thread, "call", None)
         if call is None or not call.fits(context):
             call = self._thread.call = self._new_call(context)
@@ -154,12 +178,23 @@ class DraftModelDrafter(Drafter):
             tried, hit = self._counts_of(call.lists.kind)
             with self._lock:
                 call.follow(context, tried, hit, self._decay)
-            longest = max(map(len, context.sequences))
+            longest = call.texts.longest
             if size > 1 and longest < self._longest:
-                nodes = call.grow(context, self._plan(call, context, size, longest))
+                plan = self._plan(call, context, size, longest)
+                if call.texts.is_text:
+                    plan = replace(plan, num_children=1)
+                nodes = call.grow(context, plan)
+                if windows and call.keeps_subtrees:
+                    windows.open(call, context, plan, int(min(2 * self._depth(), self._longest - longest)))
         return self._tree(context, call, nodes, size)
 
     def observe(self, context: DraftContext, step: Step) -> None:
+        if windows := self._windows():
+            windows.close()
+        call: DraftCall | None = getattr(self._thread, "call", None)
+        if self.growth == "paced" and call is not None and step.tree.num_nodes > 1:
+            known = [ids[at:] for ids, at in zip(context.sequences, call.drafted_at, strict=True)]
+            adjust_threshold(self._pacing, step, known)
         if context.step_seconds is None or self.growth != "auto":
             return
         sizes, seconds = context.step_seconds
@@ -169,8 +204,17 @@ class DraftModelDrafter(Drafter):
         with self._lock:
             self._pace(rows).observe_step(rows, accepted, spent, target, float(seconds[0]))
 
+    def figures(self, context: DraftContext) -> dict[str, Any]:
+        windows = self._windows()
+        call: DraftCall | None = getattr(self._thread, "call", None)
+        figures = call.texts.vocabulary.figures() if call is not None else {}
+        return figures | (windows.figures() if windows else {})
+
     def finish(self, context: DraftContext) -> None:
         self._thread.call = None
+        if windows := self._windows():
+            self._thread.windows = None
+            windows.finish()
 
     # --- one call ---
 
@@ -178,16 +222,28 @@ class DraftModelDrafter(Drafter):
         """The draft model's side of a call, its prompts read; None where they are too long for it."""
         if self._model is None:
             raise ValueError("bind(model) comes before anything is drafted; specdec.accelerate does so")
-        if max(map(len, context.sequences)) >= self._longest:
+        vocabulary = self._vocabularies.of_call(context)
+        if vocabulary is None or max(map(len, context.sequences)) >= self._longest:
+            return None
+        if (texts := RowTexts(vocabulary, context.sequences)).longest >= self._longest:
             return None
         kind: type[DraftPasses] = TreePasses if self._capability.mode == "tree" else ChainPasses
         sampler = context.sampler
         target_size = self._target_size
         if sampler is not None and sampler.noise is not None and sampler.noise.vocab:
             target_size = min(target_size, sampler.noise.vocab)
-        lists = DraftLists(sampler, self.coupled, context.is_sampled_from, self._vocabulary, target_size)
+        if texts.is_text:  # neither noise nor processors have a meaning for its tokens
+            sampler, target_size = None, self._vocabularies.draft_size
+        lists = DraftLists(sampler, self.coupled, context.is_sampled_from, vocabulary, target_size)
         room = min(self._depth() * max(self.beam, int(WIDTHS[-1])), MAX_CANDIDATES)
-        return DraftCall(kind(self._model, self._capability), lists, context, room)
+        return DraftCall(
+            kind(self._model, self._capability), lists, texts, context, room, keeps_subtrees=self.pipelined
+        )
+
+    def _windows(self) -> LoadWindows | None:
+        """The target's loads in this call, where they are used."""
+        windows: LoadWindows | None = getattr(self._thread, "windows", None)
+        return windows
 
     def _tree(self, context: DraftContext, call: DraftCall | None, nodes: DraftNodes | None, size: int) -> TokenTree:
         """The best nodes as a tree, of their roots alone where there are none."""
@@ -195,6 +251,8 @@ class DraftModelDrafter(Drafter):
         if call is None or nodes is None or nodes.counts.max() == 1:
             roots = np.array([sequence[-1] for sequence in context.sequences], np.int64)
             return TokenTree.root_only(torch.from_numpy(roots))
+        if call.texts.is_text:
+            return call.texts.reencoded(nodes, [int(ids[-1]) for ids in context.sequences], size, self._target_size)
         is_drawn = call.lists.kind == "drawn"
         tokens = np.zeros((rows, size), np.int64)
         parents = np.full((rows, size), -1, np.int64)
@@ -223,6 +281,9 @@ class DraftModelDrafter(Drafter):
             beam = 1 if is_chain else self.beam
             least = self.min_confidence
             return Growth(num_children, max_depths, rates, lambda _: beam, least_score=least, most=most)
+        if self.growth == "paced":
+            growth = Growth(num_children, max_depths, rates, lambda _: 1, most=most)
+            return paced_growth(growth, self._pacing, size, is_chain)
         if self.growth == "static":
             least = self._least_product(size - 1, int(deepest))
             return Growth(
@@ -288,20 +349,17 @@ class DraftModelDrafter(Drafter):
 
     # --- settings ---
 
-    def _length_limit(self, draft_model: Any) -> float:
-        """Tokens that a draft may reach, itself included."""
-        config = draft_model.config.get_text_config(decoder=True)
-        limit = length_limit(draft_model)
-        return min(
-            getattr(config, "max_position_embeddings", None) or np.inf, limit[0] if limit is not None else np.inf
-        )
-
     def _check_settings(self) -> None:
         """Raises a ValueError for a hyper-parameter out of range."""
         self.acceptances = tuple(self.acceptances)
         if self.growth not in get_args(Mode):
             known = ", ".join(map(repr, get_args(Mode)))
             raise ValueError(f"growth={self.growth!r} is not known; use one of {known}")
+        if self.vocabulary not in get_args(Use):
+            known = ", ".join(map(repr, get_args(Use)))
+            raise ValueError(f"vocabulary={self.vocabulary!r} is not known; use one of {known}")
+        if self.pipelined and self.growth not in ("auto", "paced"):
+            raise ValueError(f"pipelined=True goes with growth='paced' only, not {self.growth!r}; leave growth out")
         if self.layers is not None and self.draft_model != SELF:
             raise ValueError(f"layers={self.layers} has a meaning with draft_model='self' only; leave it out")
         for name, least in (("max_nodes", 1), ("top_k", 1), ("beam", 1), ("prior_weight", 0.01), ("memory", 1)):
@@ -321,21 +379,3 @@ class DraftModelDrafter(Drafter):
 @functools.lru_cache(maxsize=64)
 def _least_product(acceptances: tuple[float, ...], num_nodes: int, max_depth: int) -> float:
     return least_product(acceptances, num_nodes, max_depth)
-
-
-@functools.cache
-def _compile_kernels() -> None:
-    """Compiles, or loads what was compiled before, so that no step of a generation waits for it."""
-    nodes = DraftNodes.of_roots(np.zeros(1, np.int64), 8)
-    level, depths = np.zeros((1, 1), np.int64), np.full(1, 2)
-    listed: NDArray[np.int64] = np.zeros((1, 1, 2), np.int64)
-    table = np.zeros((1, 2))
-    add_children(nodes, level, listed, np.full((1, 1, 2), 0.4, np.float32), table, np.zeros(0), 0.0, depths)
-    choose_level(nodes, np.ones(1, np.int64), 0.0, 0.0, depths, 1, level)
-    pace, times = Pace(), StepTimes(2)
-    times.seconds = {1: 1.0, 2: 1.0}
-    pace.observe_level(nodes, level, 1.0)
-    pace.width(nodes, depths, times.known(), 4, WIDTHS)
-    tokens, scores = np.zeros((1, 4), np.int64), np.zeros((1, 4), np.float32)
-    write_trees(nodes, True, tokens, tokens.copy(), scores, tokens.copy())
-    follow(nodes, level, np.ones(1, np.int64), table, table.copy(), 1.0, np.zeros((1, 2), np.int64))

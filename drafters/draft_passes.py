@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from specdec.capability import Capability
 from specdec.kernels import Ints
 from specdec.kv_cache import TreeCache
-from specdec.target import CausalLM, accepts, cache_layer_types, is_on_one_device
+from specdec.target import CausalLM, accepts, cache_layer_types, input_device, is_on_one_device
 from specdec.tree import TokenTree
 
 
@@ -40,7 +40,7 @@ class DraftPasses(ABC):
         self.model = model
         self.capability = capability
         self.dtype: torch.dtype = model.dtype
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         self._last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
 
     @abstractmethod
@@ -75,6 +75,14 @@ class DraftPasses(ABC):
     @abstractmethod
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps the nodes listed per row, by their places among the nodes fed, and forgets the others."""
+
+    @abstractmethod
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """Forgets tokens at the end of rows, between a `commit` and the next feeding.
+
+        Args:
+            lengths: How many tokens a row keeps at most. Where a cache cannot go back, it keeps fewer.
+        """
 
     @abstractmethod
     def keep_rows(self, rows: Sequence[int]) -> None:
@@ -135,6 +143,28 @@ class TreePasses(DraftPasses):
         self.cache.commit(paths)
         self.lengths, self.num_fed = self.cache.lengths, 0
 
+    def commit_above(self, paths: Sequence[Sequence[int]], places: Ints, parents: Ints) -> None:
+        """Like `commit`, but with nodes below the paths that stay in the cache as the next tree's first ones.
+
+        Args:
+            paths: See `commit`.
+            places: Per row the places of these nodes among those fed, the new root first, -1 behind them,
+                `[rows, kept]`.
+            parents: Place of each one's parent among those kept, -1 at the root and at padding, `[rows, kept]`.
+        """
+        kept = [[place for place in row if place >= 0] for row in places.tolist()]
+        self.cache.commit([[*path, *more] for path, more in zip(paths, kept, strict=True)])
+        self.cache.lengths = [length - len(more) for length, more in zip(self.cache.lengths, kept, strict=True)]
+        self.num_fed = places.shape[1]
+        self.cache.stage(self.num_fed)
+        self.lengths, self._parents = self.cache.lengths, parents
+        self._is_chain = bool((parents == np.arange(-1, self.num_fed - 1)).all())
+
+    def rollback(self, lengths: Sequence[int]) -> None:
+        self.cache.lengths = [min(pair) for pair in zip(self.cache.lengths, lengths, strict=True)]
+        self.cache.stage(0)
+        self.lengths = self.cache.lengths
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         self.cache.keep_rows(rows)
         self.lengths = self.cache.lengths
@@ -183,8 +213,7 @@ class ChainPasses(DraftPasses):
     """
 
     def prefill(self, sequences: Sequence[Ints], room: int) -> None:
-        config = self.model.config.get_text_config(decoder=True)
-        self.caches = [DynamicCache(config=config) for _ in sequences]
+        self.caches = [self._new_cache() for _ in sequences]
         self.lengths = [len(sequence) for sequence in sequences]
         for row, sequence in enumerate(sequences):
             if len(sequence):
@@ -221,11 +250,26 @@ class ChainPasses(DraftPasses):
             self.lengths[row] += len(path)
         self.num_fed = 0
 
+    def rollback(self, lengths: Sequence[int]) -> None:
+        for row, most in enumerate(lengths):
+            if self.lengths[row] <= most:
+                continue
+            if all(type(layer) is DynamicLayer for layer in self.caches[row].layers):
+                self.caches[row].crop(most - self.lengths[row])
+                self.lengths[row] = most
+            else:  # what was before a window, or in a state, is gone: the row is read anew
+                self.caches[row] = self._new_cache()
+                self.caches[row].activate_past_recording()
+                self.lengths[row] = 0
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         self.caches = [self.caches[row] for row in rows]
         self.lengths = [self.lengths[row] for row in rows]
         if self.num_fed:
             self._in_cache = [self._in_cache[row] for row in rows]
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
     def _forward(self, row: int, tokens: Ints, options: dict[str, Any]) -> Tensor:
         ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(self.device)

@@ -25,12 +25,10 @@ class DraftText:
     Args:
         tokens: Every draft token of the row's text, `[tokens]`, int32, at least one.
         num_kept: How many of them, from the first on, are those of the update before.
-        pending: Bytes of an unfinished character at the end that no draft token stands for yet.
     """
 
     tokens: IntArray
     num_kept: int
-    pending: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class TextBridge:
         self._open = bytearray()  # the text after the settled tokens
         self._begins = True  # no text is settled
         self._is_bare = True  # no text was taken
-        self._pending = b""
+        self._pending = b""  # of an unfinished character at the end, for which there are no draft tokens yet
 
     def update(self, target_tokens: Sequence[int] | IntArray) -> DraftText:
         """Takes all committed tokens of the row and returns the draft model's.
@@ -100,7 +98,7 @@ class TextBridge:
         draft = np.concatenate([self._settled, np.asarray(tail, np.int32)])
         if not len(draft):
             draft = np.asarray([self._first_token()], np.int32)
-        text = DraftText(draft, common_prefix(draft, self._last), self._pending)
+        text = DraftText(draft, common_prefix(draft, self._last))
         self._last = draft
         return text
 

@@ -51,15 +51,6 @@ class VocabularyMap:
     def __len__(self) -> int:
         return len(self.target_ids)
 
-    @property
-    def aligned(self) -> bool:
-        """Whether every pair has one id: the vocabularies differ only in tokens that one of them lacks."""
-        return torch.equal(self.target_ids, self.draft_ids)
-
-    def pairs(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`target_ids` and `draft_ids` on a device."""
-        return self._on("target_ids", device), self._on("draft_ids", device)
-
     def restrict(self, draft_logits: Tensor) -> Tensor:
         """The columns of the overlap in the order of `target_ids`: `[..., draft_vocab]` to `[..., overlap]`."""
         return draft_logits.index_select(-1, self._on("draft_ids", draft_logits.device))
@@ -77,10 +68,6 @@ class VocabularyMap:
         logits = draft_logits.new_full((*draft_logits.shape[:-1], target_size), float("-inf"))
         return logits.index_copy_(-1, self._on("target_ids", draft_logits.device), self.restrict(draft_logits))
 
-    def target_tokens(self, draft_tokens: Tensor) -> Tensor:
-        """The target token of each draft token, of any shape; -1 where there is none."""
-        return _look_up(self._on("_to_target", draft_tokens.device), draft_tokens)
-
     def draft_tokens(self, target_tokens: Tensor) -> Tensor:
         """The draft token of each target token, of any shape; -1 where there is none."""
         return _look_up(self._on("_to_draft", target_tokens.device), target_tokens)
@@ -92,10 +79,6 @@ class VocabularyMap:
     def draft_token(self, target_token: int) -> int:
         """The draft token of one target token, -1 where there is none."""
         return int(self._to_draft[target_token]) if 0 <= target_token < len(self._to_draft) else -1
-
-    def overlap_mass(self, draft_probs: Tensor) -> float:
-        """Mean probability that the draft model gives to the overlap; `draft_probs`: `[..., draft_vocab]`."""
-        return float(self.restrict(draft_probs).sum(-1).mean())
 
     def _on(self, name: str, device: torch.device) -> Tensor:
         key = (name, device)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
 
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.masks import MaskFormat
-from specdec.target import CausalLM, ChainTarget, TargetModel, TreeTarget, accepts
+from specdec.target import CausalLM, ChainTarget, TargetModel, TreeTarget, accepts, input_device
 from specdec.tree import TokenTree
 
 Mode = Literal["tree", "chain", "plain"]
@@ -135,8 +135,8 @@ def _probe(model: CausalLM) -> Capability:
     try:
         with torch.no_grad():
             model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                ids.to(input_device(model)),
+                attention_mask=mask.to(input_device(model)),
                 max_new_tokens=16,
                 do_sample=False,
                 num_beams=1,

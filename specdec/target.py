@@ -46,6 +46,18 @@ def is_on_one_device(model: CausalLM) -> bool:
     return len(set(map(str, getattr(model, "hf_device_map", {}).values()))) <= 1
 
 
+def input_device(model: CausalLM) -> torch.device:
+    """Where the model takes its inputs: accelerate runs a model elsewhere than where it keeps offloaded weights."""
+    device: torch.device = model.device
+    if device.type != "meta":
+        return device
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    for part in (*getattr(hook, "hooks", ()), hook):
+        if getattr(part, "execution_device", None) is not None:
+            return torch.device(part.execution_device)
+    return device
+
+
 def embedding_rows(model: CausalLM) -> int:
     """Token ids that the model can take are below."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
@@ -135,18 +147,18 @@ class TargetModel(ABC):
     def _commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None) -> None:
         """Commits in the kv cache."""
 
-    def trial_pass(self, roots: Tensor, nodes: int) -> None:
+    def trial_pass(self, tokens: Tensor, nodes: int) -> None:
         """Runs a pass of a given size to its end on the device, and rolls it back.
 
         Args:
-            roots: `[batch]`.
+            tokens: What to run, `[batch, nodes or more]`.
             nodes: Width of the tree.
         """
-        tokens = roots[:, None].expand(-1, nodes)
+        tokens = tokens[:, :nodes]
         # Trees as a fan, one token deep: positions beyond the model's last one are not asked for.
         parents = torch.arange(-1, nodes - 1) if self.lockstep else (torch.arange(nodes) > 0).long() - 1
         logits = self.forward(TokenTree(tokens, parents.to(tokens.device).expand_as(tokens)))
-        self.commit([[]] * len(roots))
+        self.commit([[]] * len(tokens))
         if logits.device.type != "cpu":
             torch.get_device_module(logits.device).synchronize(logits.device)
 

@@ -230,10 +230,29 @@ def draft_of(name: str, noise: float = 0.1) -> Any:
     return draft
 
 
+def draft_model(**settings: Any) -> Callable[[Answers], Drafter]:
+    """A row of `DRAFTERS`: a draft model that grows small trees in some way."""
+    return lambda answers: DraftModelDrafter(**{"draft_model": draft_of("llama"), "max_nodes": 16} | settings)
+
+
+DRAFT_MODELS: dict[str, Callable[[Answers], Drafter | None]] = {
+    "draft-model": draft_model(),
+    "draft-chain": draft_model(growth="chain", max_nodes=8),
+    "draft-static": draft_model(growth="static", max_depth=4),
+    "draft-dynamic": draft_model(growth="dynamic", max_depth=4),
+    "draft-paced": draft_model(growth="paced", max_depth=4),
+    "draft-self": draft_model(draft_model="self", layers=1, max_depth=4),
+    "draft-model-uncoupled": draft_model(coupled=False),
+    "draft-chain-uncoupled": draft_model(growth="chain", max_nodes=8, coupled=False),
+    "draft-static-uncoupled": draft_model(growth="static", max_depth=4, coupled=False),
+    "draft-dynamic-uncoupled": draft_model(growth="dynamic", max_depth=4, coupled=False),
+    "draft-paced-uncoupled": draft_model(growth="paced", max_depth=4, coupled=False),
+}
+"""Every growth; without the target's noise too, which greedy decoding has none of."""
+
 DRAFTERS: dict[str, Callable[[Answers], Drafter | None]] = {
     "off": lambda answers: None,
-    "draft-model": lambda answers: DraftModelDrafter(draft_of("llama"), max_nodes=16),
-    "draft-chain": lambda answers: DraftModelDrafter(draft_of("llama"), growth="chain", max_nodes=8),
+    **DRAFT_MODELS,
     "lookahead": lookahead,
     "medusa": lambda answers: RandomMedusaDrafter(max_nodes=16),
     "medusa-taught": lambda answers: TaughtMedusaDrafter(max_nodes=16, answers=answers),

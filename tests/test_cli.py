@@ -8,10 +8,9 @@ import json
 import runpy
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +23,8 @@ from specdec.cli import app
 from specdec.commands import COMMANDS
 from specdec.commands.accepted_drafts import pieces_of
 from specdec.commands.demo_display import LiveDisplay, completion_text
-from specdec.commands.drafter_options import DrafterFlags
 from specdec.commands.errors import UserError
-from specdec.conversion import convert
-from specdec.drafters import DRAFTERS, DraftContext, Drafter
 from specdec.measuring import Sample
-from specdec.tree import TokenTree
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "def add(a, b):\n    return a"
@@ -126,14 +121,36 @@ sys.exit(f"imported: {{found}}" if found else 0)
 
 
 ERRORS: dict[str, tuple[list[str], str]] = {
+    "draft model": (
+        ["generate", "x", "--model", "./target", "--drafter", "draft-model"],
+        "drafter draft-model needs a draft model; give --drafter-option draft_model=...",
+    ),
+    "draft model path": (
+        ["generate", "x", "--drafter", "draft-model", "--drafter-option", "draft_model=./no-such-model"],
+        "./no-such-model is not the folder of a model",
+    ),
+    "growth": (
+        ["generate", "x", "--drafter", "draft-model", "--drafter-option", "growth=wide"],
+        "growth must be one of auto, chain, static, dynamic",
+    ),
+    "layers": (
+        ["generate", "x", "--drafter", "draft-model", "--drafter-option", "layers=2"],
+        "layers=2 has a meaning with draft_model='self' only",
+    ),
     "drafter": (["generate", "x", "--drafter", "oracle"], "--drafter oracle is not known; use one of auto, lookahead"),
     "no option": (
         ["generate", "x", "--drafter-option", "depth"],
         "is not a setting of drafter auto; known are max_",
     ),
-    "option": (["generate", "x", "--drafter-option", "depth=3"], "orders=1,2,4,8"),
-    "value": (["generate", "x", "--drafter-option", "max_hits=many"], "max_hits must be of type int, not 'many'"),
-    "range": (["generate", "x", "--drafter-option", "max_hits=0"], "max_hits must be between 1 and"),
+    "option": (["generate", "x", "--drafter", "lookahead", "--drafter-option", "depth=3"], "orders=1,2,4,8"),
+    "value": (
+        ["generate", "x", "--drafter", "lookahead", "--drafter-option", "max_hits=many"],
+        "max_hits must be of type int, not 'many'",
+    ),
+    "range": (
+        ["generate", "x", "--drafter", "lookahead", "--drafter-option", "max_hits=0"],
+        "max_hits must be between 1 and",
+    ),
     "option of none": (["generate", "x", "--drafter", "none", "--drafter-option", "a=1"], "leave one of them out"),
     "file": (["generate", "--file", "no/such/file"], "no/such/file is not a file; check the path"),
     "two prompts": (["generate", "x", "--file", "y"], "both a prompt and --file are given"),
@@ -147,6 +164,10 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "sampling": (["generate", "x", "--top-k", "5", "--temperature", "0.5"], "--temperature, --top-k has no effect"),
     "replay file": (["replay", "missing.jsonl"], "missing.jsonl is not a file"),
     "replay none": (["replay", "missing.jsonl", "--drafter", "none"], "nothing to replay"),
+    "replay target": (
+        ["replay", "pyproject.toml", "--drafter", "draft-model", "--drafter-option", "draft_model=self"],
+        "needs the target, which recorded answers do not hold; use specdec demo",
+    ),
     "demo file": (["demo", "--prompt-file", "missing.jsonl"], "missing.jsonl is not a file"),
 }
 
@@ -186,12 +207,31 @@ def test_generate_greedy(target: Path, drafter: str, stream: str) -> None:
     assert report["fallback"] is None
 
 
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize(
+    "options", [["growth=chain"], ["growth=static", "coupled=no"], ["draft_model=self", "layers=1"]]
+)
+def test_generate_with_a_draft_model(target: Path, draft: Path, options: list[str], sample: bool) -> None:
+    options = options if "draft_model=self" in options else [f"draft_model={draft}", *options]
+    args = [text for option in options for text in ("--drafter-option", option)]
+    flags = ["--sample", "--seed", 3] if sample else []
+    result = call(
+        "generate", PROMPT, "--model", target, "--drafter", "draft-model", *args, *flags, "--max-new-tokens", 12,
+        "--report", "json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout == completion(target, seed=3, max_new_tokens=12, do_sample=sample) + "\n"
+    report = json.loads(result.stderr)
+    assert report["drafter"] == "draft-model"
+    assert report["num_draft_tokens"] > 0
+
+
 def test_generate_sampled_from_stdin(target: Path) -> None:
     flags = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
     args = [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), value)]
     result = call(
         "generate", "--model", target, "--sample", "--seed", 3, "--max-new-tokens", 12, *args, "--report", "none",
-        "--drafter-option", "max_depth=4", "--drafter-option", "orders=1,3", stdin=PROMPT,
+        "--drafter", "lookahead", "--drafter-option", "max_depth=4", "--drafter-option", "orders=1,3", stdin=PROMPT,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert result.stdout == completion(target, seed=3, max_new_tokens=12, do_sample=True, **flags) + "\n"
@@ -223,12 +263,19 @@ def test_demo(target: Path, draft: Path, prompt_file: Path, tmp_path: Path) -> N
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     written = json.loads(out.read_text())
-    names = ["HF generate", "HF prompt lookup", "HF assisted", "specdec off", "specdec lookahead"]
+    names = [
+        "HF generate",
+        "HF prompt lookup",
+        "HF assisted",
+        "specdec off",
+        "specdec lookahead",
+        "specdec draft model",
+    ]
     rows = {row["method"]: row for row in written["methods"]}
     assert list(rows) == [*names, "lookahead, shared memory"]
     assert all(row["num_runs"] == 2 for row in rows.values())
     assert all(rows[name]["num_identical"] == 2 for name in rows if "HF" not in name or name == "HF generate")
-    assert len(written["samples"]) == 12
+    assert len(written["samples"]) == 14
     assert {"hardware", "versions", "commit", "settings", "models"} <= set(written)
     assert all(name in result.output for name in rows)
     assert "prompt 2/2, tokens/s: HF generate" in result.output
@@ -242,7 +289,7 @@ def test_live_display_follows_the_runs() -> None:
     with LiveDisplay(console, ["A", "B"], num_prompts=1) as display:
         display.warmed_up("A", None)
         display.warmed_up("B", "it broke")
-        display.ran(Sample("A", "file.py:1", 0, [1], 8, 2.0, 0.5, 4), "x = [1]\ny = 2")
+        display.ran(Sample("A", "file.py:1", 0, [[1]], 8, 2.0, 0.5, 4), "x = [1]\ny = 2")
         console.print(display._screen())
     shown = console.export_text()
     assert "4 tokens/s, 2.00 per pass" in shown
@@ -274,53 +321,6 @@ def test_replay_of_a_bad_record(tmp_path: Path, line: str) -> None:
     result = call("replay", file)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "annotation", "value"),
-    [
-        ("3", int, 3),
-        ("0.5", float, 0.5),
-        ("yes", bool, True),
-        ("FALSE", bool, False),
-        ("1,2,4", tuple[int, ...], (1, 2, 4)),
-        ("[1, 2]", list[int], [1, 2]),
-        ("none", int | None, None),
-        ("7", int | None, 7),
-        ("path/to", str | Any, "path/to"),
-        ("3", int | str, 3),
-        ("a", int | str, "a"),
-        ("B", Literal["a", "B"], "B"),
-        ("2", Literal[1, 2], 2),
-    ],
-)
-def test_drafter_option_is_converted(text: str, annotation: Any, value: Any) -> None:
-    converted = convert(text, annotation, "x")
-    assert converted == value
-    assert type(converted) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("text", "annotation"), [("1.5", int), ("x", float), ("maybe", bool), ("c", Literal["a", "b"]), ("x", int | None)]
-)
-def test_drafter_option_of_another_type(text: str, annotation: Any) -> None:
-    with pytest.raises(ValueError, match="--drafter-option depth"):
-        convert(text, annotation, "--drafter-option depth")
-
-
-def test_drafter_with_a_required_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclass
-    class Needy(Drafter):
-        model: str
-        depth: int = 3
-
-        def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-            raise NotImplementedError
-
-    monkeypatch.setitem(DRAFTERS, "needy", Needy)
-    with pytest.raises(UserError, match="needs model; give --drafter-option model="):
-        DrafterFlags("needy", ["depth=2"]).build()
-    assert DrafterFlags("needy", ["depth=2", "model=x=y"]).build() == Needy("x=y", 2)
 
 
 def test_pieces_keep_the_text_and_its_origin(target: Path) -> None:

@@ -10,16 +10,32 @@ from typing import Any
 
 import pytest
 
-from specdec.drafters import DRAFTERS, LookaheadDrafter, MedusaDrafter
+from specdec.drafters import (
+    DRAFTERS,
+    DraftModelDrafter,
+    LookaheadDrafter,
+    MedusaDrafter,
+    MergedDrafter,
+    RecyclingDrafter,
+)
 from specdec.drafters.base import Drafter
 from specdec.verifiers import VERIFIERS
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("drafter", [LookaheadDrafter, MedusaDrafter])
-def test_settings_are_all_listed_with_their_defaults(drafter: Any) -> None:
-    text = (ROOT / f"docs/{drafter.name}.md").read_text()
+@pytest.mark.parametrize(
+    ("drafter", "page"),
+    [
+        (LookaheadDrafter, "lookahead"),
+        (MedusaDrafter, "medusa"),
+        (DraftModelDrafter, "draft_models"),
+        (RecyclingDrafter, "recycling"),
+        (MergedDrafter, "merged"),
+    ],
+)
+def test_settings_are_all_listed_with_their_defaults(drafter: Any, page: str) -> None:
+    text = (ROOT / f"docs/{page}.md").read_text()
     table = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", text, re.MULTILINE))
     assert table == {field.name: str(field.default) for field in fields(drafter) if field.init}
 

@@ -90,5 +90,5 @@ def test_counts_are_of_nodes_whose_parent_was_accepted() -> None:
     accepted = np.array([[True, False, True, False, True, False]])
     tried, hit = np.ones(10), np.ones(10)
     count_accepted(parents, scores, accepted, tried, hit, 0.5)
-    assert tried.tolist() == [0.5, 1.5, 0.5, 0.5, 0.5, 0.5, 1.5, 0.5, 0.5, 1.5]
-    assert hit.tolist() == [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 1.5, 0.5, 0.5, 1.5]
+    assert tried.tolist() == pytest.approx([0.5, 1.5, 0.5, 0.5, 0.5, 0.5, 1.5, 0.5, 0.5, 1.5])
+    assert hit.tolist() == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 1.5, 0.5, 0.5, 1.5])

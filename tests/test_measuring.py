@@ -205,7 +205,7 @@ def test_failing_method() -> None:
 
 def test_speed_up_is_the_median_over_prompts_of_the_ratio() -> None:
     def sample(method: str, prompt: str, seconds: float) -> measuring.Sample:
-        return measuring.Sample(method, prompt, 0, [], 100, seconds, 0.0, 50)
+        return measuring.Sample(method, prompt, 0, [[]], 100, seconds, 0.0, 50)
 
     times = {"slow": (1.0, 2.0, 10.0), "fast": (0.5, 0.5, 10.0)}
     samples = [sample(name, str(i), s) for name, seconds in times.items() for i, s in enumerate(seconds)]

@@ -3,6 +3,7 @@
 COMMANDS = (
     "demo",
     "generate",
+    "bench",
     "replay",
     "distill",
     "train-medusa",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specdec.api import accelerate
+from specdec.api import SpeculativeModel, accelerate
 from specdec.drafters.base import Drafter
+from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.medusa import MedusaDrafter, own_heads
 from specdec.embedded import Prompt
@@ -19,6 +20,7 @@ HF_ASSISTED = "HF assisted"
 OFF = "specdec off"
 LOOKAHEAD = "specdec lookahead"
 MEDUSA = "specdec medusa"
+DRAFT_MODEL = "specdec draft model"
 SHARED = "lookahead, shared memory"
 
 
@@ -41,23 +43,35 @@ def hf_methods(model: Any, draft_model: Any = None, draft_kwargs: dict[str, Any]
 
 
 def specdec_method(
-    name: str, model: Any, make_drafter: Callable[[], Drafter | None], remembers: bool = False, max_nodes: int = 64
+    name: str,
+    model: Any,
+    make_drafter: Callable[[], Drafter | None],
+    remembers: bool = False,
+    max_nodes: int = 64,
+    optional: bool = False,
 ) -> Method:
     """Ours with a drafter, made anew for each run unless it `remembers`: repeats must not help it."""
-    return Method(name, lambda: accelerate(model, make_drafter(), max_nodes=max_nodes), remembers=remembers)
+
+    def prepare() -> SpeculativeModel:
+        return accelerate(model, make_drafter(), max_nodes=max_nodes)
+
+    return Method(name, prepare, remembers=remembers, optional=optional)
 
 
-def specdec_methods(model: Any, shared: bool = False) -> list[Method]:
-    """Ours: drafting off, Lookahead, Medusa where the model's folder has heads, and a Lookahead that remembers.
+def specdec_methods(model: Any, draft_model: Any = None, shared: bool = False) -> list[Method]:
+    """Ours: drafting off, Lookahead, Medusa where the model's folder has heads, a draft model where one is given.
 
     Args:
         model: The target.
-        shared: Whether to list the last one, which remembers outputs of other prompts.
+        draft_model: With the target's tokenizer; where it does not fit, its method is left out, with the reason.
+        shared: Whether to list, at the end, a Lookahead that remembers outputs of other prompts.
     """
     methods = [specdec_method(OFF, model, lambda: None), specdec_method(LOOKAHEAD, model, LookaheadDrafter)]
     if (folder := own_heads(model)) is not None:
         heads = MedusaHeads.from_pretrained(folder)
         methods.append(specdec_method(MEDUSA, model, lambda: MedusaDrafter(heads)))
+    if draft_model is not None:
+        methods.append(specdec_method(DRAFT_MODEL, model, lambda: DraftModelDrafter(draft_model), optional=True))
     return methods + ([specdec_method(SHARED, model, LookaheadDrafter, remembers=True)] if shared else [])
 
 

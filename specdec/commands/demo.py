@@ -10,7 +10,7 @@ import typer
 
 from specdec.commands import options
 from specdec.commands.errors import UserError, user_errors
-from specdec.commands.loading import EMBEDDED, load_model, prepare_torch, read_text
+from specdec.commands.loading import EMBEDDED, load_model, own_draft_model, prepare_torch, read_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,8 +42,7 @@ def run(
     chosen = _prompts(prompt_file, prompts + 1)
     with console.status("loading torch and the models"):
         prepare_torch(threads)
-        if draft_model is None and model == EMBEDDED:
-            draft_model = f"{EMBEDDED}-draft"
+        draft_model = draft_model or own_draft_model(model)
         target, tokenizer = load_model(model, dtype, device)
         draft, draft_tokenizer = load_model(draft_model, dtype, device) if draft_model else (None, None)
 
@@ -53,7 +52,7 @@ def run(
     settings = Settings.of(tokens, sample, temperature, seed)
     encoded = encode_prompts(chosen, tokenizer, target.device)
     kwargs = assisted_kwargs(tokenizer, draft_tokenizer) if draft is not None else {}
-    methods = [*hf_methods(target, draft, kwargs), *specdec_methods(target, shared=True)]
+    methods = [*hf_methods(target, draft, kwargs), *specdec_methods(target, draft, shared=True)]
     # The prompt after the last one is for the warm-up, if there is one.
     result = _measure(console, methods, encoded[:prompts], encoded[-1], target, tokenizer, settings)
     _print_results(console, result, model, draft_model, target)

@@ -7,7 +7,11 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from specdec.commands.errors import UserError, user_errors
+from specdec.commands.loading import own_draft_model, path_of
 from specdec.conversion import convert
+
+DRAFT_MODEL = "draft_model"
+"""The field of a drafter that takes a model by its name."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +21,12 @@ class DrafterFlags:
     Args:
         name: A name in `DRAFTERS`, or `"none"`.
         options: `field=value` each.
+        model: The target's name; a drafter that asks a draft model takes the one that comes with it, unless told.
     """
 
     name: str
     options: Sequence[str] = ()
+    model: str | None = None
 
     def build(self) -> Any:
         """A new drafter, or None for `"none"`.
@@ -40,11 +46,30 @@ class DrafterFlags:
         drafter = DRAFTERS[self.name]
         known = _settings_of(drafter)
         settings = self._settings(known, get_type_hints(drafter))
+        if DRAFT_MODEL in known:
+            settings[DRAFT_MODEL] = self._draft_model(settings.get(DRAFT_MODEL))
         missing = [f.name for f in known.values() if _is_required(f) and f.name not in settings]
         if missing:
             raise UserError(f"drafter {self.name} needs {', '.join(missing)}; give --drafter-option {missing[0]}=...")
         with user_errors(ValueError, TypeError, OSError):
             return drafter(**settings)
+
+    def _draft_model(self, name: str | None) -> str:
+        """Folder or hub name of the draft model.
+
+        Args:
+            name: As the user gave it.
+
+        Raises:
+            UserError: There is none.
+        """
+        name = name or (own_draft_model(self.model) if self.model else None)
+        if name is None:
+            raise UserError(
+                f"drafter {self.name} needs a draft model; give --drafter-option {DRAFT_MODEL}=..., a folder or hub "
+                "name, or self for the target's own first layers"
+            )
+        return path_of(name)
 
     def _settings(self, known: dict[str, Field[Any]], hints: dict[str, Any]) -> dict[str, Any]:
         """Values of the fields that are given."""

@@ -99,7 +99,7 @@ def run(
     kwargs = Sampling(temperature, top_k, top_p, min_p).kwargs(sample) | {"max_new_tokens": max_new_tokens}
     kwargs |= {"repetition_penalty": repetition_penalty} if repetition_penalty is not None else {}
     prepare_torch(threads)
-    drafted = DrafterFlags(drafter, drafter_option or [])
+    drafted = DrafterFlags(drafter, drafter_option or [], model)
     first_drafter = drafted.build()
     loaded, tokenizer = load_model(model, dtype, device, device_map, attn, trust_remote_code)
     inputs = _inputs(text, tokenizer, chat).to(loaded.device)

@@ -59,6 +59,11 @@ def load_model(
     return model, tokenizer
 
 
+def own_draft_model(name: str) -> str | None:
+    """The draft model that comes with a model, by its name on the command line; None where there is none."""
+    return f"{EMBEDDED}-draft" if name == EMBEDDED else None
+
+
 def path_of(name: str, needed: str = "config.json") -> str:
     """Folder or hub name for a name from the command line.
 

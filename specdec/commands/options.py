@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Option(help="Folder or hub name of a causal LM, or embedded.")]
-DraftModel = Annotated[str | None, typer.Option(help="For HF's assisted generation; embedded with the embedded model.")]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(help="For assisted generation, HF's and specdec's; embedded-draft with the embedded model."),
+]
 DrafterName = Annotated[str, typer.Option(help="Drafter by name; none for drafting off.")]
 DrafterSettings = Annotated[
     list[str] | None, typer.Option(help="A setting of the drafter, name=value; may be repeated.")

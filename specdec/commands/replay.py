@@ -36,6 +36,11 @@ def run(
     lines = read_text(file).splitlines()
     guess = DrafterFlags(drafter, drafter_option or []).build()
 
+    from specdec.drafters import Drafter
+
+    if type(guess).bind is not Drafter.bind:
+        raise UserError(f"--drafter {drafter} needs the target, which recorded answers do not hold; use specdec demo")
+
     from rich.console import Console
 
     from specdec.replay import replay

@@ -254,7 +254,8 @@ def test_recorded_distributions_are_those_of_the_draft_model() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    from specdec.drafters.draft_lists import DraftLists, SharedVocabulary, own_generator
+    from specdec.drafters.draft_lists import DraftLists, own_generator
+    from specdec.drafters.draft_vocabulary import SharedVocabulary
 
     lists = DraftLists(None, True, True, SharedVocabulary(4), 4)
     lists.kind = "drawn"

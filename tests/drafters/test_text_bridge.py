@@ -43,7 +43,7 @@ def test_draft_reads_what_its_tokenizer_would(target_name: str, draft_name: str,
         assert update.num_kept == common_prefix(before, update.tokens)
         assert count == 1 or len(before) - update.num_kept <= 2 * TAIL
         before = update.tokens.tolist()
-    assert before == encode(draft, text) and not update.pending
+    assert before == encode(draft, text) and not bridge._pending
     assert TextBridge(bridge.vocabularies).update(ids).tokens.tolist() == before
 
 
@@ -88,7 +88,7 @@ def test_characters_in_the_making() -> None:
     for count in range(1, len(ids) + 1):
         update = bridge.update(ids[:count])
         joined = bridge.vocabularies.draft.join(update.tokens.tolist())
-        assert joined == b" " + UNICODE.encode()[:count] and not update.pending
+        assert joined == b" " + UNICODE.encode()[:count] and not bridge._pending
 
 
 def without_bytes() -> Any:
@@ -106,7 +106,7 @@ def test_characters_wait_where_bytes_have_no_tokens() -> None:
     for count in range(1, 5):
         ids = prompt + [bridge.vocabularies.target.ids[bytes([byte])] for byte in rocket[:count]]
         update = bridge.update(ids)
-        assert update.pending == (rocket[:count] if count < 4 else b"")
+        assert bridge._pending == (rocket[:count] if count < 4 else b"")
     assert text_of(draft, update.tokens) == "x🚀"
     bridge.update(ids[:-1])
     whole, ends = (
