@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import mmap
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from specdec.drafters.base import DraftContext, Step
 from specdec.drafters.branch_pace import FIRST_THRESHOLD, OPENING_SCORE, WIDTH, adjusted, choose_branches, outcome
@@ -24,7 +25,7 @@ from specdec.target import CausalLM
 
 AHEAD_WIDTH = 4
 """Nodes per level of what is drafted ahead, likeliest first: the outcomes of the target's pass are many."""
-LEAST_SHARE = 0.5
+LEAST_SHARE = 0.75
 """A level is begun while at least this share of its time is left of a load: the target waits for its end."""
 MEMORY = 0.95
 """What is kept per load or level of the averages."""
@@ -94,6 +95,13 @@ def _parts(hook: Any) -> Iterator[Any]:
             yield from _parts(part)
     elif getattr(hook, "offload", False) and hasattr(hook, "weights_map"):
         yield hook
+
+
+def read_pages(weights: Iterable[Tensor]) -> None:
+    """Reads weights that are mapped from a file: else this would happen in the forward, where nothing is drafted."""
+    for tensor in weights:
+        if tensor.device.type == "cpu" and type(tensor) is nn.Parameter and tensor.is_contiguous():
+            tensor.detach().view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
 def check_pipeline(draft_model: CausalLM, target: CausalLM) -> None:
@@ -193,11 +201,20 @@ class LoadWindows:
 
     def _load(self, hook: Any, pre_forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Takes the place of a hook's `pre_forward`, and drafts as long as that takes."""
-        tensors = [*module.parameters(recurse=hook.place_submodules)]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        size = sum(part.numel() * part.element_size() for part in module.parameters(recurse=hook.place_submodules))
         expected = self.pacing.expected_load(size)
         least = LEAST_SHARE * self.pacing.level_seconds
-        load = functools.partial(self._timed, size, torch.is_grad_enabled(), pre_forward, module, *args, **kwargs)
+
+        def load(is_grad_enabled: bool = torch.is_grad_enabled()) -> Any:  # known to each thread apart
+            begun = time.perf_counter()
+            with torch.set_grad_enabled(is_grad_enabled):
+                out = pre_forward(module, *args, **kwargs)
+                read_pages(module.parameters(recurse=hook.place_submodules))
+            self._loaded = time.perf_counter()
+            self.pacing.observe_load(size, self._loaded - begun)
+            self.counts.load_seconds += self._loaded - begun
+            return out
+
         if self._work is None or self._loader is None or least == 0.0 or expected < least:
             return load()
         begun = time.perf_counter()
@@ -212,17 +229,6 @@ class LoadWindows:
         self.counts.overlapped_seconds += min(drafted, self._loaded) - begun
         self.counts.waiting_seconds += max(0.0, drafted - self._loaded)
         return future.result()
-
-    def _timed(self, size: int, grad: bool, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A load under the clock. Whether gradients are kept is known to each thread apart."""
-        begun = time.perf_counter()
-        with torch.set_grad_enabled(grad):
-            out = load(*args, **kwargs)
-        self._loaded = time.perf_counter()
-        seconds = self._loaded - begun
-        self.pacing.observe_load(size, seconds)
-        self.counts.load_seconds += seconds
-        return out
 
     def _draft(self) -> bool:
         try:
