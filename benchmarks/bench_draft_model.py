@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from bench_generate import measure
 from draft_profile import profile
 from rich.console import Console
 from rich.table import Table
 
 from specdec.api import SpeculativeModel, accelerate
+from specdec.benchmark.progress import measure_with_progress as measure
 from specdec.commands import options
 from specdec.commands.contenders import HF_ASSISTED, HF_GENERATE, OFF, assisted_kwargs, encode_prompts, specdec_method
 from specdec.commands.demo_display import summary_table

@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench_generate import measure
 from rich.console import Console
 
+from specdec.benchmark.progress import measure_with_progress as measure
 from specdec.commands import options
 from specdec.commands.contenders import HF_GENERATE, OFF, encode_prompts, specdec_method
 from specdec.commands.demo_display import summary_table

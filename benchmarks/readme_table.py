@@ -3,8 +3,9 @@
     python benchmarks/readme_table.py            # writes
     python benchmarks/readme_table.py --check    # exit code 1 if a table is out of date
 
-A table stands between `<!-- measured: NAME PART -->` and `<!-- end -->`, where PART is that of the benchmark; all parts
-without one.
+A table stands between `<!-- measured: NAME PART -->` and `<!-- end -->`. NAME is a file that `specdec bench --json`
+or a script of this folder wrote, and PART is that of the benchmark; all parts without one. Approximate methods have a
+table of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import typer
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SLOT = re.compile(r"(<!-- measured: (?P<name>[\w-]+)(?: (?P<parts>[\w ,-]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
-NOT_MEASURED = "*Not measured yet: `python benchmarks/bench_generate.py && python benchmarks/readme_table.py`*\n"
+NOT_MEASURED = (
+    "*Not measured yet: `specdec bench --json benchmarks/results/{}.json && python benchmarks/readme_table.py`*\n"
+)
 HEADINGS = {"greedy": "greedy (T=0)", "sampled": "sampled (T=1)", "incompressible": "random tokens (T=1)"}
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
@@ -30,7 +33,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
     def table(match: re.Match[str]) -> str:
         file = results / f"{match['name']}.json"
-        body = NOT_MEASURED
+        body = NOT_MEASURED.format(match["name"])
         if file.exists():
             body = measured_table(json.loads(file.read_text()), (match["parts"] or "").replace(",", " ").split())
         return match[1] + body + match[4]
@@ -43,12 +46,26 @@ def measured_table(results: dict[str, Any], parts: list[str]) -> str:
     chosen = {name: part for name, part in results["parts"].items() if name in parts or not parts}
     rows = {name: {row["method"]: row for row in part["methods"]} for name, part in chosen.items()}
     methods = dict.fromkeys(method for part in rows.values() for method in part)
-    columns = [f"{HEADINGS[name]}: {figure}" for name in rows for figure in ("tokens/s", "speed-up", "identical")]
+    approximate = [
+        method
+        for method in methods
+        if any(part.get(method, {}).get("guarantee") == "approximate" for part in rows.values())
+    ]
+    lines = _rows(rows, [method for method in methods if method not in approximate])
+    if approximate:
+        lines += ["", "Approximate: the output may differ.", "", *_rows(rows, approximate)]
+    return "\n".join([*lines, "", _conditions(results, chosen), ""])
+
+
+def _rows(rows: dict[str, dict[str, Any]], methods: list[str]) -> list[str]:
+    columns = [
+        f"{HEADINGS.get(name, name)}: {figure}" for name in rows for figure in ("tokens/s", "speed-up", "identical")
+    ]
     lines = ["| method | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
     for method in methods:
         cells = [cell for part in rows.values() for cell in _cells(part.get(method))]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _conditions(results, chosen), ""])
+    return lines
 
 
 def _cells(row: dict[str, Any] | None) -> list[str]:
@@ -64,10 +81,12 @@ def _conditions(results: dict[str, Any], parts: dict[str, Any]) -> str:
     named = ", ".join(f"{kind} {_described(model)}" for kind, model in models.items() if model)
     tokens = next(iter(parts.values()))["settings"]["arguments"]["max_new_tokens"]
     reference = next(iter(parts.values()))["reference"]
+    batch = results["batch"] if isinstance(results["batch"], int) else " or ".join(map(str, results["batch"]))
+    command = f" Measured with `{results['command']}`." if results["command"].startswith("specdec bench") else ""
     return (
-        f"Median of {results['num_prompts']} prompts, {tokens} tokens each, batch {results['batch']}; {named}; "
+        f"Median of {results['num_prompts']} prompts, {tokens} tokens each, batch {batch}; {named}; "
         f"{where}, {machine['threads']} threads; torch {versions['torch']}, transformers {versions['transformers']}; "
-        f"commit {(results['commit'] or 'unknown')[:12]}. Speed-up and identical: against {reference}."
+        f"commit {(results['commit'] or 'unknown')[:12]}. Speed-up and identical: against {reference}.{command}"
     )
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from specdec.capability import Capability, probe
 from specdec.drafters.draft_vocabulary import Use, Vocabularies
 from specdec.drafters.self_draft import first_layers
+from specdec.drafters.token_text import check_tokenizer
 from specdec.drafters.vocabularies import same_vocabulary, vocabulary_map
 from specdec.limits import length_limit
 from specdec.target import CausalLM, embedding_rows, input_device, unwrapped
@@ -31,8 +32,8 @@ def load_draft_model(draft_model: Any, layers: int | None, target: CausalLM) -> 
     """
     if draft_model is None:
         raise ValueError(
-            "no draft model is given; pass DraftModelDrafter(draft_model=...): a causal LM with the target's "
-            "tokenizer, its folder or hub name, or 'self' with layers=... for the target's own first layers"
+            "no draft model is given; pass DraftModelDrafter(draft_model=...): a causal LM, its folder or hub name, or "
+            "'self' with layers=... for the target's own first layers"
         )
     if draft_model == SELF:
         total = target.config.get_text_config(decoder=True).num_hidden_layers
@@ -58,7 +59,7 @@ def load_draft_model(draft_model: Any, layers: int | None, target: CausalLM) -> 
 
 def _check_config(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"draft_model {name} is an encoder-decoder; pass a causal LM with the target's tokenizer")
+        raise ValueError(f"draft_model {name} is an encoder-decoder; pass a causal LM")
     architectures = getattr(config, "architectures", None) or []
     encoders = [a for a in [name, *architectures] if a.endswith(("ForMaskedLM", "ForSequenceClassification"))]
     if encoders:
@@ -97,9 +98,9 @@ def load_vocabularies(
             )
         check_sizes(draft_model, target)
         return Vocabularies(sizes[1])
-    pairs = vocabulary_map(of_target, of_draft, *sizes)
     if use == "auto" and same_vocabulary(of_target, of_draft):
         return Vocabularies(sizes[1])
+    pairs = vocabulary_map(of_target, of_draft, *sizes)
     if use == "intersection" and not len(pairs):
         raise ValueError(
             "vocabulary='intersection' cannot be used: the two tokenizers have no token in common; use 'text'"
@@ -109,13 +110,13 @@ def load_vocabularies(
 
 def _vocabulary_size(model: CausalLM) -> int:
     """Token ids that the model can take, and say, are below."""
-    output = getattr(model.get_output_embeddings(), "weight", None)
-    return embedding_rows(model) if output is None else min(embedding_rows(model), len(output))
+    return min(embedding_rows(model), getattr(model.get_output_embeddings(), "out_features", embedding_rows(model)))
 
 
 def _tokenizer_of(model: CausalLM, given: Any, setting: str) -> Any:
     """The tokenizer that is given, or the one beside the model's weights; None where there is none on this machine."""
     if given is not None and not isinstance(given, str):
+        check_tokenizer(given)
         return given
     name = given or getattr(model, "name_or_path", "")
     if not name:

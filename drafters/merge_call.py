@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from specdec.drafters.base import DraftContext, Drafter
-from specdec.drafters.merge_growth import Candidates
+from specdec.drafters.merge_growth import CandidateStore
 from specdec.kernels import Ints
 from specdec.tree import TokenTree
 
@@ -65,7 +65,7 @@ class PendingStep:
     rows: list[int]
     lengths: list[int]
     started: float
-    nodes: Candidates
+    nodes: CandidateStore
     proposals: dict[int, Proposal] = field(default_factory=dict)
     alone: int | None = None
 
@@ -89,6 +89,7 @@ class MergedCall:
         credits: Accepted tokens by the sources that named them, `[2 ** sources]`.
         drawing: The source that draws its drafts at random; None while there is none.
         pending: The step that is under way.
+        nodes: Room for what the sources name, used by one step after the other.
     """
 
     sources: Sequence[Drafter]
@@ -97,6 +98,7 @@ class MergedCall:
     credits: Ints
     drawing: int | None = None
     pending: PendingStep | None = None
+    nodes: CandidateStore | None = None
 
     @classmethod
     def begin(cls, sources: Sequence[Drafter]) -> MergedCall:
@@ -104,6 +106,15 @@ class MergedCall:
         count = len(sources)
         records = [SourceRecord() for _ in sources]
         return cls(sources, list(range(count)), records, np.zeros(2**count, np.int64))
+
+    def candidates(self, roots: Ints, width: int) -> CandidateStore:
+        """The roots `[rows]` alone, with room for a tree of some width from each source."""
+        capacity = 1 + (width - 1) * len(self.sources)
+        if self.nodes is None or self.nodes.shape != (len(roots), capacity):
+            self.nodes = CandidateStore.of_roots(roots, capacity)
+        else:
+            self.nodes.begin(roots)
+        return self.nodes
 
     def figures(self, context: DraftContext) -> dict[str, Any]:
         """What each source did and earned, by its name, ready for JSON.

@@ -16,6 +16,10 @@ DEPTH_CLASSES = 4
 SCORE_BINS = 12
 MOST_SURE = 0.99
 """No combination of scores counts as more: a node that is certain would let its child overtake it."""
+ROOT = np.array([[0], [-1], [0], [0], [-1], [-1], [-1], [0]])
+"""What a store holds of a root, its token excepted."""
+LEAST_COUNTED = 0.2
+"""A node counts for this much at least, however sure another source is of another token: it was wrong nevertheless."""
 
 
 class Candidates(NamedTuple):
@@ -49,17 +53,58 @@ class Candidates(NamedTuple):
     open_shares: Floats
     counts: Ints
 
+
+class CandidateStore(NamedTuple):
+    """The arrays behind `Candidates`: a few large ones, because each array that a kernel is handed takes its time.
+
+    Args:
+        ints: Tokens, parents, depths, sources, first and last child, next sibling and place, `[8, rows, nodes]`.
+        floats: Scores, rates and open shares, `[3, rows, nodes]`.
+        counts: Nodes of each row, `[rows]`.
+    """
+
+    ints: Ints
+    floats: Floats
+    counts: Ints
+
     @classmethod
-    def of_roots(cls, roots: Ints, capacity: int) -> Candidates:
+    def of_roots(cls, roots: Ints, capacity: int) -> CandidateStore:
         """Rows of their roots `[rows]` alone, with room for so many nodes each."""
-        ints = np.empty((8, len(roots), capacity), np.int64)
-        scores = np.empty((3, len(roots), capacity))
-        ints[:, :, 0] = -1
-        ints[0, :, 0] = roots
-        for zero in (2, 3, 7):  # depth, sources and place of the root
-            ints[zero, :, 0] = 0
-        scores[:, :, 0] = 1.0
-        return cls(*ints, *scores, np.ones(len(roots), np.int64))
+        shape = len(roots), capacity
+        store = cls(np.empty((8, *shape), np.int64), np.empty((3, *shape)), np.empty(len(roots), np.int64))
+        store.begin(roots)
+        return store
+
+    def begin(self, roots: Ints) -> None:
+        """Forgets all nodes but the roots, `[rows]`."""
+        self.ints[:, :, 0] = ROOT
+        self.ints[0, :, 0] = roots
+        self.counts[:] = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and nodes of each at most."""
+        return self.ints.shape[1], self.ints.shape[2]
+
+
+@kernel_part
+def candidates_in(store: CandidateStore) -> Candidates:
+    """Each array by its name."""
+    ints, floats = store.ints, store.floats
+    return Candidates(
+        ints[0],
+        ints[1],
+        ints[2],
+        ints[3],
+        ints[4],
+        ints[5],
+        ints[6],
+        ints[7],
+        floats[0],
+        floats[1],
+        floats[2],
+        store.counts,
+    )
 
 
 @kernel_part
@@ -73,7 +118,7 @@ def child_with(nodes: Candidates, row: int, parent: int, token: int) -> int:
 
 @kernel
 def add_tree(
-    nodes: Candidates,
+    store: CandidateStore,
     source: int,
     tokens: Ints,
     parents: Ints,
@@ -81,14 +126,14 @@ def add_tree(
     max_depths: Ints,
     vocab_size: int,
     node_of: Ints,
-) -> bool:
+) -> int:
     """Adds a source's tree to the candidates.
 
     A node that was there gets `1 - (1 - a)(1 - b)` of its scores a and b: sources that err for different reasons are
     right together more often than either. Where they do not, the counts of that combination tell.
 
     Args:
-        nodes: Changed; there must be room.
+        store: Changed; there must be room.
         source: Its number.
         tokens: `[rows, nodes]`.
         parents: `[rows, nodes]`.
@@ -98,15 +143,17 @@ def add_tree(
         node_of: Written: each node's place among the candidates, -1 where it is left out, `[rows, nodes]`.
 
     Returns:
-        Whether the tree is valid; nothing has changed where it is not.
+        How many draft tokens were taken, over all rows; -1 where the tree is not valid, and nothing has changed then.
     """
+    nodes = candidates_in(store)
     for row in range(tokens.shape[0]):
         if tokens[row, 0] != nodes.tokens[row, 0]:
-            return False
+            return -1
         for node in range(tokens.shape[1]):
             if not (0 <= tokens[row, node] < vocab_size and -1 <= parents[row, node] < node):
-                return False
+                return -1
     bit = 1 << source
+    taken = 0
     for row in range(tokens.shape[0]):
         node_of[row, 0] = 0
         for node in range(1, tokens.shape[1]):
@@ -135,7 +182,8 @@ def add_tree(
                 combined = 1.0 - (1.0 - nodes.scores[row, found]) * (1.0 - score)
                 nodes.scores[row, found] = min(combined, MOST_SURE)
             node_of[row, node] = found
-    return True
+            taken += 1
+    return taken
 
 
 @kernel_part
@@ -168,7 +216,7 @@ def rate_of(tried: Floats, hit: Floats, prior: float, named: int, depth: int, sc
 
 @kernel
 def grow_merged(
-    nodes: Candidates,
+    store: CandidateStore,
     tried: Floats,
     hit: Floats,
     prior: float,
@@ -179,7 +227,7 @@ def grow_merged(
     """Writes each row's merged tree, best first by the product of calibrated scores from the root down.
 
     Args:
-        nodes: `rates`, `open_shares` and `written` are set.
+        store: `rates`, `open_shares` and `written` are set.
         tried: Nodes whose parent was accepted, each for its open share, by sources, depth and bin of score,
             `[2 ** sources, depths, bins]`.
         hit: Those among them that were accepted, each for 1.
@@ -191,6 +239,7 @@ def grow_merged(
     Returns:
         Nodes of the largest tree, and how many draft tokens can be expected to be accepted, over all rows.
     """
+    nodes = candidates_in(store)
     capacity = nodes.tokens.shape[1]
     heap = np.empty(capacity, np.int64)
     paths = np.empty(capacity)
@@ -227,7 +276,7 @@ def grow_merged(
 
 @kernel
 def follow_merged(
-    nodes: Candidates,
+    store: CandidateStore,
     known: Ints,
     counts: Ints,
     decay: float,
@@ -243,7 +292,7 @@ def follow_merged(
     known there.
 
     Args:
-        nodes: What was named, `open_shares` set by `grow_merged`.
+        store: What was named, `open_shares` set by `grow_merged`.
         known: The tokens behind the root, `[rows, tokens]`.
         counts: How many there are, `[rows]`: all but the last were accepted.
         decay: Factor on the counts so far.
@@ -256,6 +305,7 @@ def follow_merged(
     Returns:
         How many tokens were committed, over all rows.
     """
+    nodes = candidates_in(store)
     tried *= decay
     hit *= decay
     own[:] = 0
@@ -271,8 +321,9 @@ def follow_merged(
                 low = min(int(place), SCORE_BINS - 2)
                 share = place - low
                 named = nodes.named[row, child]
-                tried[named, at, low] += (1.0 - share) * nodes.open_shares[row, child]
-                tried[named, at, low + 1] += share * nodes.open_shares[row, child]
+                weight = max(nodes.open_shares[row, child], LEAST_COUNTED)
+                tried[named, at, low] += (1.0 - share) * weight
+                tried[named, at, low + 1] += share * weight
                 if nodes.tokens[row, child] == known[row, i]:
                     hit[named, at, low] += 1.0 - share
                     hit[named, at, low + 1] += share
@@ -298,15 +349,16 @@ def follow_merged(
 
 
 @kernel
-def mark_verified(nodes: Candidates, tokens: Ints, parents: Ints, verified: Bools) -> None:
+def mark_verified(store: CandidateStore, tokens: Ints, parents: Ints, verified: Bools) -> None:
     """Finds out which candidates stand in the verified tree, however it was cut or rearranged.
 
     Args:
-        nodes: What was named.
+        store: What was named.
         tokens: Of the verified tree, `[rows, nodes]`.
         parents: -1 at padding, `[rows, nodes]`.
         verified: Written, `[rows, candidates]`.
     """
+    nodes = candidates_in(store)
     verified[:] = False
     place = np.empty(tokens.shape[1], np.int64)
     for row in range(tokens.shape[0]):

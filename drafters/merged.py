@@ -20,7 +20,7 @@ from specdec.drafters.merge_call import MergedCall, PendingStep, Proposal, disti
 from specdec.drafters.merge_growth import (
     DEPTH_CLASSES,
     SCORE_BINS,
-    Candidates,
+    CandidateStore,
     add_tree,
     follow_merged,
     grow_merged,
@@ -82,9 +82,7 @@ class MergedDrafter(Drafter):
         self.sources = sources = list(sources)
         for source in sources:
             if not isinstance(source, Drafter):
-                raise TypeError(
-                    f"sources must be Drafters, got {source!r:.200}; specdec.accelerate takes names as well"
-                )
+                raise TypeError(f"sources must be Drafters, got {source!r:.200}; specdec.accelerate takes names too")
         if not 1 <= len(sources) <= MAX_SOURCES:
             raise ValueError(f"sources: {len(sources)} drafters were given; 1 to {MAX_SOURCES} can be merged")
         if len(set(map(id, sources))) < len(sources):
@@ -126,7 +124,7 @@ class MergedDrafter(Drafter):
         call = self._of_thread(context)
         width = max(1, min(max_nodes, self.max_nodes))
         roots = np.array([sequence[-1] for sequence in context.sequences], np.int64)
-        nodes = Candidates.of_roots(roots, 1 + (width - 1) * len(self.sources))
+        nodes = call.candidates(roots, width)
         lengths = [len(sequence) for sequence in context.sequences]
         pending = call.pending = PendingStep(list(context.rows), lengths, self._clock(), nodes)
         worth = self._worth(len(roots))
@@ -166,7 +164,7 @@ class MergedDrafter(Drafter):
             shown = idle_step(step)
             if proposal is not None and proposal.node_of is not None and not drafter.num_top_tokens:
                 if verified is None:
-                    verified = np.zeros(pending.nodes.tokens.shape, np.bool_)
+                    verified = np.zeros(pending.nodes.shape, np.bool_)
                     mark_verified(pending.nodes, host_array(step.tree.tokens), step.tree.host_parents, verified)
                 shown = Step(step.rows, _verified_part(proposal, verified), own[:, source].tolist())
             self._tell(call, source, context, shown, step)
@@ -213,7 +211,6 @@ class MergedDrafter(Drafter):
             record.calls += 1
             record.seconds += seconds
             node_of = self._add(call, source, context, tree, width)
-            record.proposed += 0 if node_of is None else int(np.count_nonzero(node_of > 0))
             assert call.pending is not None
             call.pending.proposals[source] = Proposal(tree, node_of, seconds, sureness)
             return tree
@@ -235,16 +232,21 @@ class MergedDrafter(Drafter):
         if tree.num_nodes == 1 or tree.draft_probs is not None:
             return None
         node_of = np.empty(tree.tokens.shape, np.int64)
-        scores = np.full(node_of.shape, UNKNOWN_SCORE) if tree.scores is None else host_array(tree.scores)
-        arrays = host_array(tree.tokens), host_array(tree.parents), scores.astype(np.float32, copy=False)
+        if tree.scores is None:
+            scores = np.full(node_of.shape, UNKNOWN_SCORE, np.float32)
+        else:
+            scores = host_array(tree.scores if tree.scores.dtype == torch.float32 else tree.scores.float())
+        arrays = host_array(tree.tokens), host_array(tree.parents), scores
         max_depths = np.array(context.max_depth, np.int64)
-        if not add_tree(call.pending.nodes, source, *arrays, max_depths, self._vocab_size, node_of):
+        taken = add_tree(call.pending.nodes, source, *arrays, max_depths, self._vocab_size, node_of)
+        if taken < 0:
             check_proposal(tree, context, width, self._vocab_size)
+        call.records[source].proposed += taken
         return node_of
 
-    def _grow(self, nodes: Candidates, width: int) -> tuple[TokenTree, float]:
+    def _grow(self, nodes: CandidateStore, width: int) -> tuple[TokenTree, float]:
         """The merged tree, and how many draft tokens it should bring, over all rows."""
-        rows = len(nodes.tokens)
+        rows = nodes.shape[0]
         tokens = np.zeros((rows, width), np.int64)
         parents = np.full((rows, width), -1, np.int64)
         scores = np.zeros((rows, width), np.float32)
@@ -291,7 +293,7 @@ def _verified_part(proposal: Proposal, verified: Any) -> TokenTree:
     """A source's own tree, of the nodes that were verified: the others are padding."""
     assert proposal.node_of is not None
     is_verified = np.take_along_axis(verified, proposal.node_of.clip(0), 1) & (proposal.node_of >= 0)
-    width = int(is_verified.any(0).nonzero()[0][-1]) + 1
+    width = int(np.flatnonzero(is_verified.any(0))[-1]) + 1
     tree = proposal.tree.first(width)
     parents = tree.parents.where(torch.from_numpy(is_verified[:, :width]).to(tree.parents.device), -1)
     return TokenTree(tree.tokens, parents, tree.scores)
@@ -302,7 +304,7 @@ def _compile_kernels() -> None:
     """Compiles, or loads what was compiled before, so that no step of a generation waits for it."""
     ids, table = np.zeros((1, 2), np.int64), np.zeros((2, DEPTH_CLASSES, SCORE_BINS))
     parents, scores = np.array([[-1, 0]]), np.zeros((1, 2), np.float32)
-    nodes = Candidates.of_roots(ids[0, :1].copy(), 2)
+    nodes = CandidateStore.of_roots(ids[0, :1].copy(), 2)
     add_tree(nodes, 0, ids, parents, scores, ids[0, :1].copy(), 1, ids.copy())
     grow_merged(nodes, table, table.copy(), 1.0, ids.copy(), ids.copy(), scores)
     counts = np.ones(1, np.int64)

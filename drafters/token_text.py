@@ -104,15 +104,20 @@ _known: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], TokenText]] = weak
 _lock = threading.Lock()
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises a TypeError for what is not a transformers tokenizer."""
+    for name in ("get_vocab", "decode", "encode"):
+        if not hasattr(tokenizer, name):
+            raise TypeError(f"a tokenizer of transformers is needed, got {type(tokenizer).__name__} without {name}()")
+
+
 def token_text(tokenizer: Any) -> TokenText:
     """Reads a tokenizer, without changing it; tokenizers of equal content are read once.
 
     Raises:
         TypeError: It is not a transformers tokenizer.
     """
-    for name in ("get_vocab", "decode", "encode"):
-        if not hasattr(tokenizer, name):
-            raise TypeError(f"a tokenizer of transformers is needed, got {type(tokenizer).__name__} without {name}()")
+    check_tokenizer(tokenizer)
     state = _state(tokenizer)
     with _lock:
         known = _known.get(tokenizer)

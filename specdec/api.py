@@ -102,7 +102,7 @@ def _speculation(
     )
 
 
-def resolve_drafter(drafter: DrafterLike) -> Drafter | None:
+def resolve_drafter(drafter: Any) -> Drafter | None:
     """A drafter from its name, one that asks a draft model, one that merges several, or the drafter itself.
 
     Raises:

@@ -140,7 +140,8 @@ class GuardedDrafter:
         try:
             result = getattr(self.drafter, method)(*args)
             if method == "propose":
-                check_proposal(result, *args, self.vocab_size)
+                context, max_nodes = args
+                check_proposal(result, context, max_nodes, self.vocab_size)
             return result
         except Exception as error:
             if self.strict:

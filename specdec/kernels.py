@@ -31,7 +31,8 @@ def kernel_part(function: Function) -> Function:
 
 def host_array(tensor: Tensor) -> NDArray[Any]:
     """A tensor's values as kernels take them: contiguous, so that they are compiled once. Waits for the device."""
-    return np.ascontiguousarray(tensor.cpu().numpy())
+    array: NDArray[Any] = (tensor if tensor.is_cpu else tensor.cpu()).numpy()
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
 
 @kernel

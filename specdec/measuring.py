@@ -4,36 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from statistics import median
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from specdec.memory import peak_bytes, reset_peak
 from specdec.report import SpeculationReport
+from specdec.samples import Measurement, Row, Sample, Settings
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What all methods are asked for.
-
-    Args:
-        arguments: Of `generate`.
-        seed: Prompt i is sampled with seed + i, by every method.
-    """
-
-    arguments: Mapping[str, Any]
-    seed: int = 0
-
-    @classmethod
-    def of(
-        cls, max_new_tokens: int = 128, do_sample: bool = False, temperature: float = 1.0, seed: int = 0
-    ) -> Settings:
-        """Greedy decoding, or sampling from the target's whole distribution."""
-        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
-        return cls({"max_new_tokens": max_new_tokens, "do_sample": do_sample, "num_beams": 1, **sampling}, seed)
+__all__ = [
+    "EncodedPrompt",
+    "Measurement",
+    "Method",
+    "Row",
+    "Sample",
+    "Settings",
+    "count_tokens",
+    "end_tokens",
+    "mark_identical",
+    "run_interleaved",
+    "run_once",
+]
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,8 @@ class Method:
         kwargs: Further arguments of `generate`.
         remembers: It keeps something from run to run: it meets each prompt once, and what it saw of it in the warm-up
             is lost.
-        optional: It is left out, with its reason, when it fails in the warm-up.
+        optional: It is left out, with its reason, when it fails.
+        guarantee: What it promises: `"token-identical"`, `"distribution"` or `"approximate"`.
     """
 
     name: str
@@ -54,134 +49,77 @@ class Method:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     remembers: bool = False
     optional: bool = False
+    guarantee: str = "token-identical"
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as token ids.
+    """A prompt, or a batch of prompts, as token ids.
 
     Args:
         id: For tables.
-        input_ids: `[1, tokens]`, on the target's device.
+        input_ids: `[batch, tokens]`, on the target's device, padded on the left.
         attention_mask: Of the same shape; ones if None.
+        category: The kind of task, for tables.
     """
 
     id: str
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    category: str | None = None
 
 
 @dataclass
-class Sample:
-    """One run of one method on one prompt.
+class _Rounds:
+    """The runs of all methods, prompt by prompt."""
 
-    Args:
-        method: Its name.
-        prompt: The prompt's id.
-        repeat: Which repetition.
-        output: Every token id returned after the prompt; None when the prompt itself was not returned unchanged.
-        num_tokens: Generated tokens, the end-of-text token included, anything after it not counted.
-        seconds: Wall time of the call.
-        prefill_seconds: The part of it up to the end of the first target pass.
-        num_target_passes: Forwards of the target, the prefill included.
-        identical: Whether `output` is what the first method gave with the same seed; None until that is known.
-    """
-
-    method: str
-    prompt: str
-    repeat: int
-    output: list[int] | None
-    num_tokens: int
-    seconds: float
-    prefill_seconds: float
-    num_target_passes: int
-    identical: bool | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Over the whole call, prefill included."""
-        return self.num_tokens / self.seconds
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """After the prefill, which gives the first token."""
-        return max(self.num_tokens - 1, 0) / max(self.seconds - self.prefill_seconds, 1e-9)
-
-
-@dataclass(frozen=True)
-class Row:
-    """Summary of one method.
-
-    Args:
-        method: Its name.
-        tokens_per_second: Median over the prompts, prefill included.
-        decode_tokens_per_second: The same without prefill.
-        prefill_seconds: Median.
-        speedup: Median over the prompts of the ratio to the first method.
-        tokens_per_pass: All generated tokens by all target passes, prefills included.
-        num_identical: Runs whose tokens are those of the first method.
-        num_runs: All runs.
-    """
-
-    method: str
-    tokens_per_second: float
-    decode_tokens_per_second: float
-    prefill_seconds: float
-    speedup: float
-    tokens_per_pass: float
-    num_identical: int
-    num_runs: int
-
-
-@dataclass
-class Measurement:
-    """Samples of all methods, and what was left out.
-
-    Args:
-        reference: Name of the first method, which the others are compared with.
-        settings: What was asked for.
-        samples: In the order of the runs.
-        failed: Reason by name of each optional method that could not run.
-    """
-
-    reference: str
+    methods: list[Method]
+    target: nn.Module
     settings: Settings
-    samples: list[Sample] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
+    result: Measurement
+    on_sample: Callable[[Sample], None]
+    on_failure: Callable[[str, str], None]
+    runners: dict[str, Any] = field(default_factory=dict)
 
-    def rows(self) -> list[Row]:
-        """One summary per method, in the order in which they were given."""
-        return [self._row(name) for name in dict.fromkeys(s.method for s in self.samples)]
+    def warm_up(self, prompt: EncodedPrompt, on_warm_up: Callable[[str, str | None], None]) -> None:
+        """Runs each method once, and leaves out those that cannot run."""
+        for method in list(self.methods):
+            self._try(method, method.prepare, prompt, 0, 0)
+            on_warm_up(method.name, self.result.failed.get(method.name))
+        self.runners = {method.name: method.prepare() for method in self.methods if method.remembers}
 
-    def _row(self, method: str) -> Row:
-        mine = [s for s in self.samples if s.method == method]
-        theirs = _median_by_prompt([s for s in self.samples if s.method == self.reference], "tokens_per_second")
-        speed = _median_by_prompt(mine, "tokens_per_second")
-        return Row(
-            method=method,
-            tokens_per_second=median(speed.values()),
-            decode_tokens_per_second=median(_median_by_prompt(mine, "decode_tokens_per_second").values()),
-            prefill_seconds=median(_median_by_prompt(mine, "prefill_seconds").values()),
-            speedup=median(speed[prompt] / theirs[prompt] for prompt in speed),
-            tokens_per_pass=sum(s.num_tokens for s in mine) / max(sum(s.num_target_passes for s in mine), 1),
-            num_identical=sum(bool(s.identical) for s in mine),
-            num_runs=len(mine),
-        )
+    def run(self, turn: int, number: int, prompt: EncodedPrompt, repeat: int) -> list[Sample]:
+        """Runs all methods on a prompt, beginning with another one each time."""
+        turn %= len(self.methods)
+        samples = []
+        for method in self.methods[turn:] + self.methods[:turn]:
+            if method.remembers and repeat:
+                continue
+            runner = self.runners.get(method.name)
+            prepare = method.prepare if runner is None else lambda runner=runner: runner
+            sample = self._try(method, prepare, prompt, number, repeat)
+            if sample is None:
+                self.on_failure(method.name, self.result.failed[method.name])
+            else:
+                samples.append(sample)
+                self.on_sample(sample)
+        mark_identical(samples, self.result.reference)
+        order = [m.name for m in self.methods]
+        return sorted(samples, key=lambda s: order.index(s.method))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return {
-            "reference": self.reference,
-            "settings": asdict(self.settings),
-            "methods": [asdict(row) for row in self.rows()],
-            "failed": self.failed,
-            "samples": [asdict(sample) for sample in self.samples],
-        }
-
-
-def _median_by_prompt(samples: Sequence[Sample], figure: str) -> dict[str, float]:
-    prompts = dict.fromkeys(s.prompt for s in samples)
-    return {prompt: median(getattr(s, figure) for s in samples if s.prompt == prompt) for prompt in prompts}
+    def _try(
+        self, method: Method, prepare: Callable[[], Any], prompt: EncodedPrompt, number: int, repeat: int
+    ) -> Sample | None:
+        """A run; None if the method failed and may be left out."""
+        try:
+            return run_once(method, prepare(), prompt, self.target, self.settings, number, repeat)
+        except Exception as error:
+            if not method.optional:
+                raise
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            self.result.failed[method.name] = reason
+            self.methods.remove(method)
+            return None
 
 
 def run_interleaved(
@@ -193,6 +131,9 @@ def run_interleaved(
     repeats: int = 1,
     on_warm_up: Callable[[str, str | None], None] = lambda method, failure: None,
     on_sample: Callable[[Sample], None] = lambda sample: None,
+    on_round: Callable[[EncodedPrompt, list[Sample]], None] = lambda prompt, samples: None,
+    on_failure: Callable[[str, str], None] = lambda method, failure: None,
+    earlier: Measurement | None = None,
 ) -> Measurement:
     """Runs every method on each prompt before the next prompt, beginning with another method each time.
 
@@ -205,37 +146,32 @@ def run_interleaved(
         repeats: How often each prompt is run.
         on_warm_up: Called after each warm-up run with the method's name, and the reason if it is left out.
         on_sample: Called after each measured run, outside the clock.
+        on_round: Called when all methods have run on a prompt, with their samples.
+        on_failure: Called with name and reason when an optional method fails in a measured run; it is left out.
+        earlier: Whole rounds of an interrupted run, which are not run again.
 
     Raises:
-        ValueError: Nothing to run, or names or ids that are not distinct.
+        ValueError: Nothing to run, names or ids that are not distinct, or a method that remembers cannot go on.
     """
     _check_distinct("methods", [m.name for m in methods])
     _check_distinct("prompts", [p.id for p in prompts])
-    result = Measurement(methods[0].name, settings)
-    usable = list(methods)
-    for method in methods:
-        try:
-            run_once(method, method.prepare(), warm_up or prompts[0], target, settings)
-        except Exception as error:
-            if not method.optional:
-                raise
-            result.failed[method.name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            usable.remove(method)
-        on_warm_up(method.name, result.failed.get(method.name))
-    runners = {method.name: method.prepare() for method in usable if method.remembers}
-    for repeat in range(repeats):
-        for number, prompt in enumerate(prompts):
-            turn = (repeat * len(prompts) + number) % len(usable)
-            round_samples = []
-            for method in usable[turn:] + usable[:turn]:
-                if method.remembers and repeat:
-                    continue
-                runner = runners[method.name] if method.remembers else method.prepare()
-                sample = run_once(method, runner, prompt, target, settings, number, repeat)
-                round_samples.append(sample)
-                on_sample(sample)
-            mark_identical(round_samples, methods[0].name)
-            result.samples += sorted(round_samples, key=lambda s: [m.name for m in usable].index(s.method))
+    result = Measurement(methods[0].name, settings, guarantees={m.name: m.guarantee for m in methods})
+    if earlier is not None:
+        result.samples, result.failed = list(earlier.samples), dict(earlier.failed)
+    usable = [method for method in methods if method.name not in result.failed]
+    if result.samples and any(method.remembers for method in usable):
+        raise ValueError("a method that remembers cannot go on with an interrupted run; start anew")
+    rounds = _Rounds(usable, target, settings, result, on_sample, on_failure)
+    done = {(s.prompt, s.repeat) for s in result.samples}
+    ahead = [(repeat, number) for repeat in range(repeats) for number in range(len(prompts))]
+    ahead = [(repeat, number) for repeat, number in ahead if (prompts[number].id, repeat) not in done]
+    if ahead:
+        rounds.warm_up(warm_up or prompts[0], on_warm_up)
+    for repeat, number in ahead:
+        samples = rounds.run(repeat * len(prompts) + number, number, prompts[number], repeat)
+        on_round(prompts[number], samples)
+        result.samples += samples
+    result.samples = [sample for sample in result.samples if sample.method not in result.failed]
     return result
 
 
@@ -262,34 +198,44 @@ def run_once(
     ids = prompt.input_ids
     mask = torch.ones_like(ids) if prompt.attention_mask is None else prompt.attention_mask
     torch.manual_seed(settings.seed + number)
+    reset_peak(ids.device)
     _synchronize(ids.device)
     with _PassCounter(target, ids.device).attached() as counter:
         start = perf_counter()
         output = runner.generate(ids, attention_mask=mask, **settings.arguments, **method.kwargs)
         _synchronize(ids.device)
         end = perf_counter()
-    sequence = (output if isinstance(output, Tensor) else output.sequences)[0].tolist()
+    sequences = (output if isinstance(output, Tensor) else output.sequences).tolist()
     length = ids.shape[1]
-    new_tokens = sequence[length:]
     report = getattr(runner, "report", None)
+    report = report if isinstance(report, SpeculationReport) else None
+    # A pass replayed from a captured graph calls no hook; the report counts it all the same.
+    told = report if report is not None and report.fallback is None else None
     return Sample(
         method=method.name,
         prompt=prompt.id,
         repeat=repeat,
-        output=new_tokens if sequence[:length] == ids[0].tolist() else None,
-        num_tokens=count_tokens(new_tokens, end_tokens(target)),
+        outputs=[
+            sequence[length:] if sequence[:length] == given else None
+            for sequence, given in zip(sequences, ids.tolist(), strict=True)
+        ],
+        num_tokens=sum(count_tokens(sequence[length:], end_tokens(target)) for sequence in sequences),
         seconds=end - start,
         prefill_seconds=(counter.first_end or end) - start,
-        # A pass replayed from a captured graph calls no hook; the report counts it all the same.
-        num_target_passes=report.num_target_passes if isinstance(report, SpeculationReport) else counter.count,
+        num_target_passes=told.num_target_passes if told else counter.count,
+        num_row_passes=told.num_row_passes if told else counter.count * len(sequences),
+        category=prompt.category,
+        report=report.to_dict() if report is not None else None,
+        peak_bytes=peak_bytes(ids.device),
     )
 
 
 def mark_identical(samples: Sequence[Sample], reference: str) -> None:
     """Compares the outputs of one round with the reference's: all ids, anything after the end of text included."""
-    expected = next(s.output for s in samples if s.method == reference)
+    expected = next(s.outputs for s in samples if s.method == reference)
     for sample in samples:
-        sample.identical = expected is not None and sample.output == expected
+        pairs = zip(sample.outputs, expected, strict=True)
+        sample.identical_rows = [theirs is not None and mine == theirs for mine, theirs in pairs]
 
 
 def count_tokens(new_tokens: Sequence[int], ends: frozenset[int]) -> int:

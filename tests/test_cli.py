@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from specdec import embedded, provenance
+from specdec import embedded
 from specdec.cli import app
 from specdec.commands import COMMANDS
 from specdec.commands.accepted_drafts import pieces_of
@@ -354,36 +352,3 @@ def test_embedded_model_by_name() -> None:
     chosen = embedded.heldout_prompts(5)
     assert len(chosen) == 5
     assert chosen[0] == prompts[0]
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_benchmark_fills_the_readme_table(
-    target: Path, draft: Path, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench, readme = load_script("bench_generate"), load_script("readme_table")
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    args = ["--name", "tiny", "--model", target, "--draft-model", draft, "--prompt-file", prompt_file, "--prompts", 2]
-    result = CliRunner().invoke(bench.app, [str(a) for a in [*args, "--tokens", 6]])
-    assert result.exit_code == 0, result.output
-    results = json.loads((tmp_path / "tiny.json").read_text())
-    assert set(results["parts"]) == {"greedy", "sampled", "incompressible"}
-    assert results["num_prompts"] == 2
-    for part in results["parts"].values():
-        assert all(row["num_identical"] == 2 for row in part["methods"] if "specdec" in row["method"])
-
-    text = "before\n<!-- measured: tiny greedy,sampled -->\nold\n<!-- end -->\nafter\n"
-    filled = readme.filled(text, tmp_path)
-    assert "old" not in filled
-    assert filled.startswith("before\n<!-- measured: tiny greedy,sampled -->\n| method | greedy (T=0): tokens/s |")
-    assert filled.endswith("<!-- end -->\nafter\n")
-    assert "| specdec lookahead |" in filled
-    assert provenance.versions()["transformers"] in filled
-    assert readme.filled(filled, tmp_path) == filled
-    assert "Not measured yet" in readme.filled(text, tmp_path / "elsewhere")

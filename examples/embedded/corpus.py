@@ -35,6 +35,7 @@ HELD_OUT_SIZES = range(3_000, 60_000)
 PIECES = r"(?:\r?\n)+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 # The pieces of GPT-2: a word takes a space along, never a sign; digits are not cut.
 OTHER_PIECES = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+OTHER_DRAFT = "other-draft"
 OTHER: dict[str, Any] = {"vocab_size": 2000, "pieces": OTHER_PIECES}
 """Settings of a tokenizer that cuts text differently, for a draft model that does not share the target's."""
 
@@ -134,3 +135,12 @@ def encode(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> np.
             raise ValueError(f"the tokenizer changes {document.path}; its decoder must undo its pre-tokenizer")
         stream += [*ids, tokenizer.eos_token_id]
     return np.array(stream, dtype=np.uint16)
+
+
+def tokenizer_folder(which: str, work: Path) -> Path:
+    return work / ("other-tokenizer" if which == OTHER_DRAFT else "tokenizer")
+
+
+def stream_file(name: str, which: str, work: Path) -> Path:
+    """Where the encoded training or held-out files of a model are."""
+    return work / (f"{name}-other.npy" if which == OTHER_DRAFT else f"{name}.npy")

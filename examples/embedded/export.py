@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from corpus import Document
+from corpus import OTHER_DRAFT, Document, stream_file
 from trainer import RECORD, RECORD_FILE, mean_loss
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -46,9 +46,9 @@ To train it again, from the root of the repository, with the same Python version
 
 ```bash
 python examples/embedded/train.py corpus
-python examples/embedded/train.py tokenizer
+python examples/embedded/train.py tokenizer{model}
 {commands}
-python examples/embedded/train.py export
+python examples/embedded/train.py export{model}
 ```
 """
 
@@ -122,9 +122,10 @@ def export_model(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as partial:
         _write_model(model, tokenizer, Path(partial))
+        train_tokens = len(np.load(stream_file("train", which, work), mmap_mode="r"))
         record = json.dumps({name: state[name] for name in RECORD}, indent=1)
         (Path(partial) / RECORD_FILE).write_text(record + "\n")
-        (Path(partial) / "README.md").write_text(_card(which, model, state, work, held_out, loss))
+        (Path(partial) / "README.md").write_text(_card(which, model, state, work, held_out, train_tokens, loss))
         for file in Path(partial).iterdir():
             os.replace(file, out / file.name)  # a reader finds the old file or the new one, never a half
     return f"{which}: {state['tokens']:,} tokens, held-out loss {loss:.4f}, written to {out}"
@@ -161,6 +162,7 @@ def _card(
     state: dict[str, Any],
     work: Path,
     held_out: np.ndarray,
+    train_tokens: int,
     loss: float,
 ) -> str:
     config = model.config
@@ -168,7 +170,8 @@ def _card(
         which=which,
         parameters=model.num_parameters(),
         python=json.loads((work / "corpus.json").read_text())["python"],
-        train_tokens=len(np.load(work / "train.npy", mmap_mode="r")),
+        train_tokens=train_tokens,
+        model=f" {which}" if which == OTHER_DRAFT else "",
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,

@@ -7,7 +7,7 @@ the folder --work:
 
 A second draft model, whose tokenizer is another one, is trained with
 
-    tokenizer other-draft, train other-draft, export other-draft --out FOLDER
+    tokenizer other-draft, train other-draft, export other-draft
 """
 
 from __future__ import annotations
@@ -35,21 +35,11 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 WorkOption = Annotated[Path, typer.Option(help="Folder of the corpus, the tokenizer and the checkpoints.")]
 WORK = Path("/tmp/embedded")
 SHIPPED = ("target", "draft")
-OTHER_DRAFT = "other-draft"
 
 
 def check_model(which: str) -> None:
     if which not in SHAPES:
         raise typer.BadParameter(f"{which!r} is not a model; choose one of {', '.join(SHAPES)}")
-
-
-def tokenizer_folder(which: str, work: Path) -> Path:
-    return work / ("other-tokenizer" if which == OTHER_DRAFT else "tokenizer")
-
-
-def stream_file(name: str, which: str, work: Path) -> Path:
-    """Where the encoded training or held-out files of a model are."""
-    return work / (f"{name}-other.npy" if which == OTHER_DRAFT else f"{name}.npy")
 
 
 @app.command("corpus")
@@ -79,12 +69,12 @@ def tokenizer_command(
     """Train the byte-level BPE tokenizer on the training files and encode all files."""
     check_model(which)
     training = corpora.read_jsonl(work / "train.jsonl")
-    settings = corpora.OTHER if which == OTHER_DRAFT else {}
-    tokenizer = corpora.train_tokenizer((d.text for d in training), tokenizer_folder(which, work), **settings)
+    settings = corpora.OTHER if which == corpora.OTHER_DRAFT else {}
+    tokenizer = corpora.train_tokenizer((d.text for d in training), corpora.tokenizer_folder(which, work), **settings)
     for name in ("train", "heldout"):
         documents = corpora.read_jsonl(work / f"{name}.jsonl")
         stream = corpora.encode(documents, tokenizer)
-        np.save(stream_file(name, which, work), stream)
+        np.save(corpora.stream_file(name, which, work), stream)
         print(f"{name}: {len(stream):,} tokens")
 
 
@@ -133,10 +123,10 @@ def train_command(
         bf16=bf16,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vocab_size = len(AutoTokenizer.from_pretrained(tokenizer_folder(which, work)))
+    vocab_size = len(AutoTokenizer.from_pretrained(corpora.tokenizer_folder(which, work)))
     run = Run.fresh(SHAPES[which], vocab_size, settings, device)
     print(f"{which}: {run.model.num_parameters():,} parameters on {device}, {settings}", flush=True)
-    streams = [np.load(stream_file(name, which, work)) for name in ("train", "heldout")]
+    streams = [np.load(corpora.stream_file(name, which, work)) for name in ("train", "heldout")]
     train(run, *streams, settings, work / which, compiled, start_from)
 
 
@@ -144,7 +134,10 @@ def train_command(
 def export_command(
     models: Annotated[list[str] | None, typer.Argument(help="Which models; target and draft by default.")] = None,
     work: WorkOption = WORK,
-    out: Annotated[Path, typer.Option(help="Folder for target/, draft/ and heldout.jsonl.")] = ASSETS,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for target/, draft/ and heldout.jsonl; the package's, but --work for other-draft."),
+    ] = None,
     only_if_better: Annotated[
         bool, typer.Option(help="Leave a model alone whose exported weights have the lower held-out loss.")
     ] = False,
@@ -152,16 +145,18 @@ def export_command(
     """Write weights, tokenizer and model card of the trained models, and the held-out prompts."""
     for which in models or SHIPPED:
         check_model(which)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(which, work))
-        held_out = np.load(stream_file("heldout", which, work))
+        tokenizer = AutoTokenizer.from_pretrained(corpora.tokenizer_folder(which, work))
+        held_out = np.load(corpora.stream_file("heldout", which, work))
         if (work / which / "checkpoint.pt").exists():
-            print(exporting.export_model(which, work, out / which, tokenizer, held_out, only_if_better))
-    if models == [OTHER_DRAFT]:
+            folder = (out or (ASSETS if which in SHIPPED else work / "exported")) / which
+            print(exporting.export_model(which, work, folder, tokenizer, held_out, only_if_better))
+    if models == [corpora.OTHER_DRAFT]:
         return
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     prompts = exporting.cut_prompts(corpora.read_jsonl(work / "heldout.jsonl"), tokenizer)
-    exporting.write_prompts(prompts, out / "heldout.jsonl")
-    print(f"{len(prompts)} prompts in {out / 'heldout.jsonl'}")
+    path = (out or ASSETS) / "heldout.jsonl"
+    exporting.write_prompts(prompts, path)
+    print(f"{len(prompts)} prompts in {path}")
 
 
 @app.command("prompts")

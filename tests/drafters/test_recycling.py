@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,7 @@ def test_best_nodes_come_first() -> None:
             assert (parent, tokens[row, node]) not in seen, "siblings differ"
             seen.add((parent, tokens[row, node]))
             paths.append(paths[parent] * float(scores[row, node]))
-        assert all(a >= b - 1e-6 for a, b in zip(paths[1:], paths[2:], strict=False))
+        assert all(a >= b - 1e-6 for a, b in itertools.pairwise(paths))
     listed = set(table[3].tolist()) | set(last[0].tolist())
     assert {t for t, p in zip(tokens[0].tolist(), parents[0].tolist(), strict=True) if p == 0} <= listed
 

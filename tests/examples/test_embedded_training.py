@@ -113,6 +113,18 @@ def test_tokenizer_joins_newline_and_indentation_and_loses_nothing(work: Path) -
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_the_other_draft_has_a_tokenizer_of_its_own(scripts: dict[str, ModuleType], work: Path) -> None:
+    before = (work / "train.npy").read_bytes()
+    scripts["train"].tokenizer_command(which="other-draft", work=work)
+    one, other = (AutoTokenizer.from_pretrained(work / name) for name in ("tokenizer", "other-tokenizer"))
+    text = "def add(values):\n    return total + 12345\n"
+    assert one.tokenize(text) != other.tokenize(text)
+    assert other.decode(other(text)["input_ids"]) == text
+    assert len(other) <= scripts["corpus"].OTHER["vocab_size"]
+    assert (work / "train.npy").read_bytes() == before
+    assert len(np.load(work / "train-other.npy")) > 0
+
+
 def test_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
     scripts: dict[str, ModuleType], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

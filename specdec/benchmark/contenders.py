@@ -1,0 +1,141 @@
+"""The methods of a benchmark: transformers' own, drafting off, and drafters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from specdec.api import DrafterLike, SpeculativeModel, accelerate, resolve_drafter, resolve_verifier
+from specdec.commands.contenders import HF_GENERATE, OFF, hf_methods
+from specdec.drafters import DRAFTERS
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.measuring import Method
+from specdec.verifiers.base import Verifier
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A drafter to be measured.
+
+    Args:
+        name: For tables.
+        make: Returns a new drafter, or a drafter's name. It is called for each run, outside the clock, so that no
+            prompt profits from what the drafter saw of another one, or of itself in another repeat.
+        verifier: A name or a verifier.
+        optional: It is left out, with the reason, where it cannot run.
+        max_nodes: Largest token tree per target pass.
+    """
+
+    name: str
+    make: Callable[[], DrafterLike]
+    verifier: str | Verifier = "exact"
+    optional: bool = False
+    max_nodes: int = 64
+
+    @classmethod
+    def named(cls, drafter: str, draft_model: Any = None, optional: bool = False) -> Contender:
+        """A drafter by its name, with its own settings.
+
+        Args:
+            drafter: A name in `DRAFTERS`.
+            draft_model: What a drafter that asks a draft model takes.
+            optional: See the class.
+
+        Raises:
+            ValueError: The name is not known, or the draft model is missing.
+        """
+        if drafter not in DRAFTERS:
+            raise ValueError(f"drafter {drafter!r} is not known; use one of {', '.join(map(repr, DRAFTERS))}")
+        make: Callable[[], DrafterLike] = DRAFTERS[drafter]
+        if issubclass(DRAFTERS[drafter], DraftModelDrafter):
+            if draft_model is None:
+                raise ValueError(f"drafter {drafter!r} needs a draft model; pass draft_model=...")
+
+            def make() -> DrafterLike:
+                return DraftModelDrafter(draft_model)
+
+        return cls(f"specdec {drafter.replace('-', ' ')}", make, optional=optional)
+
+    def method(self, model: Any) -> Method:
+        """How to run it."""
+        verifier = resolve_verifier(self.verifier)
+
+        def prepare() -> SpeculativeModel:
+            return accelerate(model, self.make(), verifier=self.verifier, max_nodes=self.max_nodes)
+
+        return Method(self.name, prepare, optional=self.optional, guarantee=verifier.guarantee)
+
+    def described(self) -> dict[str, Any]:
+        """Everything that decides its figures, ready for JSON."""
+        drafter, verifier = resolve_drafter(self.make()), resolve_verifier(self.verifier)
+        found = {
+            "name": self.name,
+            "drafter": drafter.name if drafter is not None else None,
+            "settings": drafter.settings() if drafter is not None else {},
+            "verifier": verifier.name,
+            "verifier_settings": vars(verifier),
+            "max_nodes": self.max_nodes,
+        }
+        # A name for what has no value in JSON, such as a model.
+        plain: dict[str, Any] = json.loads(json.dumps(found, default=lambda value: type(value).__name__))
+        return plain
+
+
+def all_that_apply(draft_model: Any = None) -> list[Contender]:
+    """Every drafter by name; those that cannot run with a model will be left out, with the reason."""
+    names = [
+        name for name, kind in DRAFTERS.items() if draft_model is not None or not issubclass(kind, DraftModelDrafter)
+    ]
+    names.sort(key=lambda name: name == "auto")  # it merges the others, so it comes behind them
+    return [Contender.named(name, draft_model, optional=True) for name in names]
+
+
+def as_contenders(drafters: Sequence[str | Contender] | None, draft_model: Any) -> list[Contender]:
+    """Contenders from what a caller passes.
+
+    Raises:
+        TypeError: A drafter in place of what makes it.
+        ValueError: A name is not known, or used twice.
+    """
+    if drafters is None:
+        return all_that_apply(draft_model)
+    contenders = []
+    for drafter in drafters:
+        if isinstance(drafter, str):
+            drafter = Contender.named(drafter, draft_model)
+        if not isinstance(drafter, Contender):
+            raise TypeError(
+                f"drafters must hold names or Contender(name, make), not {drafter!r:.100}: a drafter that is used for "
+                "several prompts would remember them"
+            )
+        contenders.append(drafter)
+    names = [contender.name for contender in contenders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"drafters have the same name: {', '.join(names)}; give each a name of its own")
+    return contenders
+
+
+def methods_of(
+    model: Any,
+    contenders: Sequence[Contender],
+    is_sampled: bool,
+    draft_model: Any = None,
+    assisted_kwargs: dict[str, Any] | None = None,
+) -> list[Method]:
+    """All methods of a part; plain `generate`, which the others are compared with, is the first.
+
+    Args:
+        model: The target.
+        contenders: The drafters.
+        is_sampled: Sampling, transformers' own speculation keeps the distribution, but draws other tokens.
+        draft_model: For transformers' assisted generation.
+        assisted_kwargs: What that needs besides.
+    """
+    theirs = [
+        replace(method, guarantee="distribution") if is_sampled and method.name != HF_GENERATE else method
+        for method in hf_methods(model, draft_model, assisted_kwargs)
+    ]
+    off = Contender(OFF, lambda: None)
+    return [*theirs, *(contender.method(model) for contender in [off, *contenders])]

@@ -1,0 +1,455 @@
+"""A benchmark must not be fooled by a method that cheats, and must end the same when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from specdec import measuring, provenance
+from specdec.benchmark import BenchmarkResults, BenchmarkSettings, Contender, runner
+from specdec.benchmark.compare import comparison_tables, interval
+from specdec.benchmark.compare import compare as compare_results
+from specdec.benchmark.differences import first_difference
+from specdec.benchmark.prompts import batches, read_benchmark_prompts
+from specdec.benchmark.results import load_results
+from specdec.benchmark.tables import text_tables
+from specdec.cli import app
+from specdec.drafters import DraftContext, Drafter, LookaheadDrafter
+from specdec.measuring import EncodedPrompt, Measurement, Method, Sample
+from specdec.samples import Settings, spread
+from specdec.tree import TokenTree
+from tests.test_cli import PROMPT, save_model
+from tests.tiny_models import EOS, tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = [PROMPT + str(i) for i in range(3)]
+GREEDY = BenchmarkSettings(max_new_tokens=8, temperatures=(0.0,))
+
+
+def call(*args: object) -> Any:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def measured(drafters: Any, settings: BenchmarkSettings = GREEDY, **kwargs: Any) -> BenchmarkResults:
+    return runner.run_benchmark(tiny_model(), tiny_tokenizer(), drafters, TEXTS, settings, **kwargs)
+
+
+class Faulty:
+    """Passes the target's output through a fault."""
+
+    def __init__(self, fault: Callable[[Tensor, int], Tensor]) -> None:
+        self.fault = fault
+
+    def generate(self, ids: Tensor, **kwargs: Any) -> Tensor:
+        return self.fault(tiny_model().generate(ids, **kwargs), ids.shape[1])
+
+
+def overshoot(output: Tensor, prompt: int) -> Tensor:
+    """End of text after two tokens, and four more tokens behind it."""
+    output = output.clone()
+    output[:, prompt + 2] = EOS
+    return output
+
+
+def changed(output: Tensor, prompt: int) -> Tensor:
+    output = output.clone()
+    output[:, prompt + 3] += 1
+    return output
+
+
+FAULTS: dict[str, tuple[Callable[[Tensor, int], Tensor], int, int | None]] = {
+    # fault, tokens that may be counted, where it shows
+    "tokens past the end of text": (overshoot, 3, 2),
+    "prompt skipped": (lambda output, prompt: output[:, :prompt], 0, 0),
+    "token changed": (changed, 8, 3),
+    "one token more": (lambda output, prompt: torch.cat([output, output[:, -1:]], 1), 9, 8),
+    "prompt altered": (lambda output, prompt: torch.cat([output[:, :1] + 1, output[:, 1:]], 1), 8, None),
+    "prompt not returned": (lambda output, prompt: output[:, prompt:], 0, None),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault, num_tokens, position = FAULTS[name]
+    methods = [Method("HF generate", tiny_model), Method("faulty", lambda: Faulty(fault))]
+    monkeypatch.setattr(runner, "methods_of", lambda *args: methods)
+    results = measured([])
+    reference, faulty = results.parts["greedy"].measurement.rows()
+    assert (reference.num_identical, reference.num_runs) == (3, 3)
+    assert (faulty.num_identical, faulty.num_runs) == (0, 3)
+    samples = [s for s in results.parts["greedy"].measurement.samples if s.method == "faulty"]
+    assert {s.num_tokens for s in samples} == {num_tokens}
+    for sample in samples:
+        (difference,) = sample.differences
+        assert (difference["row"], difference["position"]) == (0, position)
+        # The target was sure of its token: this is a fault, not a near-tie.
+        assert difference["gap"] is None if position is None else difference["gap"] > 1e-3
+    (table,) = text_tables(results)
+    assert table.rows[1][-1] == "0 of 3"
+    assert any("faulty: " in note for note in table.notes)
+
+
+def test_batch_that_lacks_a_row_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = [
+        Method("HF generate", tiny_model),
+        Method("faulty", lambda: Faulty(lambda output, prompt: output[1:]), optional=True),
+    ]
+    monkeypatch.setattr(runner, "methods_of", lambda *args: methods)
+    results = measured([], replace(GREEDY, batch_sizes=(3,)))
+    assert list(results.parts["greedy-batch-3"].measurement.failed) == ["faulty"]
+
+
+def test_methods_are_compared_on_the_same_prompts_only() -> None:
+    samples = [Sample("a", p, 0, [[1]], 1, 1.0, 0.5, 1) for p in "xy"] + [Sample("b", "x", 0, [[1]], 1, 1.0, 0.5, 1)]
+    with pytest.raises(ValueError, match=r"b and a were not run on the same prompts: \['y'\]"):
+        Measurement("a", Settings({}), samples).rows()
+
+
+class WrongDrafter(Drafter):
+    """Proposes the token that the target will not say, and breaks after some steps."""
+
+    name = "wrong"
+    steps = 0
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        self.steps += 1
+        if self.steps > 4:
+            raise RuntimeError("it broke")
+        roots = torch.tensor([int(sequence[-1]) for sequence in context.sequences])
+        tokens = torch.stack([roots, torch.full_like(roots, EOS)], 1)
+        return TokenTree(tokens, torch.tensor([[-1, 0]]).expand(len(roots), 2))
+
+
+@pytest.mark.filterwarnings("ignore:drafter 'wrong' failed")
+def test_drafter_cannot_change_a_token_and_its_failure_is_told() -> None:
+    results = measured([Contender("wrong", WrongDrafter)], BenchmarkSettings(max_new_tokens=8))
+    for part in results.parts.values():
+        row = part.measurement.rows()[-1]
+        assert row.num_identical == row.num_runs == 3
+        assert row.notes == ["the drafter was switched off: RuntimeError: it broke"]
+        assert row.acceptance_rate in (None, 0.0)
+
+
+def test_clock_of_decoding_leaves_out_the_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(measuring, "perf_counter", lambda: now[0])
+
+    class Timed(torch.nn.Module):
+        generation_config = None
+
+        def forward(self, ids: Tensor) -> None:
+            now[0] += 10.0 if ids.shape[1] > 1 else 0.5
+
+        def generate(self, ids: Tensor, **kwargs: Any) -> Tensor:
+            self(ids)
+            for _ in range(4):
+                self(ids[:, :1])
+            return torch.cat([ids, ids.new_ones(len(ids), 5)], 1)
+
+    target = Timed()
+    prompt = EncodedPrompt("two rows", torch.tensor([[5, 6, 7], [5, 6, 8]]))
+    sample = measuring.run_once(Method("m", lambda: target), target, prompt, target, Settings({}))
+    assert (sample.seconds, sample.prefill_seconds, sample.num_tokens) == (12.0, 10.0, 10)
+    assert sample.decode_tokens_per_second == pytest.approx(8 / 2.0)
+    assert sample.num_row_passes == 2 * sample.num_target_passes == 10
+
+
+def test_every_setting_is_measured_and_methods_of_each_guarantee_apart() -> None:
+    contenders = [
+        Contender("exact", lambda: "lookahead"),
+        Contender("typical", lambda: LookaheadDrafter(max_depth=2), verifier="typical"),
+    ]
+    settings = BenchmarkSettings(6, temperatures=(0.0, 1.0), batch_sizes=(1, 2), repeats=2, random_prompts=True)
+    results = measured(contenders, settings)
+    assert list(results.parts) == ["greedy", "sampled", "greedy-batch-2", "sampled-batch-2", "incompressible"]
+    assert [part.num_prompts for part in results.parts.values()] == [3, 3, 2, 2, 3]
+    for name, part in results.parts.items():
+        rows = {row.method: row for row in part.measurement.rows()}
+        assert all(row.num_runs == part.num_prompts * 2 for row in rows.values())
+        for method in ("HF generate", "specdec off", "exact"):
+            assert rows[method].num_identical == rows[method].num_runs
+            assert rows[method].guarantee == "token-identical"
+        assert rows["typical"].guarantee == "approximate"
+        if "batch" in name:
+            assert "batch_size = 1" in part.measurement.failed["HF prompt lookup"]
+        elif "greedy" not in name:
+            assert rows["HF prompt lookup"].guarantee == "distribution"
+    titles = {table.title.partition("; ")[2]: [row[0] for row in table.rows] for table in text_tables(results)}
+    assert titles["approximate: the output may differ"] == ["HF generate", "typical"]
+    assert "typical" not in titles["exact: the tokens of HF generate"]
+
+
+def untimed(results: BenchmarkResults) -> Any:
+    return {
+        name: [
+            (s.method, s.prompt, s.repeat, s.outputs, s.num_tokens, s.identical_rows, s.differences)
+            for s in part.measurement.samples
+        ]
+        for name, part in results.parts.items()
+    }
+
+
+def test_interrupted_run_goes_on(tmp_path: Path) -> None:
+    made = [0]
+
+    def make(limit: int) -> Callable[[], Drafter]:
+        def drafter() -> Drafter:
+            made[0] += 1
+            if made[0] > limit:
+                raise KeyboardInterrupt
+            return LookaheadDrafter()
+
+        return drafter
+
+    settings = BenchmarkSettings(6, repeats=2)
+    whole = measured([Contender("mine", make(10**6))], settings)
+    made[0] = 0
+    with pytest.raises(KeyboardInterrupt):  # the contender is described once, warmed up, and run on four prompts
+        measured([Contender("mine", make(6))], settings, folder=tmp_path)
+    rounds = tmp_path / "rounds.jsonl"
+    assert len(rounds.read_text().splitlines()) == 4
+    rounds.write_text(rounds.read_text()[:-100])  # killed while writing
+    first = rounds.read_text().splitlines()[:3]
+    resumed = measured([Contender("mine", make(10**6))], settings, folder=tmp_path)
+    assert untimed(resumed) == untimed(whole)
+    assert rounds.read_text().splitlines()[:3] == first
+    assert len(rounds.read_text().splitlines()) == 12
+
+    made[0] = 0
+    again = measured([Contender("mine", make(10**6))], settings, folder=tmp_path)
+    assert made[0] == 1  # nothing is run any more
+    assert [part.to_dict() for part in again.parts.values()] == [part.to_dict() for part in resumed.parts.values()]
+    with pytest.raises(ValueError, match=r"settings\.max_new_tokens \(6 there, 7 here\)\. Use another folder"):
+        measured([Contender("mine", make(10**6))], replace(settings, max_new_tokens=7), folder=tmp_path)
+    with pytest.raises(ValueError, match=r"drafters\.mine\.verifier"):
+        measured([Contender("mine", make(10**6), verifier="block")], settings, folder=tmp_path)
+    rounds.write_text("{\n" + rounds.read_text())
+    with pytest.raises(ValueError, match="is damaged"):
+        measured([Contender("mine", make(10**6))], settings, folder=tmp_path)
+
+
+def test_method_that_fails_later_is_left_out_as_a_whole(tmp_path: Path) -> None:
+    made = [0]
+
+    def drafter() -> Drafter:
+        made[0] += 1
+        if made[0] > 3:
+            raise RuntimeError("no more")
+        return LookaheadDrafter()
+
+    contenders = [Contender("frail", drafter, optional=True)]
+    results = measured(contenders, folder=tmp_path)
+    measurement = results.parts["greedy"].measurement
+    assert measurement.failed == {"frail": "RuntimeError: no more"}
+    assert "frail" not in {s.method for s in measurement.samples}
+    made[0] = 0
+    assert measured(contenders, folder=tmp_path).parts["greedy"].measurement.failed == measurement.failed
+
+
+def results_of(speeds: dict[str, list[float]]) -> dict[str, Any]:
+    """Results with these tokens per second, a prompt each."""
+    samples = [
+        Sample(method, f"prompt {i}", 0, [[1] * 10], 10, 10 / speed, 0.0, 5, identical_rows=[True])
+        for method, of_method in speeds.items()
+        for i, speed in enumerate(of_method)
+    ]
+    return {"parts": {"greedy": Measurement(next(iter(speeds)), Settings({}), samples).to_dict()}}
+
+
+BASE = [100.0, 110.0, 90.0, 120.0, 105.0, 95.0, 130.0, 80.0]
+NOISE = [1.03, 0.98, 1.01, 0.97, 1.02, 0.99, 1.04, 0.96]
+CHANGES = {
+    # factors on the reference and on the method, verdicts on both
+    "nothing": ([1.0] * 8, [1.0] * 8, "noise", "noise"),
+    "faster": ([1.0] * 8, [1.3 * n for n in NOISE], "noise", "faster"),
+    "slower": ([1.0] * 8, [0.8 * n for n in NOISE], "noise", "slower"),
+    "noise": ([1.0] * 8, NOISE, "noise", "noise"),
+    "sure but small": ([1.0] * 8, [1.01] * 8, "noise", "noise"),
+    "large but unsure": ([1.0] * 8, [1.5, 0.7, 1.4, 0.6, 1.6, 0.8, 1.3, 0.75], "noise", "noise"),
+    "slower machine": ([0.5] * 8, [0.5 * n for n in NOISE], "slower", "noise"),
+    "lost on a slower machine": ([0.5] * 8, [0.3 * n for n in NOISE], "slower", "slower"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_beyond_noise(name: str) -> None:
+    reference, method, *verdicts = CHANGES[name]
+    old = results_of({"HF generate": BASE, "mine": [2 * speed for speed in BASE]})
+    new = results_of(
+        {
+            "HF generate": [speed * factor for speed, factor in zip(BASE, reference, strict=True)],
+            "mine": [2 * speed * factor for speed, factor in zip(BASE, method, strict=True)],
+        }
+    )
+    changes = compare_results(old, new)
+    assert [change.verdict for change in changes] == verdicts
+    assert [change.figure for change in changes] == ["tokens/s", "speed-up"]
+    assert all(change.interval[0] <= change.ratio <= change.interval[1] for change in changes)
+    assert [row[6] for row in comparison_tables(old, new)[0].rows] == verdicts
+
+
+def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
+    old, new = results_of({"a": BASE}), results_of({"a": BASE})
+    new["parts"]["greedy"]["settings"]["seed"] = 1
+    with pytest.raises(ValueError, match="measured with other settings"):
+        compare_results(old, new)
+    with pytest.raises(ValueError, match="no part and method in common"):
+        compare_results(old, {"parts": {}})
+    (tmp_path / "x.json").write_text('{"parts": {"greedy": {"samples": [{}]}}}')
+    with pytest.raises(ValueError, match="does not hold results"):
+        load_results(tmp_path / "x.json")
+    assert interval([1.5]) == (1.5, 1.5)
+
+
+def test_small_helpers() -> None:
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+    assert first_difference([1, 9], [1, 2, 3]) == 1
+    assert spread([4.0]) == (4.0, 4.0)
+    assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 4.0)
+    rows = [EncodedPrompt("a", torch.tensor([[5]])), EncodedPrompt("b", torch.tensor([[6, 7]]))]
+    (batch,) = batches([*rows, rows[0]], 2, 0, "cpu")
+    assert batch.input_ids.tolist() == [[0, 5], [6, 7]]
+    assert batch.attention_mask is not None and batch.attention_mask.tolist() == [[0, 1], [1, 1]]
+    with pytest.raises(ValueError, match="a batch of 4 prompts cannot be made of 2"):
+        batches(rows, 4, 0, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 1}, "max_new_tokens=1"),
+        ({"temperatures": ()}, "temperatures"),
+        ({"batch_sizes": (2, 2)}, "give distinct values"),
+        ({"temperatures": (-1.0,)}, "each at least 0"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BenchmarkSettings(**changes)
+
+
+def test_drafters_are_checked() -> None:
+    with pytest.raises(ValueError, match="drafter 'nothing' is not known; use one of 'auto'"):
+        measured(["nothing"])
+    with pytest.raises(ValueError, match="needs a draft model"):
+        measured(["draft-model"])
+    with pytest.raises(TypeError, match="would remember them"):
+        measured([LookaheadDrafter()])
+    with pytest.raises(ValueError, match="the same name"):
+        measured(["lookahead", "lookahead"])
+    with pytest.raises(ValueError, match="prompts are empty"):
+        runner.run_benchmark(tiny_model(), tiny_tokenizer(), [], [])
+
+
+def test_prompts_of_each_layout(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    (tmp_path / "question.jsonl").write_text(
+        "".join(
+            json.dumps({"question_id": i, "category": f"kind {i // 4}", "turns": [f"ab{i}", "more"]}) + "\n"
+            for i in range(8)
+        )
+    )
+    found = read_benchmark_prompts(str(tmp_path / "question.jsonl"), tokenizer, limit=4)
+    assert [(p.id, p.category) for p in found] == [("0", "kind 0"), ("2", "kind 0"), ("4", "kind 1"), ("6", "kind 1")]
+    assert found[0].input_ids.tolist() == tokenizer("ab0", return_tensors="pt").input_ids.tolist()
+    (tmp_path / "plain.jsonl").write_text('{"prompt": "abc"}\n\n{"id": "x", "category": "c", "prompt": "d"}\n')
+    found = read_benchmark_prompts(str(tmp_path / "plain.jsonl"), tokenizer)
+    assert [(p.id, p.category) for p in found] == [("plain.jsonl:1", None), ("x", "c")]
+    (tmp_path / "text.txt").write_text("one text\n")
+    assert [p.id for p in read_benchmark_prompts(str(tmp_path / "text.txt"), tokenizer)] == ["text.txt"]
+    with pytest.raises(ValueError, match="chat=True needs a chat template"):
+        read_benchmark_prompts("embedded", tokenizer, chat=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "target", layers=1, seed=0)
+
+
+def test_command_writes_tables_figures_and_the_readme(folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": PROMPT + str(i), "category": "ab"[i % 2]}) + "\n" for i in range(3))
+    )
+    json_file, output = tmp_path / "tiny.json", tmp_path / "out"
+    args = ["bench", "--model", folder, "--prompts", prompts, "--limit", 2, "--tokens", 6, "--random"]
+    args += ["--drafter", "lookahead max_depth=4", "--drafter", "lookahead verifier=typical", "--json", json_file]
+    result = call(*args, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "specdec lookahead max_depth=4" in result.output
+    found = load_results(json_file)
+    assert set(found["parts"]) == {"greedy", "sampled", "incompressible"}
+    assert found["num_prompts"] == 2
+    assert {"hardware", "versions", "commit", "models", "command", "benchmark"} <= set(found)
+    for part in found["parts"].values():
+        rows = {row["method"]: row for row in part["methods"]}
+        assert rows["specdec lookahead max_depth=4"]["num_identical"] == 2
+        assert rows["specdec lookahead verifier=typical"]["guarantee"] == "approximate"
+    names = {file.name for file in output.iterdir()}
+    assert names == {
+        "run.json", "rounds.jsonl", "results.json", "results.md", "speedup.png", "acceptance.png", "phases.png",
+        "categories.png",
+    } - ({"acceptance.png"} - names)  # fmt: skip
+    text = (output / "results.md").read_text()
+    assert "![speedup](speedup.png)" in text
+    assert "approximate: the output may differ" in text
+
+    same = call("bench", "--compare", json_file, output)
+    assert same.exit_code == 0, same.output
+    assert "faster" not in same.output and "slower" not in same.output
+
+    readme: Any = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))["filled"]
+    text = "before\n<!-- measured: tiny greedy,sampled -->\nold\n<!-- end -->\nafter\n"
+    filled = readme(text, tmp_path)
+    assert "old" not in filled
+    assert filled.startswith("before\n<!-- measured: tiny greedy,sampled -->\n| method | greedy (T=0): tokens/s |")
+    assert filled.endswith("<!-- end -->\nafter\n")
+    exact, approximate = filled.split("Approximate: the output may differ.")
+    assert "| specdec lookahead max_depth=4 |" in exact and "typical" not in exact
+    assert "| specdec lookahead verifier=typical |" in approximate
+    assert str(provenance.versions()["transformers"]) in filled
+    assert readme(filled, tmp_path) == filled
+    assert "specdec bench --json benchmarks/results/tiny.json" in readme(text, tmp_path / "elsewhere")
+
+
+ERRORS: dict[str, tuple[list[object], str]] = {
+    "drafter": (["--drafter", "nothing"], "--drafter nothing is not known; use one of"),
+    "drafter setting": (["--drafter", "lookahead depth=3"], "is not a setting of drafter lookahead"),
+    "no drafter": (["--drafter", ""], "--drafter is empty"),
+    "none": (["--drafter", "none"], "is always measured, as specdec off"),
+    "quotes": (["--drafter", "lookahead 'x"], "must be a name and settings"),
+    "verifier": (["--drafter", "lookahead verifier=x"], "verifier x is not known; use one of exact"),
+    "prompts": (["--prompts", "./missing.jsonl"], "./missing.jsonl does not exist; check the path"),
+    "empty file": (["--prompts", "{empty}"], "holds no prompt; write"),
+    "empty text": (["--prompts", "{blank}"], "holds no prompt; write the text"),
+    "bad line": (["--prompts", "{bad}"], 'line 1 of {bad} is not a prompt; write {"prompt": "..."}'),
+    "batch": (["--prompts", "{good}", "--batch-size", 3], "a batch of 3 prompts cannot be made of 1"),
+    "temperatures": (["--temperature", 1, "--temperature", 1], "give distinct values"),
+    "compare": (["--compare", "a.json", "b.json"], "a.json is not a file; name the JSON file of a benchmark"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_is_one_line_with_the_remedy(name: str, folder: Path, tmp_path: Path) -> None:
+    args, message = ERRORS[name]
+    files = {"empty": ("e.jsonl", "\n"), "blank": ("b.txt", " \n"), "bad": ("x.jsonl", '{"text": "x"}\n')}
+    files["good"] = ("good.jsonl", '{"prompt": "def"}\n')
+    for key, (file, text) in files.items():
+        (tmp_path / file).write_text(text)
+        args = [str(arg).replace(f"{{{key}}}", str(tmp_path / file)) for arg in args]
+        message = message.replace(f"{{{key}}}", str(tmp_path / file))
+    result = call("bench", "--model", folder, "--tokens", 4, *args)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
