@@ -64,7 +64,8 @@ class Step:
 
     Args:
         rows: Index in the batch of each row that took part.
-        tree: The tree that was verified (cut to what the budget chose, padded to a bucket), on the CPU or the device.
+        tree: The tree that was verified (cut to what the budget chose, padded to a bucket), on the CPU or the device. A
+            source of a merged drafter is shown its own nodes of it, unless it asks for top tokens.
         accepted: Per row, how many draft tokens were accepted.
         top_tokens: What the target holds likeliest behind each node, best first, `[rows, nodes, num_top_tokens]` (fewer
             where the vocabulary is smaller); of no meaning at padding. None unless the drafter asks for it.

@@ -67,7 +67,12 @@ def _check_config(config: Any, name: str) -> None:
 
 
 def load_vocabularies(
-    draft_model: CausalLM, target: CausalLM, use: Use, tokenizer: Any = None, target_tokenizer: Any = None
+    draft_model: CausalLM,
+    target: CausalLM,
+    use: Use,
+    tokenizer: Any = None,
+    target_tokenizer: Any = None,
+    is_named: bool = False,
 ) -> Vocabularies:
     """How the tokens of a draft model and of a target go together, by what their tokenizers hold.
 
@@ -77,6 +82,7 @@ def load_vocabularies(
         use: `"auto"`, or how they are to go together.
         tokenizer: The draft model's: a tokenizer, its folder or hub name; None for the one that was saved with it.
         target_tokenizer: The same for the target.
+        is_named: The draft model was given by its name: its tokenizer may be fetched, as its weights were.
 
     Raises:
         ValueError: A tokenizer is missing, or none is known and the vocabularies cannot be one by their sizes.
@@ -86,7 +92,7 @@ def load_vocabularies(
     if use == "shared":
         return Vocabularies(sizes[1])
     of_target = _tokenizer_of(target, target_tokenizer, "target_tokenizer")
-    of_draft = _tokenizer_of(draft_model, tokenizer, "tokenizer")
+    of_draft = _tokenizer_of(draft_model, tokenizer, "tokenizer", is_named)
     if of_target is None or of_draft is None:
         missing = "target_tokenizer" if of_target is None else "tokenizer"
         if use != "auto" or tokenizer is not None or target_tokenizer is not None:
@@ -113,8 +119,11 @@ def _vocabulary_size(model: CausalLM) -> int:
     return min(embedding_rows(model), getattr(model.get_output_embeddings(), "out_features", embedding_rows(model)))
 
 
-def _tokenizer_of(model: CausalLM, given: Any, setting: str) -> Any:
-    """The tokenizer that is given, or the one beside the model's weights; None where there is none on this machine."""
+def _tokenizer_of(model: CausalLM, given: Any, setting: str, may_fetch: bool = False) -> Any:
+    """The tokenizer that is given, or the one beside the model's weights; None where there is none.
+
+    A lookup on the hub takes a minute where there is no network: nothing is fetched that nobody has named.
+    """
     if given is not None and not isinstance(given, str):
         check_tokenizer(given)
         return given
@@ -122,7 +131,7 @@ def _tokenizer_of(model: CausalLM, given: Any, setting: str) -> Any:
     if not name:
         return None
     error: Exception | None = None
-    for local_only in (True, False) if given else (True,):
+    for local_only in (True, False) if given or may_fetch else (True,):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_only)
         except Exception as problem:  # of many kinds: no file, no network, a name that cannot be

@@ -146,7 +146,8 @@ class DraftModelDrafter(Drafter):
             if draft_model is model:
                 draft_model = load_draft_model(draft_model, None, model)  # says what is wrong
             use: Use = "shared" if self.draft_model == SELF else self.vocabulary
-            vocabularies = load_vocabularies(draft_model, model, use, self.tokenizer, self.target_tokenizer)
+            is_named = isinstance(self.draft_model, str)
+            vocabularies = load_vocabularies(draft_model, model, use, self.tokenizer, self.target_tokenizer, is_named)
             if self.pipelined:
                 check_pipeline(draft_model, model)
                 self._pacing = Pacing()

@@ -13,7 +13,7 @@ SURENESS = (0.5, 1.5, 4.0)
 """Draft tokens per row that are expected of the other sources: a source's worth is learned apart between these."""
 DEAR_SHARE = 0.02
 """A source that takes less of a step's time is asked without further thought."""
-FIRST_WORTH = 0.5
+FIRST_WORTH = 0.2
 """Tokens that a source is thought to bring above its cost before it was tried."""
 LEARNING_RATE = 0.1
 IDLE_DECAY = 0.98

@@ -145,10 +145,12 @@ class MergedDrafter(Drafter):
         call = self._of_thread(context)
         pending, call.pending = call.pending, None
         if pending is None or pending.alone is not None or pending.rows != context.rows:
+            idle = idle_step(step)
             for source in tuple(call.active):
                 is_shown = pending is not None and source == pending.alone
-                self._tell(call, source, context, step if is_shown else idle_step(step), step)
+                self._tell(call, source, context, step if is_shown else idle, step)
             return
+        idle = idle_step(step)
         known, counts = pending.known(context)
         own, gains = np.empty((len(counts), len(self.sources)), np.int64), np.empty(len(self.sources), np.int64)
         with self._lock:
@@ -158,11 +160,9 @@ class MergedDrafter(Drafter):
             self._worth(len(counts)).observe(asked, len(counts), tokens, pending.started, self._clock())
         verified = None
         for source in tuple(call.active):
-            drafter, proposal = self.sources[source], pending.proposals.get(source)
-            if type(drafter).observe is Drafter.observe:
-                continue
-            shown = idle_step(step)
-            if proposal is not None and proposal.node_of is not None and not drafter.num_top_tokens:
+            drafter, proposal, shown = self.sources[source], pending.proposals.get(source), idle
+            listens = type(drafter).observe is not Drafter.observe and not drafter.num_top_tokens
+            if listens and proposal is not None and proposal.node_of is not None:
                 if verified is None:
                     verified = np.zeros(pending.nodes.shape, np.bool_)
                     mark_verified(pending.nodes, host_array(step.tree.tokens), step.tree.host_parents, verified)
@@ -259,6 +259,8 @@ class MergedDrafter(Drafter):
     def _tell(self, call: MergedCall, source: int, context: DraftContext, shown: Step, step: Step) -> None:
         """Tells a source what became of its nodes; one that wants the target's top tokens, of the whole tree."""
         drafter = self.sources[source]
+        if type(drafter).observe is Drafter.observe:
+            return
         if drafter.num_top_tokens and step.top_tokens is not None:
             shown = Step(step.rows, step.tree, step.accepted, step.top_tokens[..., : drafter.num_top_tokens])
         self._guarded(call, source, "observe", context, lambda: drafter.observe(context, shown))

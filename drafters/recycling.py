@@ -51,7 +51,7 @@ class RecyclingDrafter(Drafter):
     max_depth: int = 8
     top_k: int = 8
     last_list: bool = True
-    prior_weight: float = 10.0
+    prior_weight: float = 5.0
     memory: float = 300.0
     _table: Lists | None = field(init=False, repr=False, default=None)
 
@@ -155,11 +155,11 @@ class RecyclingDrafter(Drafter):
 def supposed_rates(ranks: int) -> Floats:
     """P(accepted | parent accepted) before anything is counted, `[1 + DEPTH_CLASSES, ranks]`.
 
-    About what the paper's 80 nodes and 2.8 accepted tokens a pass amount to: the first is right four times out of
-    ten, each next one half as often; a token that stood in the root's place, one time out of twenty.
+    Less than what the paper's 80 nodes and 2.8 accepted tokens a pass amount to, as high temperatures need: the first
+    is right three times out of ten, each next one half as often; what stood in the root's place, one time out of 25.
     """
-    rates: Floats = np.tile(0.4 * 0.5 ** np.arange(ranks), (1 + DEPTH_CLASSES, 1))
-    rates[LAST] = 0.05 * 0.7 ** np.arange(ranks)
+    rates: Floats = np.tile(0.3 * 0.5 ** np.arange(ranks), (1 + DEPTH_CLASSES, 1))
+    rates[LAST] = 0.04 * 0.7 ** np.arange(ranks)
     return rates
 
 

@@ -24,6 +24,8 @@ PRIOR_WEIGHT = 4.0
 """How many observations the drafter's own score is worth against what was counted."""
 PATIENCE = 4
 """Drafts in a row that may promise less than they cost before drafting rests."""
+LEAST_PROMISE = 1.05
+"""Speed-up that a draft must promise to count as one that pays: less is within the error of what is known."""
 TRIAL_SHARE = 0.01
 """Share of the time that goes into drafts while drafting does not pay, to see when it does again."""
 LONGEST_REST = 64
@@ -43,6 +45,7 @@ class StepTimes:
     def __init__(self, max_nodes: int) -> None:
         self.buckets = [n for n in NODE_BUCKETS if n <= max_nodes]
         self.seconds: dict[int, float] = {}
+        self.uses: Counter[int] = Counter()
 
     def measure(self, run: Callable[[int], None], patience: float = 2.0) -> None:
         """Times `run(nodes)` for the buckets, a few rounds, as long as `patience` seconds are not used up.
@@ -76,13 +79,22 @@ class StepTimes:
         return float(seconds_of(nodes, *self.known()))
 
     def update(self, nodes: int, seconds: float) -> None:
-        """Takes in the time of a real pass."""
+        """Takes in the time of a real step, faster while few of this size were seen.
+
+        Sizes that were not used yet were measured without what comes before and after a pass; they are supposed to take
+        as much more than measured as this one.
+        """
         bucket = bucket_of(nodes, self.buckets)
         old = self.seconds.get(bucket, seconds)
-        self.seconds[bucket] = old + 0.05 * (min(seconds, 2 * old) - old)
-        for larger in self.buckets:
-            if larger > bucket and larger in self.seconds:  # a size that seemed dear is tried again some day
-                self.seconds[larger] += 0.0005 * (self.seconds[bucket] - self.seconds[larger])
+        new = old + max(0.3 / (1 + self.uses[bucket]), 0.05) * (min(seconds, 1.5 * old) - old)
+        self.uses[bucket] += 1
+        self.seconds[bucket] = new
+        for other, known in self.seconds.items():
+            if not self.uses[other]:
+                known *= new / old
+            if other > bucket:  # a size that seemed dear is tried again some day
+                known += 0.0005 * (new - known)
+            self.seconds[other] = known
 
 
 Surroundings = tuple[int, int, str]
@@ -205,7 +217,8 @@ class Budget:
         known = times.known()
         best, tokens = best_size(parents, scores, self.tried, self.hit, PRIOR_WEIGHT, *known, float(spent))
         plain = seconds_of(1, *known)
-        self._losses = 0 if tokens * plain > len(parents) * (seconds_of(best, *known) + spent) else self._losses + 1
+        promise = tokens * plain / (len(parents) * (seconds_of(best, *known) + spent))
+        self._losses = 0 if promise > LEAST_PROMISE else self._losses + 1
         if self._losses >= PATIENCE:
             self._rest = min(int(spent / (TRIAL_SHARE * plain)), LONGEST_REST)
         if best == 1:
@@ -233,7 +246,7 @@ class Budget:
         count_accepted(parents, scores, accepted_nodes, self.tried, self.hit, DECAY)
 
     def record(self, rows: int, nodes: int, seconds: float) -> None:
-        """Takes in the time a step took, from target pass to accepted tokens."""
+        """Takes in the time a step took, drafting left out."""
         if times := self._times.get(_size(rows)):
             times.update(nodes, seconds)
 

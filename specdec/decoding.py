@@ -66,11 +66,11 @@ class Decoder:
                     logits = self.target.forward(tree)  # [B, N, V]
                 with self.report.timed("verify"):
                     accepted, new_tokens, top_tokens = self._verify(tree, logits)
-                self.budget.record(len(self.rows), tree.num_nodes, time.perf_counter() - started)
                 with self.report.timed("commit"):
                     unfinished = self._commit(tree, accepted, new_tokens, is_in_cache=False)
                     self.budget.observe(tree, accepted)
                     self.drafter.observe(self.sequences, self.rows, tree, accepted, top_tokens)
+                self.budget.record(len(self.rows), tree.num_nodes, time.perf_counter() - started)
         finally:
             self.drafter.finish(self.sequences)
         self.streamer.end()

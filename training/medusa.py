@@ -156,7 +156,8 @@ class _Run:
         self.console = console
         set_seed(config.seed)
         if config.initial_heads is None:
-            known = config.draft_vocabulary and most_frequent(data.train, config.draft_vocabulary)
+            size = config.draft_vocabulary
+            known = None if size is None else most_frequent(data.train, size)
             heads = MedusaHeads.for_model(
                 model, config.num_heads, config.num_layers, config.heads_version, draft_tokens=known
             )

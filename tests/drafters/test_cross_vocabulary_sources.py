@@ -32,6 +32,23 @@ def test_tokenizers_are_found_beside_the_weights(tmp_path: Any) -> None:
     assert report.drafter_figures == {"vocabulary": "shared"}
 
 
+def test_only_what_was_named_is_looked_for_on_the_hub(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft model's tokenizer is fetched as its weights were, if it was named; a lookup for nothing takes long."""
+    asked = []
+
+    def refuse(name: str, local_files_only: bool = False) -> Any:
+        asked.append((name.rsplit("/", 1)[-1], local_files_only))
+        raise OSError("not found")
+
+    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", refuse)
+    tiny_model("gpt2").save_pretrained(tmp_path / "named")
+    target = new_model("gpt2")
+    target.name_or_path = "some/target"
+    for drafter in (DraftModelDrafter(str(tmp_path / "named")), DraftModelDrafter(new_model("gpt2"))):
+        drafter.bind(target)
+    assert asked == [("target", True), ("named", True), ("named", False), ("target", True)]
+
+
 def test_a_folder_without_a_tokenizer_is_told_by_its_sizes(tmp_path: Any) -> None:
     model = new_model("gpt2")
     model.save_pretrained(tmp_path / "gpt2")
