@@ -187,7 +187,8 @@ class _Run:
         if self.accelerator.is_main_process:
             self.config.save(Path(self.config.output))
         if self.config.trackers:
-            self.accelerator.init_trackers(self.config.project, {k: str(v) for k, v in asdict(self.config).items()})
+            settings = {k: str(v) for k, v in asdict(self.config).items()}
+            self.accelerator.init_trackers(self.config.project, settings, {"wandb": {"dir": self.config.output}})
         if self.record.before is None and self.config.recipe != "medusa-1":
             self.record.before = self._evaluate().to_dict()
         with caught_signals() as signals:
