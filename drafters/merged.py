@@ -144,13 +144,13 @@ class MergedDrafter(Drafter):
     def observe(self, context: DraftContext, step: Step) -> None:
         call = self._of_thread(context)
         pending, call.pending = call.pending, None
+        # A step without a draft is what a source without a part in it is to see.
+        idle = step if step.tree.num_nodes == 1 else idle_step(step)
         if pending is None or pending.alone is not None or pending.rows != context.rows:
-            idle = idle_step(step)
             for source in tuple(call.active):
                 is_shown = pending is not None and source == pending.alone
                 self._tell(call, source, context, step if is_shown else idle, step)
             return
-        idle = idle_step(step)
         known, counts = pending.known(context)
         own, gains = np.empty((len(counts), len(self.sources)), np.int64), np.empty(len(self.sources), np.int64)
         with self._lock:
@@ -262,7 +262,8 @@ class MergedDrafter(Drafter):
         if type(drafter).observe is Drafter.observe:
             return
         if drafter.num_top_tokens and step.top_tokens is not None:
-            shown = Step(step.rows, step.tree, step.accepted, step.top_tokens[..., : drafter.num_top_tokens])
+            is_all = drafter.num_top_tokens >= step.top_tokens.shape[-1]
+            shown = step if is_all else Step(step.rows, step.tree, step.accepted, step.top_tokens[..., : drafter.num_top_tokens])
         self._guarded(call, source, "observe", context, lambda: drafter.observe(context, shown))
 
     def _guarded(

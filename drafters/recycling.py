@@ -144,12 +144,13 @@ class RecyclingDrafter(Drafter):
 
     def _since(self, context: DraftContext) -> tuple[Ints, Ints]:
         """The last root of each row and the tokens since, `[rows, tokens]`, and how many they are, `[rows]`."""
-        starts = self._thread.lengths[context.rows] - 1
-        counts = np.array([len(sequence) for sequence in context.sequences], np.int64) - starts
-        known = np.zeros((len(starts), counts.max()), np.int64)
-        for i, sequence in enumerate(context.sequences):
-            known[i, : counts[i]] = sequence[starts[i] :]
-        return known, counts
+        lengths = self._thread.lengths
+        new = [sequence[lengths[row] - 1 :] for row, sequence in zip(context.rows, context.sequences, strict=True)]
+        counts = [len(tokens) for tokens in new]
+        known = np.zeros((len(new), max(counts)), np.int64)
+        for i, tokens in enumerate(new):
+            known[i, : counts[i]] = tokens
+        return known, np.array(counts, np.int64)
 
 
 def supposed_rates(ranks: int) -> Floats:

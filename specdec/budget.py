@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -101,6 +101,8 @@ Surroundings = tuple[int, int, str]
 """What step times are measured for: rows and length by powers of two, and where and in what type the model is."""
 
 _TIMES: WeakKeyDictionary[nn.Module, dict[Surroundings, StepTimes]] = WeakKeyDictionary()
+_COUNTS: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Floats, Floats]]] = WeakKeyDictionary()
+"""Acceptance counts by kind of call, `tried` and `hit`: what one budget has learned of a model, the next one knows."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,22 @@ class Budget:
         self._length = 0
         self._losses = 0
         self._rest = 0
+
+    def begin(self, model: nn.Module, kind: Hashable) -> None:
+        """Takes up what is known of a kind of call, from this budget's calls or another's of the same model.
+
+        Args:
+            model: The target.
+            kind: Calls in which drafts of one score are accepted about as often: the same drafter, sampled or not.
+        """
+        if self.fixed:
+            return
+        known = _COUNTS.setdefault(model, {})
+        if kind not in known:
+            known[kind] = np.zeros(SCORE_BINS), np.zeros(SCORE_BINS)
+        if known[kind][0] is not self.tried:
+            self.tried, self.hit = known[kind]
+            self._losses = self._rest = 0
 
     def nodes_to_draft(self) -> int:
         """How large a tree the drafter is asked for now: one node while drafting rests, because it does not pay.

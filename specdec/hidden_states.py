@@ -47,7 +47,11 @@ class HiddenStates:
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps the states at the end of the committed paths; nothing changes when no node was committed."""
-        if self._last_pass is not None and any(paths):
+        if self._last_pass is None or not any(paths):
+            return
+        if len(paths) == 1:
+            self.of_rows = self._last_pass[:, paths[0][-1]]
+        else:
             last = torch.tensor([path[-1] if path else 0 for path in paths], device=self._last_pass.device)
             self.of_rows = self._last_pass[torch.arange(len(last), device=last.device), last]
 

@@ -360,3 +360,36 @@ def test_trial_passes_run_text_and_not_one_token_over_and_over(monkeypatch: pyte
     text = [*inputs["input_ids"][0].tolist(), answers[0][0]]
     assert tokens[0, :13].tolist() == text[::-1]
     assert tokens[1, :6].tolist() == tokens[1, 6:12].tolist(), "a short text is run over again"
+
+
+def test_what_is_accepted_is_known_to_the_next_budget_of_the_model_and_kind_of_call() -> None:
+    model = new_model("llama")
+    first, second, other = Budget(8), Budget(8), Budget(8)
+    first.begin(model, "greedy")
+    tree = chain(0.9, nodes=4)
+    for _ in range(50):
+        first.observe(tree, [[]])
+    second.begin(model, "greedy")
+    other.begin(model, "sampled")
+    for budget in (first, second, other):
+        budget._times[1] = with_times(CPU)._times[1]
+    assert other.choose(tree).num_nodes == 4, "nothing is known of this kind"
+    assert second.choose(tree).num_nodes == first.choose(tree).num_nodes == 1, "such drafts were always wrong"
+    second.begin(model, "sampled")
+    assert second.choose(tree).num_nodes == 4
+    unrelated = Budget(8)
+    unrelated.begin(new_model("llama"), "greedy")
+    assert unrelated.tried.sum() == 0
+
+
+def test_calls_that_sample_and_calls_that_do_not_are_told_apart() -> None:
+    model = new_model("llama")
+    fast = specdec.accelerate(model, "lookahead")
+    counts = []
+    for sampled in (False, True, False):
+        fast.generate(**prompts(6), max_new_tokens=8, do_sample=sampled)
+        counts.append(fast.speculation.budget.tried)
+    assert counts[0] is counts[2] is not counts[1]
+    again = specdec.accelerate(model, "lookahead")
+    again.generate(**prompts(6), max_new_tokens=8, do_sample=True)
+    assert again.speculation.budget.tried is counts[1]
