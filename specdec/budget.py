@@ -46,6 +46,10 @@ class StepTimes:
         self.buckets = [n for n in NODE_BUCKETS if n <= max_nodes]
         self.seconds: dict[int, float] = {}
         self.uses: Counter[int] = Counter()
+        self.measured: dict[int, float] = {}
+        """What was known of each size before the first real step."""
+        self.extra = 0.0
+        """Seconds by which real steps took longer than that."""
 
     def measure(self, run: Callable[[int], None], patience: float = 2.0) -> None:
         """Times `run(nodes)` for the buckets, a few rounds, as long as `patience` seconds are not used up.
@@ -82,19 +86,23 @@ class StepTimes:
         """Takes in the time of a real step, faster while few of this size were seen.
 
         Sizes that were not used yet were measured without what comes before and after a pass; they are supposed to take
-        as much more than measured as this one.
+        as much longer than measured as the others did of late.
         """
         bucket = bucket_of(nodes, self.buckets)
-        old = self.seconds.get(bucket, seconds)
-        new = old + max(0.3 / (1 + self.uses[bucket]), 0.05) * (min(seconds, 1.5 * old) - old)
+        old = self.seconds.setdefault(bucket, seconds)
+        for size, known in self.seconds.items():
+            self.measured.setdefault(size, known)
+        taken = min(seconds, 1.5 * old)
+        new = self.seconds[bucket] = old + max(0.3 / (1 + self.uses[bucket]), 0.05) * (taken - old)
         self.uses[bucket] += 1
-        self.seconds[bucket] = new
-        for other, known in self.seconds.items():
-            if not self.uses[other]:
-                known *= new / old
-            if other > bucket:  # a size that seemed dear is tried again some day
-                known += 0.0005 * (new - known)
-            self.seconds[other] = known
+        self.extra += 0.1 * (taken - self.measured[bucket] - self.extra)
+        for other in self.seconds:
+            drift = 0.0005 * (new - self.seconds[other]) if other > bucket else 0.0  # what seemed dear is tried again
+            if self.uses[other]:
+                self.seconds[other] += drift
+            else:
+                self.measured[other] += drift
+                self.seconds[other] = max(self.measured[other] + self.extra, 0.5 * self.measured[other])
 
 
 Surroundings = tuple[int, int, str]
