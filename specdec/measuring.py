@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -95,8 +96,7 @@ class _Rounds:
         for method in self.methods[turn:] + self.methods[:turn]:
             if method.remembers and repeat:
                 continue
-            runner = self.runners.get(method.name)
-            prepare = method.prepare if runner is None else lambda runner=runner: runner
+            prepare = partial(self.runners.get, method.name) if method.remembers else method.prepare
             sample = self._try(method, prepare, prompt, number, repeat)
             if sample is None:
                 self.on_failure(method.name, self.result.failed[method.name])

@@ -107,7 +107,7 @@ class SpeculationReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=100, file=io.StringIO())
+        console = Console(width=100, file=io.StringIO(), force_jupyter=False)
         with console.capture() as text:
             console.print(self)
         return text.get().rstrip()

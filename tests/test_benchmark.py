@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,31 +10,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
 
-from specdec import measuring, provenance
+from specdec import measuring
 from specdec.benchmark import BenchmarkResults, BenchmarkSettings, Contender, runner
-from specdec.benchmark.compare import comparison_tables, interval
-from specdec.benchmark.compare import compare as compare_results
+from specdec.benchmark.comparison import compare, comparison_tables, interval
 from specdec.benchmark.differences import first_difference
-from specdec.benchmark.prompts import batches, read_benchmark_prompts
+from specdec.benchmark.prompts import batches
 from specdec.benchmark.results import load_results
 from specdec.benchmark.tables import text_tables
-from specdec.cli import app
 from specdec.drafters import DraftContext, Drafter, LookaheadDrafter
 from specdec.measuring import EncodedPrompt, Measurement, Method, Sample
 from specdec.samples import Settings, spread
 from specdec.tree import TokenTree
-from tests.test_cli import PROMPT, save_model
 from tests.tiny_models import EOS, tiny_model, tiny_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-TEXTS = [PROMPT + str(i) for i in range(3)]
+TEXTS = [f"def add(a, b):\n    return a{i}" for i in range(3)]
 GREEDY = BenchmarkSettings(max_new_tokens=8, temperatures=(0.0,))
-
-
-def call(*args: object) -> Any:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 def measured(drafters: Any, settings: BenchmarkSettings = GREEDY, **kwargs: Any) -> BenchmarkResults:
@@ -161,6 +150,18 @@ def test_clock_of_decoding_leaves_out_the_prefill(monkeypatch: pytest.MonkeyPatc
     assert (sample.seconds, sample.prefill_seconds, sample.num_tokens) == (12.0, 10.0, 10)
     assert sample.decode_tokens_per_second == pytest.approx(8 / 2.0)
     assert sample.num_row_passes == 2 * sample.num_target_passes == 10
+
+
+def test_drafters_of_one_kind_do_not_learn_from_each_other() -> None:
+    def budget_of(name: str, part: str) -> Any:
+        prepared = Contender(name, LookaheadDrafter).method(tiny_model(), part).prepare()
+        prepared.generate(torch.tensor([[5, 6, 5, 6, 5]]), max_new_tokens=8, do_sample=False)
+        return prepared.speculation.budget
+
+    first = budget_of("a", "greedy")
+    assert budget_of("a", "greedy").tried is first.tried
+    assert budget_of("b", "greedy").tried is not first.tried
+    assert budget_of("a", "incompressible").tried is not first.tried
 
 
 def test_every_setting_is_measured_and_methods_of_each_guarantee_apart() -> None:
@@ -290,7 +291,7 @@ def test_changes_beyond_noise(name: str) -> None:
             "mine": [2 * speed * factor for speed, factor in zip(BASE, method, strict=True)],
         }
     )
-    changes = compare_results(old, new)
+    changes = compare(old, new)
     assert [change.verdict for change in changes] == verdicts
     assert [change.figure for change in changes] == ["tokens/s", "speed-up"]
     assert all(change.interval[0] <= change.ratio <= change.interval[1] for change in changes)
@@ -301,9 +302,9 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
     old, new = results_of({"a": BASE}), results_of({"a": BASE})
     new["parts"]["greedy"]["settings"]["seed"] = 1
     with pytest.raises(ValueError, match="measured with other settings"):
-        compare_results(old, new)
+        compare(old, new)
     with pytest.raises(ValueError, match="no part and method in common"):
-        compare_results(old, {"parts": {}})
+        compare(old, {"parts": {}})
     (tmp_path / "x.json").write_text('{"parts": {"greedy": {"samples": [{}]}}}')
     with pytest.raises(ValueError, match="does not hold results"):
         load_results(tmp_path / "x.json")
@@ -349,107 +350,3 @@ def test_drafters_are_checked() -> None:
         measured(["lookahead", "lookahead"])
     with pytest.raises(ValueError, match="prompts are empty"):
         runner.run_benchmark(tiny_model(), tiny_tokenizer(), [], [])
-
-
-def test_prompts_of_each_layout(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    (tmp_path / "question.jsonl").write_text(
-        "".join(
-            json.dumps({"question_id": i, "category": f"kind {i // 4}", "turns": [f"ab{i}", "more"]}) + "\n"
-            for i in range(8)
-        )
-    )
-    found = read_benchmark_prompts(str(tmp_path / "question.jsonl"), tokenizer, limit=4)
-    assert [(p.id, p.category) for p in found] == [("0", "kind 0"), ("2", "kind 0"), ("4", "kind 1"), ("6", "kind 1")]
-    assert found[0].input_ids.tolist() == tokenizer("ab0", return_tensors="pt").input_ids.tolist()
-    (tmp_path / "plain.jsonl").write_text('{"prompt": "abc"}\n\n{"id": "x", "category": "c", "prompt": "d"}\n')
-    found = read_benchmark_prompts(str(tmp_path / "plain.jsonl"), tokenizer)
-    assert [(p.id, p.category) for p in found] == [("plain.jsonl:1", None), ("x", "c")]
-    (tmp_path / "text.txt").write_text("one text\n")
-    assert [p.id for p in read_benchmark_prompts(str(tmp_path / "text.txt"), tokenizer)] == ["text.txt"]
-    with pytest.raises(ValueError, match="chat=True needs a chat template"):
-        read_benchmark_prompts("embedded", tokenizer, chat=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "target", layers=1, seed=0)
-
-
-def test_command_writes_tables_figures_and_the_readme(folder: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(
-        "".join(json.dumps({"prompt": PROMPT + str(i), "category": "ab"[i % 2]}) + "\n" for i in range(3))
-    )
-    json_file, output = tmp_path / "tiny.json", tmp_path / "out"
-    args = ["bench", "--model", folder, "--prompts", prompts, "--limit", 2, "--tokens", 6, "--random"]
-    args += ["--drafter", "lookahead max_depth=4", "--drafter", "lookahead verifier=typical", "--json", json_file]
-    result = call(*args, "--output", output)
-    assert result.exit_code == 0, result.output
-    assert "specdec lookahead max_depth=4" in result.output
-    found = load_results(json_file)
-    assert set(found["parts"]) == {"greedy", "sampled", "incompressible"}
-    assert found["num_prompts"] == 2
-    assert {"hardware", "versions", "commit", "models", "command", "benchmark"} <= set(found)
-    for part in found["parts"].values():
-        rows = {row["method"]: row for row in part["methods"]}
-        assert rows["specdec lookahead max_depth=4"]["num_identical"] == 2
-        assert rows["specdec lookahead verifier=typical"]["guarantee"] == "approximate"
-    names = {file.name for file in output.iterdir()}
-    assert names == {
-        "run.json", "rounds.jsonl", "results.json", "results.md", "speedup.png", "acceptance.png", "phases.png",
-        "categories.png",
-    } - ({"acceptance.png"} - names)  # fmt: skip
-    text = (output / "results.md").read_text()
-    assert "![speedup](speedup.png)" in text
-    assert "approximate: the output may differ" in text
-
-    same = call("bench", "--compare", json_file, output)
-    assert same.exit_code == 0, same.output
-    assert "faster" not in same.output and "slower" not in same.output
-
-    readme: Any = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))["filled"]
-    text = "before\n<!-- measured: tiny greedy,sampled -->\nold\n<!-- end -->\nafter\n"
-    filled = readme(text, tmp_path)
-    assert "old" not in filled
-    assert filled.startswith("before\n<!-- measured: tiny greedy,sampled -->\n| method | greedy (T=0): tokens/s |")
-    assert filled.endswith("<!-- end -->\nafter\n")
-    exact, approximate = filled.split("Approximate: the output may differ.")
-    assert "| specdec lookahead max_depth=4 |" in exact and "typical" not in exact
-    assert "| specdec lookahead verifier=typical |" in approximate
-    assert str(provenance.versions()["transformers"]) in filled
-    assert readme(filled, tmp_path) == filled
-    assert "specdec bench --json benchmarks/results/tiny.json" in readme(text, tmp_path / "elsewhere")
-
-
-ERRORS: dict[str, tuple[list[object], str]] = {
-    "drafter": (["--drafter", "nothing"], "--drafter nothing is not known; use one of"),
-    "drafter setting": (["--drafter", "lookahead depth=3"], "is not a setting of drafter lookahead"),
-    "no drafter": (["--drafter", ""], "--drafter is empty"),
-    "none": (["--drafter", "none"], "is always measured, as specdec off"),
-    "quotes": (["--drafter", "lookahead 'x"], "must be a name and settings"),
-    "verifier": (["--drafter", "lookahead verifier=x"], "verifier x is not known; use one of exact"),
-    "prompts": (["--prompts", "./missing.jsonl"], "./missing.jsonl does not exist; check the path"),
-    "empty file": (["--prompts", "{empty}"], "holds no prompt; write"),
-    "empty text": (["--prompts", "{blank}"], "holds no prompt; write the text"),
-    "bad line": (["--prompts", "{bad}"], 'line 1 of {bad} is not a prompt; write {"prompt": "..."}'),
-    "batch": (["--prompts", "{good}", "--batch-size", 3], "a batch of 3 prompts cannot be made of 1"),
-    "temperatures": (["--temperature", 1, "--temperature", 1], "give distinct values"),
-    "compare": (["--compare", "a.json", "b.json"], "a.json is not a file; name the JSON file of a benchmark"),
-}
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_error_is_one_line_with_the_remedy(name: str, folder: Path, tmp_path: Path) -> None:
-    args, message = ERRORS[name]
-    files = {"empty": ("e.jsonl", "\n"), "blank": ("b.txt", " \n"), "bad": ("x.jsonl", '{"text": "x"}\n')}
-    files["good"] = ("good.jsonl", '{"prompt": "def"}\n')
-    for key, (file, text) in files.items():
-        (tmp_path / file).write_text(text)
-        args = [str(arg).replace(f"{{{key}}}", str(tmp_path / file)) for arg in args]
-        message = message.replace(f"{{{key}}}", str(tmp_path / file))
-    result = call("bench", "--model", folder, "--tokens", 4, *args)
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 from specdec.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from specdec.benchmark.compare import Change, compare
+    from specdec.benchmark.comparison import Change, compare
     from specdec.benchmark.contenders import Contender
-    from specdec.benchmark.figures import figures
+    from specdec.benchmark.plots import figures
     from specdec.benchmark.prompts import read_benchmark_prompts
     from specdec.benchmark.results import BenchmarkResults, load_results
     from specdec.benchmark.runner import run_benchmark
     from specdec.benchmark.settings import BenchmarkSettings
-    from specdec.benchmark.tables import tables
 
 __all__ = [
     "BenchmarkResults",
@@ -26,20 +25,18 @@ __all__ = [
     "load_results",
     "read_benchmark_prompts",
     "run_benchmark",
-    "tables",
 ]
 
 _HOMES = {
     "BenchmarkResults": "specdec.benchmark.results",
     "BenchmarkSettings": "specdec.benchmark.settings",
-    "Change": "specdec.benchmark.compare",
+    "Change": "specdec.benchmark.comparison",
     "Contender": "specdec.benchmark.contenders",
-    "compare": "specdec.benchmark.compare",
-    "figures": "specdec.benchmark.figures",
+    "compare": "specdec.benchmark.comparison",
+    "figures": "specdec.benchmark.plots",
     "load_results": "specdec.benchmark.results",
     "read_benchmark_prompts": "specdec.benchmark.prompts",
     "run_benchmark": "specdec.benchmark.runner",
-    "tables": "specdec.benchmark.tables",
 }
 """Names are looked up on first use: matplotlib is needed for figures only."""
 

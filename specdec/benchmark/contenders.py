@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from specdec.api import DrafterLike, SpeculativeModel, accelerate, resolve_drafter, resolve_verifier
+from specdec.benchmark.settings import Part
+from specdec.budget import Budget
 from specdec.commands.contenders import HF_GENERATE, OFF, hf_methods
 from specdec.drafters import DRAFTERS
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.measuring import Method
 from specdec.verifiers.base import Verifier
+
+
+class _OwnBudget(Budget):
+    """Knows how often drafts were accepted in earlier calls, as any budget of a model, but in those of its owner alone.
+
+    Args:
+        max_nodes: Largest tree.
+        owner: Two drafters of one kind, with other settings, are two owners.
+    """
+
+    def __init__(self, max_nodes: int, owner: Hashable) -> None:
+        super().__init__(max_nodes)
+        self.owner = owner
+
+    def begin(self, model: nn.Module, kind: Hashable) -> None:
+        super().begin(model, (self.owner, kind))
 
 
 @dataclass(frozen=True)
@@ -58,12 +78,13 @@ class Contender:
 
         return cls(f"specdec {drafter.replace('-', ' ')}", make, optional=optional)
 
-    def method(self, model: Any) -> Method:
-        """How to run it."""
+    def method(self, model: Any, part: str) -> Method:
+        """How to run it in a part of the benchmark."""
         verifier = resolve_verifier(self.verifier)
 
         def prepare() -> SpeculativeModel:
-            return accelerate(model, self.make(), verifier=self.verifier, max_nodes=self.max_nodes)
+            budget = _OwnBudget(self.max_nodes, (self.name, part))
+            return accelerate(model, self.make(), verifier=self.verifier, budget=budget)
 
         return Method(self.name, prepare, optional=self.optional, guarantee=verifier.guarantee)
 
@@ -120,7 +141,7 @@ def as_contenders(drafters: Sequence[str | Contender] | None, draft_model: Any) 
 def methods_of(
     model: Any,
     contenders: Sequence[Contender],
-    is_sampled: bool,
+    part: Part,
     draft_model: Any = None,
     assisted_kwargs: dict[str, Any] | None = None,
 ) -> list[Method]:
@@ -129,13 +150,14 @@ def methods_of(
     Args:
         model: The target.
         contenders: The drafters.
-        is_sampled: Sampling, transformers' own speculation keeps the distribution, but draws other tokens.
+        part: Of the benchmark. When sampling, transformers' own speculation keeps the distribution, but draws other
+            tokens.
         draft_model: For transformers' assisted generation.
         assisted_kwargs: What that needs besides.
     """
     theirs = [
-        replace(method, guarantee="distribution") if is_sampled and method.name != HF_GENERATE else method
+        replace(method, guarantee="distribution") if part.temperature > 0 and method.name != HF_GENERATE else method
         for method in hf_methods(model, draft_model, assisted_kwargs)
     ]
     off = Contender(OFF, lambda: None)
-    return [*theirs, *(contender.method(model) for contender in [off, *contenders])]
+    return [*theirs, *(contender.method(model, part.name) for contender in [off, *contenders])]

@@ -98,7 +98,7 @@ class BenchmarkResults:
         folder = Path(folder)
         self.write_json(folder / RESULTS_FILE)
         try:
-            from specdec.benchmark.figures import save_figures
+            from specdec.benchmark.plots import save_figures
 
             pictures = save_figures(self, folder)
         except ModuleNotFoundError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from specdec.benchmark.record import RunRecord
 from specdec.benchmark.results import BenchmarkResults, PartResults
 from specdec.benchmark.settings import BenchmarkSettings, Part
 from specdec.commands.contenders import assisted_kwargs
+from specdec.commands.loading import EMBEDDED
+from specdec.embedded import embedded_path
 from specdec.measuring import EncodedPrompt, Method, run_interleaved
 from specdec.provenance import circumstances, model_info
 from specdec.samples import Measurement, Sample
@@ -67,8 +70,8 @@ def run_benchmark(
     ]
     started = circumstances()
     models = {
-        "target": model_info(str(model.config.name_or_path), model),
-        "draft": model_info(str(draft_model.config.name_or_path), draft_model) if draft_model is not None else None,
+        "target": model_info(_name_of(model), model),
+        "draft": model_info(_name_of(draft_model), draft_model) if draft_model is not None else None,
     }
     identity = {
         "settings": asdict(settings),
@@ -85,6 +88,16 @@ def run_benchmark(
             batch_size = plan.part.batch_size
             results.parts[plan.part.name] = PartResults(measurement, plan.part, len(plan.prompts) * batch_size)
     return results
+
+
+def _name_of(model: Any) -> str:
+    """Hub name, or the folder's own name: where it lies is of no interest elsewhere."""
+    name = str(model.config.name_or_path)
+    for embedded, called in (("target", EMBEDDED), ("draft", f"{EMBEDDED}-draft")):
+        with suppress(FileNotFoundError):  # an installation without these models
+            if name == str(embedded_path(embedded)):
+                return called
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def _encoded(
@@ -173,7 +186,7 @@ def _plan(
     if part.is_random:
         vocab = model.config.get_text_config(decoder=True).vocab_size
         *measured, warm_up = random_prompts(len(measured) + 1, vocab)
-    methods = methods_of(model, contenders, part.temperature > 0, draft_model, kwargs)
+    methods = methods_of(model, contenders, part, draft_model, kwargs)
     ends = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None]
     made = batches(measured, part.batch_size, ends[0], model.device)
     (first,) = batches([warm_up] * part.batch_size, part.batch_size, ends[0], model.device)

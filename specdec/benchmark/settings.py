@@ -56,10 +56,10 @@ class BenchmarkSettings:
         for name, least in (("max_new_tokens", 2), ("repeats", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least {least}")
-        for name, least in (("temperatures", 0.0), ("batch_sizes", 1)):
+        for name, least in (("temperatures", 0), ("batch_sizes", 1)):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values) or min(values) < least:
-                raise ValueError(f"{name}={values} is not allowed; give distinct values, each at least {least:g}")
+                raise ValueError(f"{name}={values} is not allowed; give distinct values, each at least {least}")
 
     def parts(self) -> Iterator[Part]:
         """What is measured, in this order."""

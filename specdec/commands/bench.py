@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,7 +93,7 @@ def run(
         target, tokenizer = load_model(model, dtype, device)
         draft_name = draft_model or own_draft_model(model)
         draft, draft_tokenizer = load_model(draft_name, dtype, device) if draft_name else (None, None)
-    with user_errors(ValueError, TypeError, OSError):
+    with user_errors(ValueError, TypeError, OSError), _stoppable(output):
         # The prompt behind the last one is for the warm-up, if there is one.
         chosen = read_benchmark_prompts(prompts, tokenizer, limit + 1, chat)
         results = run_benchmark(
@@ -111,6 +112,19 @@ def run(
     if results.models["draft"] is not None:
         results.models["draft"]["name"] = draft_name
     _show(console, results, output, json_file)
+
+
+@contextmanager
+def _stoppable(output: Path | None) -> Iterator[None]:
+    """Ctrl-C ends the run, and what was measured is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = (
+            f"what was measured is in {output}; the same command goes on" if output else "nothing is kept, see --output"
+        )
+        typer.echo(f"stopped; {kept}", err=True)
+        raise typer.Exit(130) from None
 
 
 def _parsed(text: str, model: str) -> tuple[str, DrafterFlags, str]:
@@ -167,7 +181,7 @@ def _show(console: Console, results: BenchmarkResults, output: Path | None, json
         if output is not None:
             written = results.save(output)
             if not any(file.suffix == ".png" for file in written):
-                console.print("there are no figures, as matplotlib is missing: pip install 'specdec-hf[notebook]'")
+                console.print("no figures: matplotlib is missing; pip install 'specdec-hf[notebook]'", markup=False)
         if json_file is not None:
             results.write_json(json_file)
             written = [*written, json_file]
@@ -176,7 +190,7 @@ def _show(console: Console, results: BenchmarkResults, output: Path | None, json
 
 
 def _compare(console: Console, old: Path, new: Path) -> None:
-    from specdec.benchmark.compare import comparison_tables
+    from specdec.benchmark.comparison import comparison_tables
     from specdec.benchmark.results import load_results
 
     with user_errors(ValueError, OSError):
