@@ -262,8 +262,9 @@ class MergedDrafter(Drafter):
         if type(drafter).observe is Drafter.observe:
             return
         if drafter.num_top_tokens and step.top_tokens is not None:
-            is_all = drafter.num_top_tokens >= step.top_tokens.shape[-1]
-            shown = step if is_all else Step(step.rows, step.tree, step.accepted, step.top_tokens[..., : drafter.num_top_tokens])
+            shown = step
+            if drafter.num_top_tokens < step.top_tokens.shape[-1]:
+                shown = Step(step.rows, step.tree, step.accepted, step.top_tokens[..., : drafter.num_top_tokens])
         self._guarded(call, source, "observe", context, lambda: drafter.observe(context, shown))
 
     def _guarded(
