@@ -15,6 +15,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,9 @@ import torch
 import typer
 from rich.console import Console
 
+from specdec.api import SpeculativeModel, accelerate
 from specdec.benchmark.progress import measure_with_progress as measure
+from specdec.budget import Budget
 from specdec.commands import options
 from specdec.commands.contenders import HF_GENERATE, OFF, encode_prompts, specdec_method
 from specdec.commands.demo_display import summary_table
@@ -67,6 +70,11 @@ def variants(heads: MedusaHeads) -> dict[str, Callable[[], Drafter]]:
     return made
 
 
+def accelerated(target: Any, make: Callable[[], Drafter], budget: Budget | None) -> SpeculativeModel:
+    """A target with a new drafter."""
+    return accelerate(target, make(), budget=budget)
+
+
 @torch.no_grad()
 def moved(adapted: Any, prompts: Sequence[EncodedPrompt]) -> dict[str, float]:
     """Perplexity of the prompts with and without the adapter, and KL(without || with) in nats per token."""
@@ -89,6 +97,9 @@ def moved(adapted: Any, prompts: Sequence[EncodedPrompt]) -> dict[str, float]:
 def main(
     heads: Annotated[str | None, typer.Option(help="Folder or hub name; the folder medusa in the model's own.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Folder of adapters that were trained with the heads.")] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Verify each draft whole, paying or not: for the tokens per pass.")
+    ] = False,
     name: Annotated[str, typer.Option(help="Of the file in benchmarks/results.")] = "medusa",
     model: options.Model = EMBEDDED,
     prompt_file: Annotated[Path | None, typer.Option(help='JSONL, {"prompt": "..."} a line.')] = None,
@@ -115,7 +126,9 @@ def main(
         target = adapted.merge_and_unload()
         print("the target's own output on the prompts:", own_output)
     methods = [Method(HF_GENERATE, lambda: target), specdec_method(OFF, target, lambda: None)]
-    methods += [specdec_method(f"medusa, {variant}", target, make) for variant, make in variants(loaded).items()]
+    for variant, make in variants(loaded).items():
+        budget = Budget(64, fixed=True) if whole else None
+        methods.append(Method(f"medusa, {variant}", partial(accelerated, target, make, budget)))
     console, results = Console(), {}
     for part, settings in {
         "greedy": Settings.of(tokens),
