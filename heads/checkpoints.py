@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import re
 import warnings
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from specdec.heads import calibration
 from specdec.heads.calibration import HeadCalibration
-from specdec.heads.config import MedusaConfig
+from specdec.heads.config import MedusaConfig, check_token_map
 
 CONFIG_FILE = "config.json"
 MEDUSA_FILE = "medusa_lm_head.safetensors"
@@ -244,14 +243,10 @@ def _token_map(named: NamedTensors, sizes: MedusaConfig, projected: int) -> tupl
     """
     if sizes.draft_vocab_size is None:
         return None, None
-    tokens, most = named.tensors[TOKEN_MAP], sizes.vocab_size or math.inf
-    ascending, order = tokens.flatten().long().sort()
-    is_set = tokens.dim() == 1 and not tokens.is_floating_point() and bool((ascending[1:] > ascending[:-1]).all())
-    if not is_set or not 0 <= int(ascending[0]) <= int(ascending[-1]) < most:
-        raise ValueError(
-            f"{TOKEN_MAP} must list token ids of the target, each once, from 0 and below {most}; it holds "
-            f"{tokens.flatten()[:8].tolist()} ..."
-        )
+    tokens = named.tensors[TOKEN_MAP]
+    ascending, order = tokens.sort()
+    check_token_map(ascending, sizes.vocab_size)
+    ascending = ascending.long()
     if sizes.version == "1" and projected not in (len(tokens), sizes.vocab_size):
         raise ValueError(f"{TOKEN_MAP} lists {len(tokens)} tokens, but projections cover {projected}")
     return ascending, order if projected == len(tokens) else ascending

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 VERSIONS = ("1", "2")
 """Version 1 heads have a projection to the vocabulary each, version 2 heads share the target's output embedding."""
 
@@ -50,3 +52,24 @@ class MedusaConfig:
         size = self.draft_vocab_size or self.vocab_size
         assert size is not None
         return size
+
+
+def check_token_map(tokens: Tensor, vocab_size: int | None) -> None:
+    """Checks the tokens that heads can name, ascending, `[draft_vocab]`.
+
+    Args:
+        tokens: Token ids.
+        vocab_size: Of the target; None while it is not known.
+
+    Raises:
+        ValueError: They are no list of the target's token ids, each once.
+    """
+    is_list = tokens.dim() == 1 and len(tokens) > 0 and not tokens.is_floating_point()
+    is_within = is_list and int(tokens[0]) >= 0 and (vocab_size is None or int(tokens[-1]) < vocab_size)
+    if not is_within or not bool((tokens[1:] > tokens[:-1]).all()):
+        bound = "" if vocab_size is None else f", below {vocab_size}"
+        shown = tokens.flatten()
+        raise ValueError(
+            f"token_map must hold token ids of the target, each once and ascending{bound}; it begins with "
+            f"{shown[:4].tolist()} and ends with {shown[-4:].tolist()}"
+        )

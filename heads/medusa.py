@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.heads.calibration import HeadCalibration
-from specdec.heads.config import MedusaConfig
+from specdec.heads.config import MedusaConfig, check_token_map
 from specdec.heads.output_embedding import OutputEmbedding
 
 __all__ = ["MedusaConfig", "MedusaHeads"]
@@ -79,8 +79,8 @@ class MedusaHeads(nn.Module):
         config = MedusaConfig(embedding.hidden_size, embedding.vocab_size, num_heads, num_layers, version, name, size)
         heads = cls(config).to(embedding.device, dtype)
         if token_map is not None:
+            check_token_map(token_map, config.vocab_size)
             heads.token_map = token_map.to(embedding.device)
-            heads.check_token_map()
         if heads.projections is not None:
             weight = embedding.weight()
             heads.projections.data.copy_(weight if heads.token_map is None else weight[heads.token_map])
@@ -164,27 +164,12 @@ class MedusaHeads(nn.Module):
         if self.device != embedding.device:
             self.to(embedding.device)
         self._output_embedding = embedding
-        self.check_token_map()
         self._known_rows = None
-        if self.token_map is not None and self.projections is None:
-            self._known_rows = embedding.rows(self.token_map)
+        if self.token_map is not None:
+            check_token_map(self.token_map, self.config.vocab_size)
+            if self.projections is None:
+                self._known_rows = embedding.rows(self.token_map)
         return self
-
-    def check_token_map(self) -> None:
-        """Checks the tokens that the heads can name.
-
-        Raises:
-            ValueError: They are not ascending, or out of the vocabulary's range.
-        """
-        if self.token_map is None:
-            return
-        tokens, size = self.token_map, self.config.vocab_size
-        is_within = len(tokens) > 0 and int(tokens[0]) >= 0 and (size is None or int(tokens[-1]) < size)
-        if not is_within or not bool((tokens[1:] > tokens[:-1]).all()):
-            raise ValueError(
-                f"token_map must hold token ids of the target, each once and ascending, below {size}; it begins with "
-                f"{tokens[:4].tolist()} and ends with {tokens[-4:].tolist()}"
-            )
 
     def tokens(self, places: Tensor) -> Tensor:
         """Token ids of places in the logits, of any shape."""
