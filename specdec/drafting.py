@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,11 @@ class GuardedDrafter:
         self.sampler = sampler
         self.is_sampled_from = is_sampled_from
         self.budget = budget
+
+    def kind(self) -> Hashable:
+        """Class and settings: drafters that have both in common propose alike."""
+        settings = self._call("settings")
+        return type(self.drafter), str(settings)
 
     def start(self, sequences: Sequences, rows: Sequence[int]) -> None:
         """Tells the drafter that a call begins."""

@@ -177,11 +177,11 @@ class Speculation:
         pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
         sampler = Sampler(processors, config.do_sample, sequences, noise, keep_scores)
         is_sampled_from = self.verifier.guarantee == "distribution" and config.do_sample
-        kind = type(self.drafter), str(self.drafter.settings() if self.drafter else None), config.do_sample
-        self.budget.begin(target.model, kind)
+        drafter = self._guarded_drafter(target, sampler, is_sampled_from)
+        self.budget.begin(target.model, (drafter.kind(), config.do_sample))
         decoder = Decoder(
             target=target,
-            drafter=self._guarded_drafter(target, sampler, is_sampled_from),
+            drafter=drafter,
             verifier=self.verifier,
             sampler=sampler,
             stop=StopRule(criteria, sequences),

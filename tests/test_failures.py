@@ -278,3 +278,20 @@ def test_report_tells_what_the_drafter_tells_of_itself() -> None:
     tokens = int(INPUTS["attention_mask"].sum()) + 4 * len(output)
     assert fast.report.drafter_figures == fast.report.to_dict()["drafter_figures"] == {"rows": 3, "tokens": tokens}
     assert f"rows 3, tokens {tokens}" in str(fast.report)
+
+
+class Unsettled(LookaheadDrafter):
+    """Cannot tell its settings."""
+
+    def settings(self) -> dict[str, Any]:
+        raise RuntimeError("no settings")
+
+
+def test_drafter_that_cannot_tell_its_settings_is_switched_off() -> None:
+    expected = reference(tiny_model(), INPUTS, **KWARGS)
+    fast = accelerated(Unsettled())
+    torch.manual_seed(0)
+    with pytest.warns(DrafterSwitchedOffWarning, match=r"failed in settings\(\)"):
+        got = fast.generate(**INPUTS, **KWARGS)
+    assert got.tolist() == expected.ids.tolist()
+    assert fast.report.drafter_error == "RuntimeError: no settings"
