@@ -15,7 +15,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,9 +22,7 @@ import torch
 import typer
 from rich.console import Console
 
-from specdec.api import SpeculativeModel, accelerate
 from specdec.benchmark.progress import measure_with_progress as measure
-from specdec.budget import Budget
 from specdec.commands import options
 from specdec.commands.contenders import HF_GENERATE, OFF, encode_prompts, specdec_method
 from specdec.commands.demo_display import summary_table
@@ -68,11 +65,6 @@ def variants(heads: MedusaHeads) -> dict[str, Callable[[], Drafter]]:
     if heads.calibration is not None and heads.calibration.tree:
         made["tuned tree"] = lambda: MedusaDrafter(heads, dynamic=False)
     return made
-
-
-def accelerated(target: Any, make: Callable[[], Drafter], budget: Budget | None) -> SpeculativeModel:
-    """A target with a new drafter."""
-    return accelerate(target, make(), budget=budget)
 
 
 @torch.no_grad()
@@ -127,8 +119,7 @@ def main(
         print("the target's own output on the prompts:", own_output)
     methods = [Method(HF_GENERATE, lambda: target), specdec_method(OFF, target, lambda: None)]
     for variant, make in variants(loaded).items():
-        budget = Budget(64, fixed=True) if whole else None
-        methods.append(Method(f"medusa, {variant}", partial(accelerated, target, make, budget)))
+        methods.append(specdec_method(f"medusa, {variant}", target, make, whole=whole))
     console, results = Console(), {}
     for part, settings in {
         "greedy": Settings.of(tokens),

@@ -146,13 +146,16 @@ class Budget:
     Args:
         max_nodes: Largest tree to verify, root included.
         fixed: Always verify as many nodes as proposed (up to `max_nodes`): for measuring and tests.
+        owner: What is known of a model is shared by the budgets of one owner. Methods that are measured against each
+            other have one each, so that none learns from another.
     """
 
-    def __init__(self, max_nodes: int = 64, fixed: bool = False) -> None:
+    def __init__(self, max_nodes: int = 64, fixed: bool = False, owner: Hashable = None) -> None:
         if max_nodes not in NODE_BUCKETS:
             raise ValueError(f"max_nodes={max_nodes} is not allowed; use one of {', '.join(map(str, NODE_BUCKETS))}")
         self.max_nodes = max_nodes
         self.fixed = fixed
+        self.owner = owner
         self.tried: Floats = np.zeros(SCORE_BINS)
         self.hit: Floats = np.zeros(SCORE_BINS)
         self.last_choice: Choice | None = None
@@ -168,7 +171,7 @@ class Budget:
         self._rest = 0
 
     def begin(self, model: nn.Module, kind: Hashable) -> None:
-        """Takes up what is known of a kind of call, from this budget's calls or another's of the same model.
+        """Takes up what is known of a kind of call, from this budget's calls or another's of the same model and owner.
 
         Args:
             model: The target.
@@ -176,11 +179,11 @@ class Budget:
         """
         if self.fixed:
             return
-        known = _COUNTS.setdefault(model, {})
-        if kind not in known:
-            known[kind] = np.zeros(SCORE_BINS), np.zeros(SCORE_BINS)
-        if known[kind][0] is not self.tried:
-            self.tried, self.hit = known[kind]
+        tried, hit = _COUNTS.setdefault(model, {}).setdefault(
+            (self.owner, kind), (np.zeros(SCORE_BINS), np.zeros(SCORE_BINS))
+        )
+        if tried is not self.tried:
+            self.tried, self.hit = tried, hit
             self._losses = self._rest = 0
 
     def nodes_to_draft(self) -> int:

@@ -393,3 +393,11 @@ def test_calls_that_sample_and_calls_that_do_not_are_told_apart() -> None:
     again = specdec.accelerate(model, "lookahead")
     again.generate(**prompts(6), max_new_tokens=8, do_sample=True)
     assert again.speculation.budget.tried is counts[1]
+
+
+def test_budgets_of_two_owners_learn_apart() -> None:
+    model = new_model("llama")
+    mine, same, other = (Budget(8, owner=owner) for owner in ("mine", "mine", "other"))
+    for budget in (mine, same, other):
+        budget.begin(model, "greedy")
+    assert mine.tried is same.tried is not other.tried

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-from torch import nn
 
 from specdec.api import DrafterLike, SpeculativeModel, accelerate, resolve_drafter, resolve_verifier
 from specdec.benchmark.settings import Part
@@ -17,22 +15,6 @@ from specdec.drafters import DRAFTERS
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.measuring import Method
 from specdec.verifiers.base import Verifier
-
-
-class _OwnBudget(Budget):
-    """Knows how often drafts were accepted in earlier calls, as any budget of a model, but in those of its owner alone.
-
-    Args:
-        max_nodes: Largest tree.
-        owner: Two drafters of one kind, with other settings, are two owners.
-    """
-
-    def __init__(self, max_nodes: int, owner: Hashable) -> None:
-        super().__init__(max_nodes)
-        self.owner = owner
-
-    def begin(self, model: nn.Module, kind: Hashable) -> None:
-        super().begin(model, (self.owner, kind))
 
 
 @dataclass(frozen=True)
@@ -83,7 +65,7 @@ class Contender:
         verifier = resolve_verifier(self.verifier)
 
         def prepare() -> SpeculativeModel:
-            budget = _OwnBudget(self.max_nodes, (self.name, part))
+            budget = Budget(self.max_nodes, owner=(self.name, part))
             return accelerate(model, self.make(), verifier=self.verifier, budget=budget)
 
         return Method(self.name, prepare, optional=self.optional, guarantee=verifier.guarantee)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from specdec.api import SpeculativeModel, accelerate
+from specdec.budget import Budget
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
@@ -49,11 +50,15 @@ def specdec_method(
     remembers: bool = False,
     max_nodes: int = 64,
     optional: bool = False,
+    whole: bool = False,
 ) -> Method:
-    """Ours with a drafter, made anew for each run unless it `remembers`: repeats must not help it."""
+    """Ours with a drafter, made anew for each run unless it `remembers`: repeats must not help it.
+
+    With `whole`, each draft is verified whole, whether that pays or not.
+    """
 
     def prepare() -> SpeculativeModel:
-        return accelerate(model, make_drafter(), max_nodes=max_nodes)
+        return accelerate(model, make_drafter(), budget=Budget(max_nodes, whole, owner=name))
 
     return Method(name, prepare, remembers=remembers, optional=optional)
 
