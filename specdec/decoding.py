@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from specdec.budget import Budget
 from specdec.drafting import GuardedDrafter
-from specdec.kernels import Ints
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
+from specdec.step import Outcome, Step
 from specdec.stopping import StopRule
 from specdec.streaming import StreamFeeder
 from specdec.target import TargetModel
-from specdec.tree import TokenTree, bucket_of
-from specdec.verifiers.base import Verifier
+from specdec.tree import TokenTree
 
 
 @dataclass
@@ -27,7 +25,7 @@ class Decoder:
 
     target: TargetModel
     drafter: GuardedDrafter
-    verifier: Verifier
+    step: Step
     sampler: Sampler
     stop: StopRule
     budget: Budget
@@ -53,8 +51,8 @@ class Decoder:
         self.report.count_pass([0] * len(self.rows))
         tree = self._last_prompt_tokens(input_ids)
         with self.report.timed("verify"):
-            accepted, new_tokens, _ = self._verify(tree, logits)
-        unfinished = self._commit(tree, accepted, new_tokens)
+            outcome = self.step.verify(tree, logits, self.rows)
+        unfinished = self._commit(outcome)
         try:
             self.drafter.start(self.sequences, self.rows)
             while unfinished:
@@ -62,14 +60,11 @@ class Decoder:
                 with self.report.timed("draft"):
                     tree = self._propose()
                 started = time.perf_counter()
-                with self.report.timed("target"):
-                    logits = self.target.forward(tree)  # [B, N, V]
-                with self.report.timed("verify"):
-                    accepted, new_tokens, top_tokens = self._verify(tree, logits)
+                outcome = self.step.run(tree, self.rows)  # target pass, verify
                 with self.report.timed("commit"):
-                    unfinished = self._commit(tree, accepted, new_tokens, is_in_cache=False)
-                    self.budget.observe(tree, accepted)
-                    self.drafter.observe(self.sequences, self.rows, tree, accepted, top_tokens)
+                    unfinished = self._commit(outcome, is_in_cache=False)
+                    self.budget.observe(tree, outcome.accepted)
+                    self.drafter.observe(self.sequences, self.rows, tree, outcome.accepted, outcome.top_tokens)
                 self.budget.record(len(self.rows), tree.num_nodes, time.perf_counter() - started)
         finally:
             self.drafter.finish(self.sequences)
@@ -95,37 +90,20 @@ class Decoder:
                 tokens = self.sequences.latest(self.rows, self.budget.max_nodes)
                 self.budget.measure(self.target, tokens, self._least_room())
         tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent)
-        # Few shapes, so that a pass can be captured. Padding of a chain would stand at positions that may not exist.
-        if self.sequences.device.type != "cpu" and not self.target.lockstep:
-            tree = tree.padded_to(bucket_of(tree.num_nodes))
         self.report.count_pass((tree.is_real.sum(1) - 1).tolist())
-        return tree.to(self.sequences.device)
+        return tree
 
     def _least_room(self) -> int:
         return min(self.sequences.room(row) for row in self.rows)
 
-    def _verify(self, tree: TokenTree, logits: Tensor) -> tuple[list[list[int]], list[list[int]], Ints]:
-        """Accepted nodes, accepted tokens with the next one, and the target's top tokens, per row: one transfer."""
-        acceptance = self.verifier.verify(tree, logits, self.sampler, self.rows)
-        top_tokens = self.drafter.top_tokens(logits)  # [B, N, count]
-        parts = [acceptance.num_accepted[:, None], acceptance.nodes, acceptance.tokens, top_tokens.flatten(1)]
-        packed: Ints = torch.cat([part.to(acceptance.nodes.device) for part in parts], 1).cpu().numpy()
-        width = acceptance.nodes.shape[1]
-        rows = packed[:, : 2 + 2 * width].tolist()
-        nodes = [row[1 : 1 + row[0]] for row in rows]
-        tokens = [row[1 + width : 2 + width + row[0]] for row in rows]
-        return nodes, tokens, packed[:, 2 + 2 * width :].reshape(top_tokens.shape)
-
-    def _commit(
-        self, tree: TokenTree, accepted: list[list[int]], new_tokens: list[list[int]], is_in_cache: bool = True
-    ) -> list[int]:
+    def _commit(self, outcome: Outcome, is_in_cache: bool = True) -> list[int]:
         """Keeps new tokens up to where their row ends; the cache gets all but the last, which is the next root.
 
         Returns:
             Which rows go on, as indices into `rows`.
         """
         counts, is_done = zip(
-            *(self.stop.count(row, tokens) for row, tokens in zip(self.rows, new_tokens, strict=True)), strict=True
+            *(self.stop.count(row, tokens) for row, tokens in zip(self.rows, outcome.tokens, strict=True)), strict=True
         )
         unfinished = [i for i, done in enumerate(is_done) if not done]
         if self.target.lockstep and unfinished:
@@ -133,8 +111,8 @@ class Decoder:
             counts = tuple(min(count, shortest) if i in unfinished else count for i, count in enumerate(counts))
         paths = []
         for i, row in enumerate(self.rows):
-            self.sequences.append(row, new_tokens[i][: counts[i]])
-            paths.append([0, *accepted[i]][: counts[i]])
+            self.sequences.append(row, outcome.tokens[i][: counts[i]])
+            paths.append([0, *outcome.accepted[i]][: counts[i]])
             if self.sampler.keep_scores:
                 self.kept_scores[row] += self.sampler.kept(i, paths[i])
         if not is_in_cache:

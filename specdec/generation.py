@@ -25,6 +25,7 @@ from specdec.noise import NoiseQueue
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
+from specdec.step import Step
 from specdec.stopping import StopRule
 from specdec.streaming import StreamFeeder
 from specdec.target import (
@@ -182,7 +183,7 @@ class Speculation:
         decoder = Decoder(
             target=target,
             drafter=drafter,
-            verifier=self.verifier,
+            step=Step(target, self.verifier, sampler, drafter, report),
             sampler=sampler,
             stop=StopRule(criteria, sequences),
             budget=self.budget,

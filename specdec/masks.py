@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +47,24 @@ class MaskFormat:
         Args:
             first: Nodes before this one have gone through the model in an earlier pass: no rows for them.
         """
+        return self._each(
+            lambda window, chunk: tree_mask(tree, lengths, prompt_mask, window, chunk)[:, :, first:], dtype
+        )
+
+    def build_on_device(
+        self, tree: TokenTree, lengths: Tensor, slots: int, prompt_mask: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | dict[str, Tensor]:
+        """Masks in this format without a value read by the host; see `mask_on_device`."""
+        return self._each(lambda window, chunk: mask_on_device(tree, lengths, slots, prompt_mask, window, chunk), dtype)
+
+    def _each(self, make: Callable[[int | None, int | None], Tensor], dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """One mask per layer type, made from its window and chunk."""
         masks = {}
         for kind in self.layer_types:
-            window = self.window if kind == "sliding_attention" else None
-            chunk = self.chunk if kind == "chunked_attention" else None
-            mask = tree_mask(tree, lengths, prompt_mask, window, chunk)[:, :, first:]
+            mask = make(
+                self.window if kind == "sliding_attention" else None,
+                self.chunk if kind == "chunked_attention" else None,
+            )
             if self.additive:
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
             masks[kind] = mask
@@ -84,8 +97,29 @@ def tree_mask(
         mask[:, :, width:] = tree.ancestor_mask
         return mask[:, None]
 
-    length = torch.tensor(lengths, device=device)[:, None]  # [B, 1]
-    slot = torch.arange(width + nodes, device=device)[None]  # [1, S]
+    return mask_on_device(tree, torch.tensor(lengths, device=device), width + nodes, prompt_mask, window, chunk)
+
+
+def mask_on_device(
+    tree: TokenTree,
+    lengths: Tensor,
+    slots: int,
+    prompt_mask: Tensor | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """The same from lengths on the device, which are not read by the host: fit for a captured step.
+
+    Args:
+        lengths: `[batch]`, int64.
+        slots: Width of the mask: at least `max(lengths) + nodes`, or all slots of a cache whose layout is static.
+
+    Returns:
+        `[batch, 1, nodes, slots]`, bool.
+    """
+    device, nodes = tree.tokens.device, tree.num_nodes
+    length = lengths[:, None]  # [B, 1]
+    slot = torch.arange(slots, device=device)[None]  # [1, S]
     node = slot - length  # [B, S], negative at committed slots
     committed = node < 0
     if prompt_mask is not None:

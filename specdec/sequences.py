@@ -65,8 +65,8 @@ class Sequences:
         return self.compact[row][: self.lengths[row] - self.padding[row]]
 
     def roots(self, rows: Sequence[int]) -> Tensor:
-        """Last token of each row, `[rows]`, on the device."""
-        return torch.from_numpy(self.ids[rows, [self.lengths[row] - 1 for row in rows]]).to(self.device)
+        """Last token of each row, `[rows]`, on the host."""
+        return torch.from_numpy(self.ids[rows, [self.lengths[row] - 1 for row in rows]])
 
     def latest(self, rows: Sequence[int], count: int) -> Tensor:
         """The last tokens of each row, the very last first, over again where there are fewer, `[rows, count]`."""

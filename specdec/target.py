@@ -17,7 +17,7 @@ from specdec.hidden_states import HiddenStates
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.masks import MaskFormat
 from specdec.sequences import Sequences
-from specdec.tree import NODE_BUCKETS, TokenTree
+from specdec.tree import NODE_BUCKETS, TokenTree, bucket_of
 
 MAX_NEW_SLOTS = 1024
 """New tokens that get slots from the start; for more the cache grows."""
@@ -90,6 +90,7 @@ class TargetModel(ABC):
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
         self.past: Cache | None = model_kwargs.get("past_key_values")
+        self.device = torch.device("cpu")
         self.hidden_states: HiddenStates | None = None
         self.extra = {
             name: value
@@ -106,6 +107,7 @@ class TargetModel(ABC):
         Raises:
             CacheNotFilledError: The prompt is not in the cache; the caller's own cache is as it was.
         """
+        self.device = input_ids.device
         kwargs = {**self.model_kwargs, "past_key_values": self._start_cache(input_ids)}
         logits = self.model._prefill(input_ids, self.generation_config, kwargs).logits[:, -1:]
         self._end_prefill(input_ids)
@@ -120,6 +122,13 @@ class TargetModel(ABC):
     @abstractmethod
     def _end_prefill(self, input_ids: Tensor) -> None:
         """Sets up what the passes need."""
+
+    def place(self, tree: TokenTree) -> TokenTree:
+        """A tree from the host as the passes take it: on the model's device, there padded to one of few widths."""
+        # Padding of a chain would stand at positions that may not exist.
+        if self.device.type != "cpu" and not self.lockstep:
+            tree = tree.padded_to(bucket_of(tree.num_nodes))
+        return tree.to(self.device)
 
     @abstractmethod
     def forward(self, tree: TokenTree) -> Tensor:
@@ -244,12 +253,27 @@ class TreeTarget(TargetModel):
         is_plain = tree.num_nodes == 1 and self.prompt_mask is None and not self.cache.is_ragged
         is_plain = is_plain and not self.mask_format.is_local
         mask = None if is_plain else self.mask_format.build(tree, self.cache.lengths, self.prompt_mask, self.dtype)
+        positions = self.positions
+        if positions is not None:
+            generated = torch.tensor(self.cache.lengths, device=positions.device)[:, None] - self.prefilled
+            positions = positions + generated + tree.depths
+        return self.run_pass(tree.tokens, mask, positions)
+
+    def run_pass(self, tokens: Tensor, mask: Tensor | dict[str, Tensor] | None, positions: Tensor | None) -> Tensor:
+        """The model's own forward behind what is in the cache.
+
+        Args:
+            tokens: `[batch, nodes]`.
+            mask: In the model's own format; None where its own mask is the right one.
+            positions: `[..., batch, nodes]`, or None where the model takes none.
+
+        Returns:
+            Logits, `[batch, nodes, vocab]`.
+        """
         inputs: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
-        if self.positions is not None:
-            generated = torch.tensor(self.cache.lengths, device=self.positions.device)[:, None] - self.prefilled
-            inputs["position_ids"] = self.positions + generated + tree.depths
+        inputs |= {"position_ids": positions} if positions is not None else {}
         outputs = self.model(
-            input_ids=tree.tokens, past_key_values=self.cache, use_cache=True, return_dict=True, **inputs, **self.extra
+            input_ids=tokens, past_key_values=self.cache, use_cache=True, return_dict=True, **inputs, **self.extra
         )
         return outputs.logits
 
