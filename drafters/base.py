@@ -125,6 +125,18 @@ class Drafter(ABC):
         """
         return {}
 
+    def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
+        """Who named each token of a path from the root of the last proposal, for a trace; called before `observe`.
+
+        Args:
+            row: Index among the active rows.
+            path: Token ids, the root's child first.
+
+        Returns:
+            Names of drafters, one entry per token.
+        """
+        return [(self.name,)] * len(path)
+
     def settings(self) -> dict[str, Any]:
         """Hyper-parameters by name, for reports."""
         return {}

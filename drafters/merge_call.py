@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from specdec.drafters.base import DraftContext, Drafter
-from specdec.drafters.merge_growth import CandidateStore
+from specdec.drafters.merge_growth import CandidateStore, candidates_in, child_with
 from specdec.kernels import Ints
 from specdec.tree import TokenTree
 
@@ -115,6 +115,20 @@ class MergedCall:
         else:
             self.nodes.begin(roots)
         return self.nodes
+
+    def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
+        """The sources that named each token of a path, by their names; see `Drafter.sources_of`."""
+        assert self.pending is not None, "nothing is proposed"
+        names = distinct_names(self.sources)
+        if self.pending.alone is not None:
+            return [(names[self.pending.alone],)] * len(path)
+        found, node = [], 0
+        nodes = candidates_in(self.pending.nodes)
+        for token in path:
+            node = child_with(nodes, row, node, token)
+            named = int(nodes.named[row, node])
+            found.append(tuple(name for source, name in enumerate(names) if named >> source & 1))
+        return found
 
     def figures(self, context: DraftContext) -> dict[str, Any]:
         """What each source did and earned, by its name, ready for JSON.

@@ -169,6 +169,10 @@ class MergedDrafter(Drafter):
                 shown = Step(step.rows, _verified_part(proposal, verified), own[:, source].tolist())
             self._tell(call, source, context, shown, step)
 
+    def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
+        call: MergedCall | None = getattr(self._thread, "call", None)
+        return super().sources_of(row, path) if call is None else call.sources_of(row, path)
+
     def figures(self, context: DraftContext) -> dict[str, Any]:
         return self._of_thread(context).figures(context)
 

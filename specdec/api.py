@@ -71,6 +71,7 @@ def speculate(
     capability: str = "auto",
     budget: Budget | None = None,
     streamer: Any = None,
+    trace: bool = False,
 ) -> Speculation:
     """The same as `accelerate`, for transformers' own hook: `model.generate(..., custom_generate=speculate(...))`.
 
@@ -78,13 +79,14 @@ def speculate(
 
     Args:
         streamer: `generate` does not hand its streamer to a custom method; pass it here, and not there.
+        trace: Note in `report.trace` which pass and which source each token came from.
 
     Returns:
         A callable to pass as `custom_generate`. Keep it and pass it again to let the drafter remember; `.report` tells
         about its last call.
     """
     speculation = _speculation(drafter, verifier, strict, max_nodes, capability, budget)
-    speculation.streamer = streamer
+    speculation.streamer, speculation.is_traced = streamer, trace
     return speculation
 
 
@@ -218,8 +220,14 @@ class SpeculativeModel:
         """Prints what is used, at what size and why, and what each source of drafts has earned in the last call."""
         print(explain(self.speculation))
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`model.generate` with the same arguments and the same result, sooner."""
+    def generate(self, *args: Any, trace: bool = False, **kwargs: Any) -> Any:
+        """`model.generate` with the same arguments and the same result, sooner.
+
+        Args:
+            args: Those of `model.generate`.
+            trace: Note in `report.trace` which pass and which source each token came from.
+            kwargs: Those of `model.generate`.
+        """
         if "custom_generate" in kwargs:
             raise ValueError("custom_generate cannot be combined with specdec.accelerate; call .model.generate instead")
         if len(args) > 1:  # generate(inputs, generation_config, ...)
@@ -230,7 +238,7 @@ class SpeculativeModel:
             self.speculation.begin_fallback(reason)
             return self.model.generate(*args, **kwargs)
         # `generate` sends a custom method neither streamer nor tokenizer, so both are brought in from here.
-        decode = partial(self.speculation, streamer=kwargs.get("streamer"))
+        decode = partial(self.speculation, streamer=kwargs.get("streamer"), trace=trace)
         return self.model.generate(*args, custom_generate=decode, **self._with_stop_strings(kwargs))
 
     def _out_of_reach(self, kwargs: dict[str, Any]) -> str | None:

@@ -52,7 +52,7 @@ class Decoder:
         tree = self._last_prompt_tokens(input_ids)
         with self.report.timed("verify"):
             outcome = self.step.verify(tree, logits, self.rows)
-        unfinished = self._commit(outcome)
+        unfinished = self._commit(tree, outcome)
         try:
             self.drafter.start(self.sequences, self.rows)
             while unfinished:
@@ -62,7 +62,7 @@ class Decoder:
                 started = time.perf_counter()
                 outcome = self.step.run(tree, self.rows)  # target pass, verify
                 with self.report.timed("commit"):
-                    unfinished = self._commit(outcome, is_in_cache=False)
+                    unfinished = self._commit(tree, outcome, is_in_cache=False)
                     self.budget.observe(tree, outcome.accepted)
                     self.drafter.observe(self.sequences, self.rows, tree, outcome.accepted, outcome.top_tokens)
                 self.budget.record(len(self.rows), tree.num_nodes, time.perf_counter() - started)
@@ -96,7 +96,7 @@ class Decoder:
     def _least_room(self) -> int:
         return min(self.sequences.room(row) for row in self.rows)
 
-    def _commit(self, outcome: Outcome, is_in_cache: bool = True) -> list[int]:
+    def _commit(self, tree: TokenTree, outcome: Outcome, is_in_cache: bool = True) -> list[int]:
         """Keeps new tokens up to where their row ends; the cache gets all but the last, which is the next root.
 
         Returns:
@@ -119,6 +119,10 @@ class Decoder:
             for path in paths:
                 self.report.count_accepted(len(path) - 1)
             self.target.commit(paths, unfinished)
+        if self.report.trace is not None:
+            kept = [tokens[:count] for tokens, count in zip(outcome.tokens, counts, strict=True)]
+            sources = [self.drafter.sources_of(i, tokens[:-1]) for i, tokens in enumerate(kept)]
+            self.report.trace.add_pass(self.rows, kept, sources, (tree.is_real.sum(1) - 1).tolist())
         self.streamer.feed([self.rows[i] for i in unfinished])
         return unfinished
 

@@ -113,6 +113,12 @@ class GuardedDrafter:
             step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens)
             self._call("observe", self._context(sequences, rows), step)
 
+    def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
+        """Who had drafted each token of an accepted path; see `Drafter.sources_of`."""
+        if self.drafter is None or not path:
+            return [(self.report.drafter,)] * len(path)
+        return self._call("sources_of", row, path) or [(self.report.drafter,)] * len(path)
+
     def finish(self, sequences: Sequences) -> None:
         """Tells the drafter that the call is over."""
         self.hidden_states = None  # rows that ended have none

@@ -37,6 +37,7 @@ from specdec.target import (
     TreeTarget,
     embedding_rows,
 )
+from specdec.trace import Trace
 from specdec.verifiers.base import Verifier
 
 
@@ -67,6 +68,7 @@ class Speculation:
         self.strict = strict
         self.capability = capability
         self.streamer: Any = None
+        self.is_traced = False
         self.report = self._new_report()
         self._warned: set[str] = set()
 
@@ -94,9 +96,10 @@ class Speculation:
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: Any = None,
+        trace: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        """The decoding method; arguments as `generate` passes them to its own sampling loop."""
+        """The decoding method; arguments as `generate` passes them to its own sampling loop, and `trace`."""
         streamer = streamer if streamer is not None else self.streamer
         if self.drafter is not None:
             self.drafter.bind(model)
@@ -125,7 +128,8 @@ class Speculation:
         self.report = self._new_report()
         self.report.capability = capability.mode
         try:
-            return self._speculate(target, input_ids, logits_processor, stopping_criteria, streamer)
+            is_traced = trace or self.is_traced
+            return self._speculate(target, input_ids, logits_processor, stopping_criteria, streamer, is_traced)
         except CacheNotFilledError as error:
             return self._plain(str(error), *prepared, synced_gpus, streamer, model_kwargs)
 
@@ -169,10 +173,14 @@ class Speculation:
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         streamer: Any,
+        is_traced: bool,
     ) -> Any:
         """Runs the loop and wraps up its result as `generate` would."""
         config, report = target.generation_config, self.report
         sequences = Sequences(input_ids, target.model_kwargs.get("attention_mask"), config.max_length)
+        if is_traced:
+            prompts = [sequences.real(row).tolist() for row in range(len(sequences))]
+            report.trace = Trace(prompts, f"{report.drafter}, verifier {report.verifier}", report.guarantee)
         noise = NoiseQueue(len(input_ids), input_ids.device) if config.do_sample else None
         keep_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
         pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0

@@ -6,11 +6,13 @@ import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from specdec.trace import Trace
 
 PHASES = ("prefill", "calibrate", "draft", "target", "verify", "commit")
 
@@ -35,6 +37,7 @@ class SpeculationReport:
         fallback: Why the model's own `generate` did the work; None when specdec did.
         drafter_error: What the drafter raised before it was switched off; None when it did not.
         drafter_figures: What the drafter tells of itself, by name.
+        trace: Which pass and which source each token came from, if `generate(trace=True)` asked for it.
     """
 
     drafter: str = "none"
@@ -52,6 +55,7 @@ class SpeculationReport:
     fallback: str | None = None
     drafter_error: str | None = None
     drafter_figures: dict[str, Any] = field(default_factory=dict)
+    trace: Trace | None = field(default=None, repr=False)
 
     @property
     def tokens_per_pass(self) -> float:
@@ -90,8 +94,10 @@ class SpeculationReport:
             self.num_accepted_tokens_per_pos[depth] += 1
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and derived figures, ready for JSON."""
-        return asdict(self) | {"tokens_per_pass": self.tokens_per_pass, "acceptance_rate": self.acceptance_rate}
+        """All fields but the trace, and derived figures, ready for JSON."""
+        found = asdict(replace(self, trace=None))
+        del found["trace"]
+        return found | {"tokens_per_pass": self.tokens_per_pass, "acceptance_rate": self.acceptance_rate}
 
     def __rich__(self) -> Table:
         table = Table(title="specdec report", show_header=False, title_justify="left")

@@ -3,6 +3,7 @@
 COMMANDS = (
     "demo",
     "generate",
+    "trace",
     "bench",
     "replay",
     "distill",

@@ -95,14 +95,14 @@ def run(
     threads: options.Threads = None,
 ) -> None:
     """Complete a prompt: the completion goes to stdout, the report to stderr."""
-    text = _prompt_text(prompt, file)
+    text = prompt_text(prompt, file)
     kwargs = Sampling(temperature, top_k, top_p, min_p).kwargs(sample) | {"max_new_tokens": max_new_tokens}
     kwargs |= {"repetition_penalty": repetition_penalty} if repetition_penalty is not None else {}
     prepare_torch(threads)
     drafted = DrafterFlags(drafter, drafter_option or [], model)
     first_drafter = drafted.build()
     loaded, tokenizer = load_model(model, dtype, device, device_map, attn, trust_remote_code)
-    inputs = _inputs(text, tokenizer, chat).to(loaded.device)
+    inputs = encode_prompt(text, tokenizer, chat).to(loaded.device)
     with user_errors(ValueError, TypeError, OSError):
         fast = specdec.accelerate(loaded, first_drafter, max_nodes=max_nodes)
     completion = _complete(fast, tokenizer, inputs, seed, kwargs, stream)
@@ -112,7 +112,12 @@ def run(
         typer.echo(_compared(fast, drafted, inputs, seed, kwargs, completion), err=True)
 
 
-def _prompt_text(prompt: str | None, file: Path | None) -> str:
+def prompt_text(prompt: str | None, file: Path | None) -> str:
+    """The prompt, from wherever it was given.
+
+    Raises:
+        UserError: It is given twice, or not at all, or is empty.
+    """
     if prompt is not None and file is not None:
         raise UserError("both a prompt and --file are given; leave one of them out")
     if file is not None:
@@ -126,8 +131,12 @@ def _prompt_text(prompt: str | None, file: Path | None) -> str:
     return prompt
 
 
-def _inputs(text: str, tokenizer: Any, chat: bool) -> Any:
-    """Token ids and mask of the prompt, `[1, tokens]` each."""
+def encode_prompt(text: str, tokenizer: Any, chat: bool) -> Any:
+    """Token ids and mask of the prompt, `[1, tokens]` each.
+
+    Raises:
+        UserError: There is no chat template.
+    """
     if not chat:
         return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if not tokenizer.chat_template:
