@@ -10,6 +10,7 @@ from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.merged import MergedDrafter
 from specdec.drafters.recycling import RecyclingDrafter
+from specdec.drafters.spec_reason import SpecReasonDrafter
 
 DRAFTERS: dict[str, type[Drafter]] = {
     "auto": AutoDrafter,
@@ -17,6 +18,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "medusa": MedusaDrafter,
     "recycling": RecyclingDrafter,
     "draft-model": DraftModelDrafter,
+    "spec-reason": SpecReasonDrafter,
 }
 """Drafters by name."""
 
@@ -30,5 +32,6 @@ __all__ = [
     "MedusaDrafter",
     "MergedDrafter",
     "RecyclingDrafter",
+    "SpecReasonDrafter",
     "Step",
 ]

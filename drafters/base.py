@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from specdec.reasoning import Verdict
 from specdec.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class DraftContext:
         step_seconds: Node counts and seconds of the target's passes at this batch size, ascending, `[sizes]` each;
             None while they are not measured, and unless the drafter `needs_step_seconds`.
         strict: Errors are to be raised: a drafter that could go on without a part that fails must not.
+        is_judged: The verifier judges steps as a whole: trees may hold `steps`, wider than what is asked for.
+        asks_target: A question about the step, to be answered by a digit, is to follow each.
+        end_tokens: Tokens that end a row.
     """
 
     rows: list[int]
@@ -56,6 +60,9 @@ class DraftContext:
     is_sampled_from: bool = False
     step_seconds: tuple[Ints, Floats] | None = None
     strict: bool = False
+    is_judged: bool = False
+    asks_target: bool = False
+    end_tokens: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -69,12 +76,14 @@ class Step:
         accepted: Per row, how many draft tokens were accepted.
         top_tokens: What the target holds likeliest behind each node, best first, `[rows, nodes, num_top_tokens]` (fewer
             where the vocabulary is smaller); of no meaning at padding. None unless the drafter asks for it.
+        verdicts: Per row what was said of its step, None where there was none to judge; None for no row.
     """
 
     rows: list[int]
     tree: TokenTree
     accepted: Sequence[int]
     top_tokens: Ints | None = None
+    verdicts: Sequence[Verdict | None] | None = None
 
 
 class Drafter(ABC):
@@ -96,6 +105,18 @@ class Drafter(ABC):
         Raises:
             ValueError: The drafter does not fit this model.
         """
+
+    def fit(self, verifier: Any) -> None:
+        """Called after `bind` with the verifier that is to decide on what is proposed.
+
+        Raises:
+            ValueError: They do not go together.
+        """
+        if verifier.judges_steps:
+            raise ValueError(
+                f"verifier={verifier.name!r} judges reasoning steps, which drafter {self.name!r} does not write; use "
+                "drafter=SpecReasonDrafter(draft_model, drafter=...) with it, or verifier='exact'"
+            )
 
     def start(self, context: DraftContext) -> None:
         """Called once per `generate()` call, when the prompt is known."""
@@ -151,7 +172,8 @@ def check_proposal(tree: TokenTree, context: DraftContext, max_nodes: int, vocab
     """
     if not isinstance(tree, TokenTree):
         raise TypeError(f"propose() returned a {type(tree).__name__}, a TokenTree is needed")
-    if len(tree.tokens) != len(context.rows) or tree.num_nodes > max_nodes:
+    is_too_wide = tree.num_nodes > max_nodes and not (context.is_judged and tree.steps is not None)
+    if len(tree.tokens) != len(context.rows) or is_too_wide:
         raise ValueError(
             f"propose() returned a tree of {list(tree.tokens.shape)}, "
             f"at most [{len(context.rows)}, {max_nodes}] was asked for"

@@ -32,7 +32,7 @@ def load_draft_model(draft_model: Any, layers: int | None, target: CausalLM) -> 
     """
     if draft_model is None:
         raise ValueError(
-            "no draft model is given; pass DraftModelDrafter(draft_model=...): a causal LM, its folder or hub name, or "
+            "no draft model is given; pass draft_model=...: a causal LM, its folder or hub name, or "
             "'self' with layers=... for the target's own first layers"
         )
     if draft_model == SELF:
@@ -91,8 +91,8 @@ def load_vocabularies(
     sizes = [_vocabulary_size(model) for model in (target, draft_model)]
     if use == "shared":
         return Vocabularies(sizes[1])
-    of_target = _tokenizer_of(target, target_tokenizer, "target_tokenizer")
-    of_draft = _tokenizer_of(draft_model, tokenizer, "tokenizer", is_named)
+    of_target = tokenizer_of(target, target_tokenizer, "target_tokenizer")
+    of_draft = tokenizer_of(draft_model, tokenizer, "tokenizer", is_named)
     if of_target is None or of_draft is None:
         missing = "target_tokenizer" if of_target is None else "tokenizer"
         if use != "auto" or tokenizer is not None or target_tokenizer is not None:
@@ -119,7 +119,7 @@ def _vocabulary_size(model: CausalLM) -> int:
     return min(embedding_rows(model), getattr(model.get_output_embeddings(), "out_features", embedding_rows(model)))
 
 
-def _tokenizer_of(model: CausalLM, given: Any, setting: str, may_fetch: bool = False) -> Any:
+def tokenizer_of(model: CausalLM, given: Any, setting: str, may_fetch: bool = False) -> Any:
     """The tokenizer that is given, or the one beside the model's weights; None where there is none.
 
     A lookup on the hub takes a minute where there is no network: nothing is fetched that nobody has named.

@@ -57,8 +57,7 @@ def accelerate(
     """
     _check_model(model)
     fast = SpeculativeModel(model, _speculation(drafter, verifier, strict, max_nodes, capability, budget))
-    if fast.drafter is not None:
-        fast.drafter.bind(unwrapped(model))
+    fast.speculation.bind(unwrapped(model))
     return fast
 
 

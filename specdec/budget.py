@@ -238,6 +238,8 @@ class Budget:
             tree: The proposal, best nodes first.
             spent: Seconds that drafting it took: the dearer it was, the more of it should be made of it.
         """
+        if tree.steps is not None:  # a step is judged as a whole or not at all
+            return tree
         tree = tree.first(self.max_nodes)
         times = self._times.get(_size(len(tree.tokens)))
         if self.fixed or times is None or tree.num_nodes == 1 or tree.scores is None:
@@ -265,7 +267,7 @@ class Budget:
             tree: The verified tree.
             accepted: Per row the accepted draft nodes, from the root's child down.
         """
-        if tree.num_nodes == 1 or tree.scores is None:
+        if tree.num_nodes == 1 or tree.scores is None or tree.steps is not None:
             return
         accepted_nodes = np.zeros(tree.parents.shape, np.bool_)
         accepted_nodes[:, 0] = True

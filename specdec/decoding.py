@@ -64,8 +64,10 @@ class Decoder:
                 with self.report.timed("commit"):
                     unfinished = self._commit(tree, outcome, is_in_cache=False)
                     self.budget.observe(tree, outcome.accepted)
-                    self.drafter.observe(self.sequences, self.rows, tree, outcome.accepted, outcome.top_tokens)
-                self.budget.record(len(self.rows), tree.num_nodes, time.perf_counter() - started)
+                    of_tree = outcome.accepted, outcome.top_tokens, outcome.verdicts
+                    self.drafter.observe(self.sequences, self.rows, tree, *of_tree)
+                if tree.steps is None:  # a judge takes its time, and steps may be longer than any other tree
+                    self.budget.record(len(self.rows), tree.num_nodes, time.perf_counter() - started)
         finally:
             self.drafter.finish(self.sequences)
         self.streamer.end()
@@ -90,7 +92,7 @@ class Decoder:
                 tokens = self.sequences.latest(self.rows, self.budget.max_nodes)
                 self.budget.measure(self.target, tokens, self._least_room())
         tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent)
-        self.report.count_pass((tree.is_real.sum(1) - 1).tolist())
+        self.report.count_pass(tree.num_drafted)
         return tree
 
     def _least_room(self) -> int:
@@ -122,7 +124,7 @@ class Decoder:
         if self.report.trace is not None:
             kept = [tokens[:count] for tokens, count in zip(outcome.tokens, counts, strict=True)]
             sources = [self.drafter.sources_of(i, tokens[:-1]) for i, tokens in enumerate(kept)]
-            self.report.trace.add_pass(self.rows, kept, sources, (tree.is_real.sum(1) - 1).tolist())
+            self.report.trace.add_pass(self.rows, kept, sources, tree.num_drafted)
         self.streamer.feed([self.rows[i] for i in unfinished])
         return unfinished
 

@@ -16,6 +16,7 @@ from specdec.kernels import Floats, Ints, host_array, largest
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
+from specdec.reasoning import Verdict
 from specdec.tree import TokenTree
 
 __all__ = ["DrafterSwitchedOffWarning", "GuardedDrafter"]
@@ -33,6 +34,9 @@ class GuardedDrafter:
         sampler: How the target's tokens are picked.
         is_sampled_from: See `DraftContext`.
         budget: Knows how long a target pass takes.
+        is_judged: See `DraftContext`.
+        asks_target: See `DraftContext`.
+        end_tokens: See `DraftContext`.
     """
 
     def __init__(
@@ -45,6 +49,9 @@ class GuardedDrafter:
         sampler: Sampler | None = None,
         is_sampled_from: bool = False,
         budget: Budget | None = None,
+        is_judged: bool = False,
+        asks_target: bool = False,
+        end_tokens: frozenset[int] = frozenset(),
     ) -> None:
         self.drafter = drafter
         self.vocab_size = vocab_size
@@ -54,6 +61,9 @@ class GuardedDrafter:
         self.sampler = sampler
         self.is_sampled_from = is_sampled_from
         self.budget = budget
+        self.is_judged = is_judged
+        self.asks_target = asks_target
+        self.end_tokens = end_tokens
 
     def kind(self) -> Hashable:
         """Class and settings: drafters that have both in common propose alike."""
@@ -66,7 +76,7 @@ class GuardedDrafter:
 
     def propose(self, sequences: Sequences, rows: Sequence[int], max_nodes: int) -> TokenTree | None:
         """The drafter's tree, or None when there is no draft token in it."""
-        if self.drafter is None or max_nodes == 1:
+        if self.drafter is None or (max_nodes == 1 and not self.is_judged):
             return None
         context = self._context(sequences, rows)
         if max(context.max_depth) < 1:
@@ -99,6 +109,7 @@ class GuardedDrafter:
         tree: TokenTree,
         accepted: list[list[int]],
         top_tokens: Ints | None = None,
+        verdicts: Sequence[Verdict | None] | None = None,
     ) -> None:
         """Tells the drafter what became of a tree.
 
@@ -108,9 +119,10 @@ class GuardedDrafter:
             tree: The verified tree.
             accepted: Per row the accepted draft nodes.
             top_tokens: See `Step`.
+            verdicts: See `Step`.
         """
         if self.drafter is not None and type(self.drafter).observe is not Drafter.observe:
-            step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens)
+            step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens, verdicts)
             self._call("observe", self._context(sequences, rows), step)
 
     def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
@@ -138,6 +150,9 @@ class GuardedDrafter:
             is_sampled_from=self.is_sampled_from,
             step_seconds=self._step_seconds(len(rows)),
             strict=self.strict,
+            is_judged=self.is_judged,
+            asks_target=self.asks_target,
+            end_tokens=self.end_tokens,
         )
 
     def _step_seconds(self, rows: int) -> tuple[Ints, Floats] | None:

@@ -72,6 +72,21 @@ class Speculation:
         self.report = self._new_report()
         self._warned: set[str] = set()
 
+    def bind(self, model: CausalLM) -> None:
+        """Prepares the drafter for a target and for the verifier.
+
+        Raises:
+            ValueError: They do not go together.
+        """
+        if self.drafter is not None:
+            self.drafter.bind(model)
+            self.drafter.fit(self.verifier)
+        elif self.verifier.judges_steps:
+            raise ValueError(
+                f"verifier={self.verifier.name!r} judges reasoning steps, and drafter=None writes none; use "
+                "drafter=SpecReasonDrafter(draft_model) with it, or verifier='exact'"
+            )
+
     def _new_report(self) -> SpeculationReport:
         name = self.drafter.name if self.drafter else "none"
         return SpeculationReport(name, self.verifier.name, self.verifier.guarantee)
@@ -101,8 +116,7 @@ class Speculation:
     ) -> Any:
         """The decoding method; arguments as `generate` passes them to its own sampling loop, and `trace`."""
         streamer = streamer if streamer is not None else self.streamer
-        if self.drafter is not None:
-            self.drafter.bind(model)
+        self.bind(model)
         _check_ids(model, input_ids)
         reason = _foreign_inputs(model) or _impossible(
             generation_config, model_kwargs, input_ids, logits_processor, stopping_criteria
@@ -116,6 +130,10 @@ class Speculation:
             capability = Capability("plain", f"beyond {limit[0]} tokens, draft tokens included, {limit[1]}")
         if capability.mode == "chain" and keep_cache and len(input_ids) > 1:
             capability = Capability("plain", "the kv cache of a batch is wanted back, and rows leave it as they end")
+        if capability.mode == "chain" and self.verifier.judges_steps and len(input_ids) > 1:
+            capability = Capability(
+                "plain", "rows keep the same number of tokens per step, and steps are judged by row"
+            )
         prepared = (model, input_ids, logits_processor, stopping_criteria, generation_config)
         if capability.mode == "plain" or (capability.mode == "chain" and self.drafter is None):
             return self._plain(capability.reason, *prepared, synced_gpus, streamer, model_kwargs)
@@ -222,6 +240,7 @@ class Speculation:
         """The drafter, with what it may know of the target."""
         if self.drafter is not None and self.drafter.needs_hidden_states:
             target.hidden_states = HiddenStates(target.model)
+        ends: Tensor | None = target.generation_config._eos_token_tensor
         return GuardedDrafter(
             self.drafter,
             embedding_rows(target.model),
@@ -231,6 +250,9 @@ class Speculation:
             sampler,
             is_sampled_from,
             self.budget,
+            self.verifier.judges_steps,
+            self.verifier.asks_target,
+            frozenset([] if ends is None else ends.flatten().tolist()),
         )
 
 

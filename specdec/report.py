@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from specdec.audit import StepAudit
 from specdec.trace import Trace
 
 PHASES = ("prefill", "calibrate", "draft", "target", "verify", "commit")
@@ -67,6 +68,12 @@ class SpeculationReport:
         """Share of the draft tokens that were accepted."""
         return self.num_accepted_tokens / max(self.num_draft_tokens, 1)
 
+    @property
+    def audit(self) -> StepAudit | None:
+        """Who wrote which reasoning step; None for a drafter that writes none."""
+        steps = self.drafter_figures.get("steps")
+        return None if steps is None else StepAudit.of_dicts(steps)
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Adds the time spent inside to a phase; a phase inside another one is not counted twice."""
@@ -107,7 +114,7 @@ class SpeculationReport:
             elif isinstance(value, float):
                 value = f"{value:.3f}"
             elif name == "drafter_figures":
-                value = ", ".join(f"{figure} {amount}" for figure, amount in self.drafter_figures.items()) or None
+                value = ", ".join(map(_figure, self.drafter_figures.items())) or None
             if value is not None:
                 table.add_row(name, str(value))
         return table
@@ -117,3 +124,10 @@ class SpeculationReport:
         with console.capture() as text:
             console.print(self)
         return text.get().rstrip()
+
+
+def _figure(item: tuple[str, Any]) -> str:
+    """A drafter's figure in a line; of a list, how long it is: `audit` prints the steps themselves."""
+    name, amount = item
+    shown = len(amount) if isinstance(amount, list) else f"{amount:.3f}" if isinstance(amount, float) else amount
+    return f"{name} {shown}"

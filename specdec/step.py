@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from specdec.drafting import GuardedDrafter
 from specdec.kernels import Ints
+from specdec.reasoning import Verdict
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.target import TargetModel
@@ -25,11 +26,13 @@ class Outcome:
         accepted: Per row the accepted draft nodes, from the root's child down.
         tokens: Per row the accepted tokens and then the next one.
         top_tokens: What the target holds likeliest behind each node, `[rows, nodes, count]`; see `Drafter`.
+        verdicts: Per row what was said of its step, None where there was none to judge; None for no row.
     """
 
     accepted: list[list[int]]
     tokens: list[list[int]]
     top_tokens: Ints
+    verdicts: Sequence[Verdict | None] | None = None
 
 
 @dataclass
@@ -76,7 +79,8 @@ class Step:
         top_tokens = self.drafter.top_tokens(logits)  # [B, N, count]
         parts = [acceptance.num_accepted[:, None], acceptance.nodes, acceptance.tokens, top_tokens.flatten(1)]
         packed: Ints = torch.cat([part.to(acceptance.nodes.device) for part in parts], 1).cpu().numpy()
-        return unpack(packed, acceptance.nodes.shape[1], tree.num_nodes, num_nodes)
+        outcome = unpack(packed, acceptance.nodes.shape[1], tree.num_nodes, num_nodes)
+        return replace(outcome, verdicts=acceptance.verdicts) if acceptance.verdicts is not None else outcome
 
 
 def unpack(packed: Ints, depth: int, width: int, num_nodes: int | None = None) -> Outcome:

@@ -17,7 +17,7 @@ from specdec.hidden_states import HiddenStates
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.masks import MaskFormat
 from specdec.sequences import Sequences
-from specdec.tree import NODE_BUCKETS, TokenTree, bucket_of
+from specdec.tree import NODE_BUCKETS, TokenTree, padded_width
 
 MAX_NEW_SLOTS = 1024
 """New tokens that get slots from the start; for more the cache grows."""
@@ -127,7 +127,7 @@ class TargetModel(ABC):
         """A tree from the host as the passes take it: on the model's device, there padded to one of few widths."""
         # Padding of a chain would stand at positions that may not exist.
         if self.device.type != "cpu" and not self.lockstep:
-            tree = tree.padded_to(bucket_of(tree.num_nodes))
+            tree = tree.padded_to(padded_width(tree.num_nodes))
         return tree.to(self.device)
 
     @abstractmethod

@@ -14,11 +14,19 @@ from torch import Tensor
 
 import specdec
 from specdec.budget import Budget
-from specdec.drafters import DraftContext, Drafter, DraftModelDrafter, LookaheadDrafter, MedusaDrafter, Step
+from specdec.drafters import (
+    DraftContext,
+    Drafter,
+    DraftModelDrafter,
+    LookaheadDrafter,
+    MedusaDrafter,
+    SpecReasonDrafter,
+    Step,
+)
 from specdec.heads import MedusaHeads
 from specdec.report import SpeculationReport
 from specdec.tree import TokenTree
-from tests.tiny_models import PAD, VOCAB, tiny_model
+from tests.tiny_models import PAD, VOCAB, tiny_model, tiny_tokenizer
 
 Answers = list[list[int]]
 """Per row of the batch the tokens that plain decoding generates, without the padding behind the end."""
@@ -250,10 +258,20 @@ DRAFT_MODELS: dict[str, Callable[[Answers], Drafter | None]] = {
 }
 """Every growth; without the target's noise too, which greedy decoding has none of."""
 
+
+def spec_reason(**settings: Any) -> Drafter:
+    """Steps of a draft model, short ones, with whatever drafts the target's own."""
+    tokenizers = {"tokenizer": tiny_tokenizer(), "target_tokenizer": tiny_tokenizer()}
+    bounds = {"step_end": "e", "max_step_tokens": 9, "thinking_end": "Z"}
+    return SpecReasonDrafter(**{"draft_model": draft_of("llama"), **tokenizers, **bounds} | settings)
+
+
 DRAFTERS: dict[str, Callable[[Answers], Drafter | None]] = {
     "off": lambda answers: None,
     **DRAFT_MODELS,
     "lookahead": lookahead,
+    "spec-reason": lambda answers: spec_reason(),
+    "spec-reason-lookahead": lambda answers: spec_reason(drafter=lookahead(answers)),
     "medusa": lambda answers: RandomMedusaDrafter(max_nodes=16),
     "medusa-taught": lambda answers: TaughtMedusaDrafter(max_nodes=16, answers=answers),
     "medusa-ranks": lambda answers: TaughtMedusaDrafter(max_nodes=16, dynamic=False, answers=answers),

@@ -17,6 +17,7 @@ from specdec.drafters import (
     MedusaDrafter,
     MergedDrafter,
     RecyclingDrafter,
+    SpecReasonDrafter,
 )
 from specdec.drafters.base import Drafter
 from specdec.verifiers import VERIFIERS
@@ -31,13 +32,15 @@ ROOT = Path(__file__).parents[1]
         (MedusaDrafter, "medusa"),
         (DraftModelDrafter, "draft_models"),
         (RecyclingDrafter, "recycling"),
+        (SpecReasonDrafter, "spec_reason"),
         (MergedDrafter, "merged"),
     ],
 )
 def test_settings_are_all_listed_with_their_defaults(drafter: Any, page: str) -> None:
     text = (ROOT / f"docs/{page}.md").read_text()
     table = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", text, re.MULTILINE))
-    assert table == {field.name: str(field.default) for field in fields(drafter) if field.init}
+    defaults = {field.name: str(field.default) for field in fields(drafter) if field.init}
+    assert table == {name: default.replace("\n", "\\n") for name, default in defaults.items()}
 
 
 def test_every_drafter_stands_in_the_method_table() -> None:
