@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.sampling import Sampler
 from specdec.reasoning import Verdict
+from specdec.sampling import Sampler
 from specdec.tree import TokenTree
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.reasoning import DraftedSteps, Verdict
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler, not_row_wise
-from specdec.reasoning import DraftedSteps, Verdict
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Acceptance, Verifier
 from specdec.verifiers.exact import ExactVerifier

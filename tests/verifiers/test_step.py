@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 
 from specdec.audit import StepAudit, StepRecord
+from specdec.reasoning import DraftedSteps, StepText
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
-from specdec.reasoning import DraftedSteps, StepText
 from specdec.tree import TokenTree
 from specdec.verifiers import ExactVerifier, JudgedStep, StepVerifier, quantile_threshold
 from specdec.verifiers.judges import ExpectedDigit, resolve_judge
