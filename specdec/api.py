@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
+from specdec.attention.choice import AttentionLike, check_attention
 from specdec.budget import Budget
-from specdec.capability import Capability, check_mode, probe
+from specdec.capability import Capability, check_mode
 from specdec.drafters import DRAFTERS, AutoDrafter, DraftModelDrafter, MergedDrafter
 from specdec.drafters.base import Drafter
 from specdec.explaining import explain
@@ -34,6 +35,7 @@ def accelerate(
     *,
     max_nodes: int = 64,
     capability: str = "auto",
+    attention: AttentionLike = "auto",
     budget: Budget | None = None,
 ) -> SpeculativeModel:
     """Wraps a causal LM so that `generate()` gives the same tokens sooner.
@@ -46,6 +48,8 @@ def accelerate(
         strict: Raise a drafter's errors instead of going on without it.
         max_nodes: Largest token tree per target pass, root included: 1, 2, 4, ... 128.
         capability: `"auto"` to find out by a probe how the model can be run ahead, or `"tree"`, `"chain"`, `"plain"`.
+        attention: What computes attention over trees: `"auto"` (on a GPU the fastest that is installed, elsewhere the
+            model's own), `"model"`, `"sdpa"`, `"flex"`, or a list of names to choose of by measurement.
         budget: Takes the place of the budget that `max_nodes` would make.
 
     Returns:
@@ -56,7 +60,7 @@ def accelerate(
         ValueError: A name or a setting is not known, or the model cannot generate.
     """
     _check_model(model)
-    fast = SpeculativeModel(model, _speculation(drafter, verifier, strict, max_nodes, capability, budget))
+    fast = SpeculativeModel(model, _speculation(drafter, verifier, strict, max_nodes, capability, attention, budget))
     fast.speculation.bind(unwrapped(model))
     return fast
 
@@ -68,6 +72,7 @@ def speculate(
     *,
     max_nodes: int = 64,
     capability: str = "auto",
+    attention: AttentionLike = "auto",
     budget: Budget | None = None,
     streamer: Any = None,
     trace: bool = False,
@@ -84,7 +89,7 @@ def speculate(
         A callable to pass as `custom_generate`. Keep it and pass it again to let the drafter remember; `.report` tells
         about its last call.
     """
-    speculation = _speculation(drafter, verifier, strict, max_nodes, capability, budget)
+    speculation = _speculation(drafter, verifier, strict, max_nodes, capability, attention, budget)
     speculation.streamer, speculation.is_traced = streamer, trace
     return speculation
 
@@ -95,12 +100,13 @@ def _speculation(
     strict: bool,
     max_nodes: int,
     capability: str,
+    attention: AttentionLike,
     budget: Budget | None,
 ) -> Speculation:
     check_mode(capability)
-    return Speculation(
-        resolve_drafter(drafter), resolve_verifier(verifier), budget or Budget(max_nodes), strict, capability
-    )
+    check_attention(attention)
+    drafter, verifier = resolve_drafter(drafter), resolve_verifier(verifier)
+    return Speculation(drafter, verifier, budget or Budget(max_nodes), strict, capability, attention)
 
 
 def resolve_drafter(drafter: Any) -> Drafter | None:
@@ -213,7 +219,7 @@ class SpeculativeModel:
     @property
     def capability(self) -> Capability:
         """How this model can be run ahead; found out at first use."""
-        return probe(unwrapped(self.model), self.speculation.capability)
+        return self.speculation.capability_of(unwrapped(self.model))
 
     def explain(self) -> None:
         """Prints what is used, at what size and why, and what each source of drafts has earned in the last call."""

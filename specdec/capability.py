@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
 
+from specdec.attention.choice import AttentionChoice, AttentionLike, candidates, choice_for
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.masks import MaskFormat
 from specdec.target import CausalLM, ChainTarget, TargetModel, TreeTarget, accepts, input_device
@@ -34,14 +35,25 @@ class Capability:
             cache. `"plain"`: not at all; the model's own `generate` does the work.
         reason: Why, in words.
         mask_format: How the model takes tree masks; None unless `mode` is `"tree"`.
+        attention: Backends that compute tree attention rightly for this model; of several the fastest is used.
+        rejected: Backends that were tried too, and why they are not used.
     """
 
     mode: Mode
     reason: str
     mask_format: MaskFormat | None = None
+    attention: tuple[str, ...] = ("model",)
+    rejected: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.mode}: {self.reason}"
+        text = f"{self.mode}: {self.reason}"
+        if self.attention != ("model",):
+            text += f"; attention by {', '.join(self.attention)}"
+        return text + "".join(f"; not by {name} ({why})" for name, why in self.rejected.items())
+
+    def choice(self, model: CausalLM) -> AttentionChoice | None:
+        """What computes tree attention; None for what the model was loaded with."""
+        return None if self.attention == ("model",) else choice_for(model, self.attention)
 
 
 _KNOWN: WeakKeyDictionary[CausalLM, dict[Any, Capability]] = WeakKeyDictionary()
@@ -57,7 +69,7 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"capability={mode!r} is not known; use 'auto' or one of {', '.join(map(repr, MODES))}")
 
 
-def probe(model: CausalLM, mode: str = "auto") -> Capability:
+def probe(model: CausalLM, mode: str = "auto", attention: AttentionLike = "auto") -> Capability:
     """Tells how `model` can be run ahead, by comparing a tiny tree with the same paths run one token at a time.
 
     A tree of seven nodes over two left-padded rows goes through the public forward; one row keeps a path of three
@@ -68,25 +80,38 @@ def probe(model: CausalLM, mode: str = "auto") -> Capability:
     Args:
         model: The target.
         mode: `"auto"`, or a mode to take without trying.
+        attention: `"auto"`, or the name of a backend of tree attention, or several names to choose of.
 
     Raises:
-        ValueError: `mode` is not known, or trees are demanded of layers that have no place for them.
+        ValueError: `mode` is not known, or trees or a backend are demanded of layers that have no place for them.
     """
     check_mode(mode)
+    found = _found(model, mode, attention)
+    if attention not in ("auto", "model") and found.mode != "tree":
+        raise ValueError(
+            f"attention={attention!r} cannot be used with {type(model).__name__}: {found.reason}; use attention='auto'"
+        )
+    return found
+
+
+def _found(model: CausalLM, mode: str, attention: AttentionLike) -> Capability:
+    """What is demanded, or known, or found out by trying."""
     if mode in ("plain", "chain"):
         return Capability(cast(Mode, mode), "demanded by the caller")
-    key = (mode, model.config._attn_implementation, model.dtype, model.training)
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    names = tuple(candidates(attention, implementation, input_device(model)))
+    key = (mode, names, implementation, model.dtype, model.training)
     known = _KNOWN.setdefault(model, {})
     if key not in known:
-        known[key] = _demanded_tree(model) if mode == "tree" else _probe(model)
+        known[key] = _demanded_tree(model, names) if mode == "tree" else _probe(model, names)
     return known[key]
 
 
-def _demanded_tree(model: CausalLM) -> Capability:
+def _demanded_tree(model: CausalLM, names: tuple[str, ...]) -> Capability:
     formats, problem = _mask_formats(model)
     if problem:
         raise ValueError(f"capability='tree' cannot be used with {type(model).__name__}: {problem}")
-    return Capability("tree", "demanded by the caller", formats[0])
+    return Capability("tree", "demanded by the caller", formats[0], names)
 
 
 def _mask_formats(model: CausalLM) -> tuple[list[MaskFormat], str | None]:
@@ -113,7 +138,7 @@ def _mask_formats(model: CausalLM) -> tuple[list[MaskFormat], str | None]:
     return list(dict.fromkeys(f for f in formats if f.by_layer_type or len(kinds) == 1)), None
 
 
-def _probe(model: CausalLM) -> Capability:
+def _probe(model: CausalLM, names: tuple[str, ...]) -> Capability:
     found: list[Capability] = []
 
     def inside(
@@ -125,7 +150,7 @@ def _probe(model: CausalLM) -> Capability:
         **model_kwargs: Any,
     ) -> Tensor:
         model_kwargs = {k: v for k, v in model_kwargs.items() if k not in ("synced_gpus", "streamer")}
-        found.append(_compare(_Trial(model, input_ids, generation_config, model_kwargs)))
+        found.append(_compare(_Trial(model, input_ids, generation_config, model_kwargs), names))
         return input_ids
 
     vocab = model.config.get_text_config(decoder=True).vocab_size
@@ -183,12 +208,13 @@ class _Trial:
         return not bool(difference <= tolerance)  # not a number is a difference
 
 
-def _compare(trial: _Trial) -> Capability:
+def _compare(trial: _Trial, names: tuple[str, ...]) -> Capability:
     if trial.model_kwargs.get("past_key_values") is None:
         return Capability("plain", "it keeps no cache that transformers can hand to it")
     device = trial.input_ids.device
     vocab = trial.model.config.get_text_config(decoder=True).vocab_size
     r, a, b, c, d, e, f, x, y, z = ((17 + 9 * i) % vocab for i in range(10))
+    first, second = [r, a, b, c, d, e, f], [x, y, z]
     runs = [
         [[r, a, c, f, f], [r, a, c, f, f]],
         [[r, a, d, x, y], [r, x, y, y, y]],
@@ -199,11 +225,18 @@ def _compare(trial: _Trial) -> Capability:
     reference = [trial.plain(torch.tensor(run, device=device)) for run in runs]
     formats, problem = _mask_formats(trial.model)
     for mask_format in formats:
-        target = TreeTarget(trial.model, trial.generation_config, trial.fresh_kwargs(), mask_format)
-        trees = _branching(target, trial, [r, a, b, c, d, e, f], [x, y, z], reference)
-        problem = _first_problem(trees, trial)
-        if problem is None:
-            return Capability("tree", "a branching tree gives the logits of plain decoding", mask_format)
+        problems = {}
+        for name in names:
+            attention = None if name == "model" else choice_for(trial.model, (name,))
+            kwargs = trial.fresh_kwargs()
+            target = TreeTarget(trial.model, trial.generation_config, kwargs, mask_format, attention=attention)
+            problems[name] = _first_problem(_branching(target, trial, first, second, reference), trial)
+        right = tuple(name for name in names if problems[name] is None)
+        if right:
+            rejected = {name: why for name, why in problems.items() if why is not None}
+            reason = "a branching tree gives the logits of plain decoding"
+            return Capability("tree", reason, mask_format, right, rejected)
+        problem = "; ".join(f"{name}: {why}" if len(names) > 1 else str(why) for name, why in problems.items())
     chain = ChainTarget(trial.model, trial.generation_config, trial.fresh_kwargs())
     chain_problem = _first_problem(_chain(chain, trial, [r, a, c], [x, y], reference), trial)
     if chain_problem is None:

@@ -14,6 +14,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 
 from specdec import kv_cache, sampling, stopping
+from specdec.attention.choice import AttentionLike
 from specdec.budget import Budget
 from specdec.capability import Capability, probe
 from specdec.decoding import Decoder
@@ -57,16 +58,24 @@ class Speculation:
         budget: How large a tree may be.
         strict: Raise a drafter's errors.
         capability: `"auto"`, or how to run the target.
+        attention: `"auto"`, or what computes attention over trees.
     """
 
     def __init__(
-        self, drafter: Drafter | None, verifier: Verifier, budget: Budget, strict: bool, capability: str
+        self,
+        drafter: Drafter | None,
+        verifier: Verifier,
+        budget: Budget,
+        strict: bool,
+        capability: str,
+        attention: AttentionLike = "auto",
     ) -> None:
         self.drafter = drafter
         self.verifier = verifier
         self.budget = budget
         self.strict = strict
         self.capability = capability
+        self.attention = attention
         self.streamer: Any = None
         self.is_traced = False
         self.report = self._new_report()
@@ -90,6 +99,10 @@ class Speculation:
     def _new_report(self) -> SpeculationReport:
         name = self.drafter.name if self.drafter else "none"
         return SpeculationReport(name, self.verifier.name, self.verifier.guarantee)
+
+    def capability_of(self, model: CausalLM) -> Capability:
+        """How a model is run ahead."""
+        return probe(model, self.capability, self.attention)
 
     def begin_fallback(self, reason: str) -> None:
         """Starts a report of a call that the model's own `generate` does, and warns once per reason."""
@@ -123,7 +136,7 @@ class Speculation:
         )
         if synced_gpus:
             reason = "several processes must run the same number of passes (synced_gpus)"
-        capability = probe(model, self.capability) if reason is None else Capability("plain", reason)
+        capability = self.capability_of(model) if reason is None else Capability("plain", reason)
         keep_cache = _keeps_cache(generation_config, model_kwargs)
         longest = generation_config.max_length + self.budget.max_nodes
         if capability.mode != "plain" and (limit := length_limit(model)) and longest > limit[0]:
@@ -140,7 +153,9 @@ class Speculation:
         target: TargetModel
         if capability.mask_format is not None:
             nodes = self.budget.max_nodes if self.drafter else 1
-            target = TreeTarget(model, generation_config, model_kwargs, capability.mask_format, keep_cache, nodes)
+            attention = capability.choice(model)
+            mask_format = capability.mask_format
+            target = TreeTarget(model, generation_config, model_kwargs, mask_format, keep_cache, nodes, attention)
         else:
             target = ChainTarget(model, generation_config, model_kwargs)
         self.report = self._new_report()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
+from specdec.attention.choice import AttentionChoice
+from specdec.attention.plan import TreePlan
+from specdec.attention.switch import switched_attention
 from specdec.hidden_states import HiddenStates
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.masks import MaskFormat
@@ -200,6 +204,7 @@ class TreeTarget(TargetModel):
         mask_format: How this model takes its mask, as the probe found out.
         keep_cache: Whether the caller will look at the cache afterwards.
         max_nodes: Widest tree to expect.
+        attention: What computes attention over a tree; None for what the model was loaded with, given a mask.
     """
 
     def __init__(
@@ -210,8 +215,10 @@ class TreeTarget(TargetModel):
         mask_format: MaskFormat,
         keep_cache: bool = False,
         max_nodes: int = NODE_BUCKETS[-1],
+        attention: AttentionChoice | None = None,
     ) -> None:
         super().__init__(model, generation_config, model_kwargs)
+        self.attention = attention
         self.mask_format = mask_format
         self.keep_cache = keep_cache
         self.max_nodes = max_nodes
@@ -245,6 +252,7 @@ class TreeTarget(TargetModel):
         self.all_positions = self._positions(batch)
         mask: Tensor | None = self.model_kwargs.get("attention_mask")
         self.all_masks = None if mask is None or bool(mask.all()) else mask.bool()
+        self.is_left_padded = self.all_masks is None or not bool(self.all_masks.int().diff(dim=1).min() < 0)
         self._select(self.rows)
 
     def forward(self, tree: TokenTree) -> Tensor:
@@ -252,12 +260,12 @@ class TreeTarget(TargetModel):
         # models leave it to a cache that forgets.
         is_plain = tree.num_nodes == 1 and self.prompt_mask is None and not self.cache.is_ragged
         is_plain = is_plain and not self.mask_format.is_local
-        mask = None if is_plain else self.mask_format.build(tree, self.cache.lengths, self.prompt_mask, self.dtype)
         positions = self.positions
         if positions is not None:
             generated = torch.tensor(self.cache.lengths, device=positions.device)[:, None] - self.prefilled
             positions = positions + generated + tree.depths
-        return self.run_pass(tree.tokens, mask, positions)
+        with self._masked(tree, is_plain) as mask:
+            return self.run_pass(tree.tokens, mask, positions)
 
     def run_pass(self, tokens: Tensor, mask: Tensor | dict[str, Tensor] | None, positions: Tensor | None) -> Tensor:
         """The model's own forward behind what is in the cache.
@@ -276,6 +284,23 @@ class TreeTarget(TargetModel):
             input_ids=tokens, past_key_values=self.cache, use_cache=True, return_dict=True, **inputs, **self.extra
         )
         return outputs.logits
+
+    def _masked(self, tree: TokenTree, is_plain: bool) -> AbstractContextManager[Tensor | dict[str, Tensor] | None]:
+        """Gives the mask to pass; inside, the chosen backend computes attention."""
+        lengths = self.cache.lengths
+        if self.attention is None:
+            mask = None if is_plain else self.mask_format.build(tree, lengths, self.prompt_mask, self.dtype)
+            return nullcontext(mask)
+        plan = TreePlan(
+            tree,
+            torch.tensor(lengths, device=tree.tokens.device),
+            self.cache.width + tree.num_nodes,
+            self.mask_format,
+            self.prompt_mask,
+            self.is_left_padded,
+            is_plain,
+        )
+        return switched_attention(self.model, plan, self.attention)
 
     def _commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None) -> None:
         self.cache.commit(paths)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import specdec
+from specdec.attention.choice import AttentionLike
 from specdec.budget import Budget
 from specdec.drafters import (
     DraftContext,
@@ -328,6 +329,7 @@ def assert_identical(
     budget: Budget | None = None,
     expected: Reference | None = None,
     capability: str = "auto",
+    attention: AttentionLike = "auto",
     **kwargs: Any,
 ) -> SpeculationReport:
     """Asserts that speculation gives the tokens of plain decoding, and leaves the same generator state.
@@ -340,6 +342,7 @@ def assert_identical(
         budget: By default every proposal is verified as it is.
         expected: Plain decoding's result, when it is known already.
         capability: How to run the target.
+        attention: What computes attention over trees.
         kwargs: Other arguments of `generate`.
 
     Returns:
@@ -349,7 +352,7 @@ def assert_identical(
     if callable(drafter):
         drafter = drafter(expected.answers)
     budget = budget or Budget(64, fixed=True)
-    fast = specdec.accelerate(model, drafter, strict=True, budget=budget, capability=capability)
+    fast = specdec.accelerate(model, drafter, strict=True, budget=budget, capability=capability, attention=attention)
     torch.manual_seed(seed)
     ids = fast.generate(**inputs, **kwargs)
     assert ids.tolist() == expected.ids.tolist(), f"tokens differ from plain decoding's (seed {seed})"

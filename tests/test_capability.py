@@ -136,7 +136,7 @@ def test_mode_can_be_demanded() -> None:
 def test_answer_is_kept_per_model_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tried = new_model("llama"), []
     right = capability._probe
-    monkeypatch.setattr(capability, "_probe", lambda model: tried.append(model.dtype) or right(model))
+    monkeypatch.setattr(capability, "_probe", lambda model, names: tried.append(model.dtype) or right(model, names))
     fast = specdec.accelerate(model, None)
     for _ in range(2):
         assert fast.capability.mode == "tree"

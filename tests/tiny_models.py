@@ -60,6 +60,17 @@ MODELS: dict[str, Callable[[], tuple[type, Any]]] = {
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
     ),
+    "gemma2-softcap": lambda: (
+        tf.Gemma2ForCausalLM,
+        tf.Gemma2Config(
+            **LLAMA_LIKE | {"num_hidden_layers": 3},
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=WINDOW,
+            attn_logit_softcapping=5.0,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
     "llama4-chunks": lambda: (
         tf.Llama4ForCausalLM,
         tf.Llama4TextConfig(

@@ -1,0 +1,1 @@
+"""Tree attention: one interface, several backends, chosen by measurement."""

@@ -1,0 +1,69 @@
+"""Every backend of tree attention against the definition, over a table of shapes."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from specdec.attention.base import TreeAttention, UnsupportedAttentionError
+from specdec.attention.dense import SdpaAttention
+from specdec.attention.flash import FlashTreeAttention
+from specdec.attention.flex import FlexTreeAttention
+from specdec.attention.triton_attention import TritonTreeAttention
+from tests.attention.reference import SHAPES, Shape, call_of, flash_attn_in_torch, reference
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+BACKENDS = {
+    "sdpa": SdpaAttention(),
+    "flash": FlashTreeAttention(flash_attn_in_torch),
+    "flex": FlexTreeAttention(),
+    "triton": TritonTreeAttention(),
+}
+PARAMETERS = [pytest.param(n, marks=needs_triton) if n == "triton" else n for n in BACKENDS]
+
+
+def error(backend: TreeAttention, shape: Shape, dtype: torch.dtype = torch.float32) -> float:
+    call = call_of(shape, dtype)
+    out = backend.attend(call)
+    expected = reference(call, shape)
+    assert out.shape == expected.shape
+    assert out.dtype == dtype
+    return float((out.double() - expected).abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_attention_is_that_of_the_definition(name: str, shape: str) -> None:
+    lacks = {"sdpa": SHAPES[shape].softcap, "flash": SHAPES[shape].chunk}.get(name)
+    if lacks is not None:
+        with pytest.raises(UnsupportedAttentionError, match=f"'{name}' cannot"):
+            error(BACKENDS[name], SHAPES[shape])
+    else:
+        assert error(BACKENDS[name], SHAPES[shape]) < 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", ["ragged rows", "window and padding"])
+def test_any_number_of_splits_gives_the_same(shape: str) -> None:
+    assert error(TritonTreeAttention(splits=7), SHAPES[shape]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_half_precision_differs_by_its_rounding(name: str, dtype: torch.dtype) -> None:
+    if name == "triton" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+    shape = Shape(nodes=16, lengths=(70, 33), heads=(6, 2), sizes=(64, 64))
+    assert error(BACKENDS[name], shape, dtype) < 4 * torch.finfo(dtype).eps
+
+
+def test_sdpa_leaves_the_mask_out_where_one_node_sees_everything() -> None:
+    shape = Shape(nodes=1, lengths=(20, 20))
+    call = call_of(shape)
+    object.__setattr__(call.plan, "needs_no_mask", True)
+    assert float((SdpaAttention().attend(call).double() - reference(call, shape)).abs().max()) < 1e-5
+    assert not call.plan._made

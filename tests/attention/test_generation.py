@@ -1,0 +1,122 @@
+"""Generation through each backend: ids as of `generate`, and the model as it was."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+import specdec
+from specdec.attention import choice, switch
+from specdec.attention.base import AttentionCall, UnsupportedAttentionError
+from specdec.attention.dense import SdpaAttention
+from specdec.attention.flash import FlashTreeAttention
+from tests.attention.reference import flash_attn_in_torch
+from tests.conformance import DRAFTERS, assert_identical, reference
+from tests.tiny_models import new_model, prompts, tiny_model
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+@pytest.fixture(autouse=True)
+def flash_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice.BACKENDS, "flash", lambda: FlashTreeAttention(flash_attn_in_torch))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex", pytest.param("triton", marks=needs_triton), "flash"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2-softcap"])
+def test_tokens_are_those_of_generate(name: str, attention: str) -> None:
+    if attention == "sdpa" and name == "gemma2-softcap":
+        with pytest.raises(ValueError, match=r"attention='sdpa' cannot be used with Gemma2ForCausalLM.*cap"):
+            _ = specdec.accelerate(tiny_model(name), attention=attention).capability
+        return
+    model = tiny_model(name)
+    loaded_with = model.config._attn_implementation
+    calls = [((12,), False, 30), ((12, 3, 9), True, 30)]
+    if attention == "triton":  # interpreted on a CPU: a call of a layer takes a hundredth of a second or two
+        calls = [((9, 4), True, 8)]
+    for lengths, do_sample, new in calls:
+        kwargs: dict[str, Any] = {"do_sample": do_sample, "max_new_tokens": new}
+        expected = reference(model, prompts(*lengths), **kwargs)
+        assert_identical(
+            model, DRAFTERS["random-tree"], prompts(*lengths), expected=expected, attention=attention, **kwargs
+        )
+    capability = specdec.accelerate(model, attention=attention).capability
+    assert capability.attention == (attention,)
+    assert f"attention by {attention}" in str(capability)
+    assert model.config._attn_implementation == loaded_with
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma3-mixed-windows", "llama4-chunks"])
+def test_windows_and_chunks_pass_the_same(name: str) -> None:
+    assert_identical(
+        tiny_model(name),
+        DRAFTERS["random-tree"],
+        prompts(12, 5),
+        attention=["model", "sdpa", "flex"],
+        max_new_tokens=24,
+    )
+
+
+def test_a_mixture_of_windows_is_told_apart_by_layer() -> None:
+    seen = []
+
+    class Watching(SdpaAttention):
+        def attend(self, call: AttentionCall) -> torch.Tensor:
+            seen.append(call.layer_type)
+            return super().attend(call)
+
+    model = new_model("gemma3-mixed-windows")
+    plan_choice = choice.AttentionChoice({"sdpa": Watching()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specdec.capability.choice_for", lambda *_: plan_choice)
+        specdec.accelerate(model, "lookahead", attention="sdpa").generate(**prompts(12), max_new_tokens=4)
+    assert set(zip(seen[::3], seen[1::3], seen[2::3], strict=True)) == {
+        ("sliding_attention", "full_attention", "sliding_attention")
+    }
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of luck"), KeyboardInterrupt()])
+def test_the_config_is_as_it_was_after_an_error(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model("llama")
+    fast = specdec.accelerate(model, "lookahead", attention="sdpa")
+    expected = model.generate(**prompts(12), max_new_tokens=8)
+    assert torch.equal(fast.generate(**prompts(12), max_new_tokens=8), expected)
+
+    def fail(self: SdpaAttention, call: AttentionCall) -> torch.Tensor:
+        assert model.config._attn_implementation == switch.IMPLEMENTATION
+        raise error
+
+    monkeypatch.setattr(SdpaAttention, "attend", fail)
+    with pytest.raises(type(error)):
+        fast.generate(**prompts(12), max_new_tokens=8)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model.generate(**prompts(12), max_new_tokens=8), expected)
+
+
+def test_the_prompt_goes_through_what_the_model_was_loaded_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+    right = SdpaAttention.attend
+
+    def watch(self: SdpaAttention, call: AttentionCall) -> torch.Tensor:
+        widths.append(call.query.shape[2])
+        return right(self, call)
+
+    fast = specdec.accelerate(tiny_model(), None, attention="sdpa")
+    _ = fast.capability
+    monkeypatch.setattr(SdpaAttention, "attend", watch)
+    fast.generate(**prompts(12), max_new_tokens=8)
+    assert set(widths) == {1}
+
+
+def test_a_model_with_padding_inside_its_rows_is_refused_by_name() -> None:
+    inputs = prompts(12, 12)
+    inputs["attention_mask"][1, 4:6] = 0
+    fast = specdec.accelerate(tiny_model(), "lookahead", attention="flash")
+    with pytest.raises(UnsupportedAttentionError, match="padding on the left only; use attention='sdpa'"):
+        fast.generate(**inputs, max_new_tokens=8)
+    assert_identical(tiny_model(), "lookahead", inputs, attention=["flash", "sdpa"], max_new_tokens=8)
