@@ -14,9 +14,10 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
 
 from specdec.attention.choice import AttentionChoice, AttentionLike, candidates, choice_for
+from specdec.chain_target import ChainTarget
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.masks import MaskFormat
-from specdec.target import CausalLM, ChainTarget, TargetModel, TreeTarget, accepts, input_device
+from specdec.target import CausalLM, TargetModel, TreeTarget, accepts, input_device
 from specdec.tree import TokenTree
 
 Mode = Literal["tree", "chain", "plain"]

@@ -17,6 +17,7 @@ from specdec import kv_cache, sampling, stopping
 from specdec.attention.choice import AttentionLike
 from specdec.budget import Budget
 from specdec.capability import Capability, probe
+from specdec.chain_target import ChainTarget
 from specdec.decoding import Decoder
 from specdec.drafters.base import Drafter
 from specdec.drafting import GuardedDrafter
@@ -33,7 +34,6 @@ from specdec.target import (
     DECODE_KWARGS_HANDLED,
     CacheNotFilledError,
     CausalLM,
-    ChainTarget,
     TargetModel,
     TreeTarget,
     embedding_rows,

@@ -38,7 +38,7 @@ class FlexTreeAttention(TreeAttention):
     def attend(self, call: AttentionCall) -> Tensor:
         plan, kind = call.plan, call.layer_type
         compiles = call.query.is_cuda if self.compiles is None else self.compiles
-        attention = self._compiled if compiles else flex_attention
+        attention: Any = self._compiled if compiles else flex_attention
         out: Tensor = attention(
             call.query,
             call.key[:, :, : plan.slots],
