@@ -204,11 +204,15 @@ def _commands(which: str, state: dict[str, Any]) -> list[str]:
             start = f" --start-from specdec/assets/embedded/{which}"
         else:
             start = ""
+        layers = f" --layers {phase['layers']}" if phase.get("layers") else ""
+        if phase.get("answers"):
+            commands.append("python examples/embedded/train.py answers")
+            layers += f" --answers {phase['answers']}"
         teacher = f" --teacher {phase['teacher']}" if phase.get("teacher") else ""
         commands.append(
             f"python examples/embedded/train.py train {which} --tokens {end} --decay-tokens {decay}"
             f" --batch {phase['batch']} --window {phase['window']}"
             f" --muon-lr {phase['muon_lr']} --adam-lr {phase['adam_lr']}"
-            f"{teacher}{' --bf16' * phase['bf16']}{' --compile' * phase['compiled']}{start}"
+            f"{layers}{teacher}{' --bf16' * phase['bf16']}{' --compile' * phase['compiled']}{start}"
         )
     return commands

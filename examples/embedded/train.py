@@ -3,7 +3,7 @@
 Run the commands in this order; nothing is downloaded, and all that passes between them lies in
 the folder --work:
 
-    corpus, tokenizer, train target, train draft, export
+    corpus, tokenizer, train target, export target, answers, train draft, export draft
 
 A second draft model, whose tokenizer is another one, is trained with
 
@@ -21,13 +21,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from pathlib import Path
 from typing import Annotated
 
+import answers as answering
 import corpus as corpora
 import export as exporting
 import numpy as np
 import torch
 import typer
 from trainer import SHAPES, Run, Settings, train
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ASSETS = Path(__file__).parents[2] / "specdec" / "assets" / "embedded"
 
@@ -35,6 +36,8 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 WorkOption = Annotated[Path, typer.Option(help="Folder of the corpus, the tokenizer and the checkpoints.")]
 WORK = Path("/tmp/embedded")
 SHIPPED = ("target", "draft")
+ANSWERED_TOKENS = 64
+"""Tokens of a prompt that its answer is written to."""
 
 
 def check_model(which: str) -> None:
@@ -98,6 +101,14 @@ def train_command(
         str | None,
         typer.Option(help="Exported model of the same tokenizer, whose distributions are learned instead of the text."),
     ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layers, if not the usual ones. With --start-from, new ones begin as the identity."),
+    ] = None,
+    answers: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Share of the windows from the target's own answers (command answers)."),
+    ] = Settings.answers,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Passes in bfloat16: faster on GPUs and on CPUs with AVX512-BF16 or AMX.")
     ] = False,
@@ -120,14 +131,18 @@ def train_command(
         muon_lr=muon_lr,
         adam_lr=adam_lr,
         teacher=teacher,
+        layers=layers,
+        answers=answers,
         bf16=bf16,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vocab_size = len(AutoTokenizer.from_pretrained(corpora.tokenizer_folder(which, work)))
-    run = Run.fresh(SHAPES[which], vocab_size, settings, device)
+    shape = SHAPES[which] | ({} if layers is None else {"num_hidden_layers": layers})
+    run = Run.fresh(shape, vocab_size, settings, device)
     print(f"{which}: {run.model.num_parameters():,} parameters on {device}, {settings}", flush=True)
     streams = [np.load(corpora.stream_file(name, which, work)) for name in ("train", "heldout")]
-    train(run, *streams, settings, work / which, compiled, start_from)
+    own = np.load(corpora.stream_file("answers", which, work)) if answers else None
+    train(run, *streams, settings, work / which, compiled, start_from, own)
 
 
 @app.command("export")
@@ -169,6 +184,24 @@ def prompts_command(
     prompts = exporting.cut_prompts(corpora.read_jsonl(work / "train.jsonl"), tokenizer, per_file)
     exporting.write_prompts(prompts, work / "prompts.jsonl")
     print(f"{len(prompts)} prompts in {work / 'prompts.jsonl'}")
+
+
+@app.command("answers")
+def answers_command(
+    work: WorkOption = WORK,
+    per_file: Annotated[int, typer.Option(min=1, help="Functions and classes of a file at most.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 192,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    """Let the shipped target continue prompts from the training files, for `train draft --answers`."""
+    torch.set_num_threads(threads)
+    target = AutoModelForCausalLM.from_pretrained(ASSETS / "target", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "target")
+    prompts = exporting.cut_prompts(corpora.read_jsonl(work / "train.jsonl"), tokenizer, per_file)
+    ids = answering.prompt_ids([prompt["prompt"] for prompt in prompts], tokenizer, ANSWERED_TOKENS)
+    stream = answering.answer(target, ids, tokens)
+    np.save(corpora.stream_file("answers", "draft", work), stream)
+    print(f"{len(ids)} answers, {len(stream):,} tokens with their prompts")
 
 
 if __name__ == "__main__":

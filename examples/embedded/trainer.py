@@ -78,6 +78,10 @@ class Settings:
     clip: float = 1.0
     teacher: str | None = None
     """Exported model whose distributions are learned in place of the text's tokens; of the same tokenizer."""
+    layers: int | None = None
+    """Layers of the model, where they differ from its shape's."""
+    answers: float = 0.0
+    """Share of the windows that are drawn from the target's own answers; the others are from the text."""
     bf16: bool = False
     """Forward and backward passes in bfloat16; the weights and the optimizers stay in float32."""
     seed: int = 0
@@ -141,9 +145,15 @@ class Run:
         os.replace(partial, path)  # a run killed in the middle of a write keeps its previous checkpoint
 
     def start_from(self, exported: Path) -> None:
-        """Takes weights and counters of a model that `export` wrote; the optimizers stay new."""
-        weights = LlamaForCausalLM.from_pretrained(exported, dtype=torch.float32).state_dict()
-        self.model.load_state_dict(weights)
+        """Takes weights and counters of a model that `export` wrote; the optimizers stay new.
+
+        Layers that it does not have are put behind its own, and begin as the identity.
+        """
+        theirs = LlamaForCausalLM.from_pretrained(exported, dtype=torch.float32)
+        self.model.load_state_dict(theirs.state_dict(), strict=False)
+        for layer in self.model.model.layers[len(theirs.model.layers) :]:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                torch.nn.init.zeros_(projection.weight)
         record = json.loads((exported / RECORD_FILE).read_text())
         for name in RECORD:
             setattr(self, name, record[name])
@@ -174,11 +184,15 @@ class Run:
             setattr(self, name, state[name])
 
 
-def draw_windows(stream: np.ndarray, step: int, settings: Settings) -> Tensor:
+def draw_windows(stream: np.ndarray, step: int, settings: Settings, answers: np.ndarray | None = None) -> Tensor:
     """Draws [batch, window + 1] token ids; a function of seed and step alone, so a resumed run repeats nothing."""
     rng = np.random.default_rng((settings.seed, step))
-    starts = rng.integers(0, len(stream) - settings.window, size=settings.batch)
-    return torch.from_numpy(np.stack([stream[s : s + settings.window + 1] for s in starts]).astype(np.int64))
+    sources = [stream] * settings.batch
+    if answers is not None:
+        sources[: round(settings.answers * settings.batch)] = [answers] * round(settings.answers * settings.batch)
+    starts = [rng.integers(0, len(source) - settings.window) for source in sources]
+    windows = [source[s : s + settings.window + 1] for source, s in zip(sources, starts, strict=True)]
+    return torch.from_numpy(np.stack(windows).astype(np.int64))
 
 
 def next_token_loss(model: torch.nn.Module, windows: Tensor, bf16: bool = False) -> Tensor:
@@ -258,6 +272,7 @@ def train(
     folder: Path,
     compiled: bool = False,
     start_from: Path | None = None,
+    answers: np.ndarray | None = None,
 ) -> bool:
     """Trains until `settings.tokens`, going on from the checkpoint in `folder` where there is one.
 
@@ -283,7 +298,7 @@ def train(
         bar = progress.add_task(folder.name, total=settings.tokens, completed=run.tokens, note="")
         started, started_at = time.perf_counter(), run.tokens
         while run.tokens < settings.tokens and not signals:
-            windows = draw_windows(train_stream, run.step, settings).to(run.model.device)
+            windows = draw_windows(train_stream, run.step, settings, answers).to(run.model.device)
             run.losses.append(train_step(run, model, windows, settings, teacher))
             rate = (run.tokens - started_at) / (time.perf_counter() - started)
             recent = float(np.mean(run.losses[-LOG_EVERY:]))

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "embedded"
-NAMES = ("corpus", "muon", "trainer", "export", "train")
+NAMES = ("answers", "corpus", "muon", "trainer", "export", "train")
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -278,3 +278,47 @@ def test_prompts_for_distillation_are_cut_from_training_files_alone(scripts: dic
     assert files
     assert len(files) == len(set(files))
     assert all(prompt["prompt"] in texts[file] for prompt, file in zip(prompts, files, strict=True))
+
+
+def test_layers_that_a_model_lacks_begin_as_the_identity(
+    scripts: dict[str, ModuleType], work: Path, tmp_path: Path
+) -> None:
+    trainer = scripts["trainer"]
+    run, _ = start(scripts, work, work / "draft")
+    scripts["train"].export_command(models=["draft"], work=work, out=tmp_path)
+    settings = trainer.Settings(layers=3)
+    deeper = trainer.Run.fresh(TINY | {"num_hidden_layers": 3}, run.model.config.vocab_size, settings)
+    deeper.start_from(tmp_path / "draft")
+    ids = torch.arange(12)[None]
+    shallow = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    with torch.no_grad():
+        assert torch.equal(deeper.model(ids).logits, shallow(ids).logits)
+    deeper.begin_phase(settings, compiled=False)
+    commands = scripts["export"]._commands("draft", {"phases": deeper.phases, "tokens": deeper.tokens})
+    assert " --layers 3 " in commands[-1]
+
+
+def test_answers_go_on_from_their_prompts_and_end(scripts: dict[str, ModuleType], work: Path, tmp_path: Path) -> None:
+    answers, eos = scripts["answers"], 0
+    start(scripts, work, work / "draft")
+    scripts["train"].export_command(models=["draft"], work=work, out=tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "draft")
+    texts = ["x = 1\n", *(d.text for d in scripts["corpus"].read_jsonl(work / "train.jsonl")[:3])]
+    prompts = answers.prompt_ids(texts, tokenizer, 8)
+    assert prompts.shape == (3, 8)  # the short one is left out
+    stream = answers.answer(model, prompts, 5)
+    assert np.array_equal(stream, answers.answer(model, prompts, 5))
+    ends = np.flatnonzero(stream == eos)
+    assert len(ends) == 3
+    greedy = model.generate(torch.from_numpy(prompts[:1]), max_new_tokens=5)[0].numpy()
+    assert np.array_equal(stream[: ends[0]], greedy[greedy != eos])
+
+
+def test_windows_are_drawn_from_answers_in_their_share(scripts: dict[str, ModuleType]) -> None:
+    trainer = scripts["trainer"]
+    text, own = np.zeros(500, np.uint16), np.ones(500, np.uint16)
+    settings = trainer.Settings(batch=8, window=16, answers=0.25)
+    windows = trainer.draw_windows(text, 3, settings, own)
+    assert windows.float().mean(1).sum() == 2
+    assert torch.equal(trainer.draw_windows(text, 3, settings), torch.zeros_like(windows))
