@@ -23,7 +23,7 @@ from specdec.drafters.draft_growth import (
 )
 from specdec.drafters.draft_lists import DraftLists, Kind
 from specdec.drafters.draft_loading import SELF, capability_of, load_draft_model, load_vocabularies, longest_sequence
-from specdec.drafters.draft_passes import ChainPasses, DraftPasses, TreePasses
+from specdec.drafters.draft_passes import ChainPasses, DraftPasses, TreePasses, warmed_up
 from specdec.drafters.draft_vocabulary import RowTexts, Use
 from specdec.drafters.pipelined import LoadWindows, Pacing, adjust_threshold, check_pipeline, paced_growth
 from specdec.kernels import Floats, Ints
@@ -86,6 +86,8 @@ class DraftModelDrafter(Drafter):
         memory: Lists after which a count is worth 1/e.
         pipelined: Draft on while weights of an offloaded target are loading. Goes with `"paced"`, which it makes of
             `"auto"`.
+        compiled: Compile the draft model's passes with `torch.compile`, which takes some seconds before the first call
+            (less where it was done before): for small models, which spend most of a pass outside their arithmetic.
         tokenizer: The draft model's, its folder or hub name; None for the one that lies beside its weights.
         target_tokenizer: The same for the target.
         vocabulary: How their tokens go together. `"auto"` goes by what the tokenizers hold: `"shared"`, one vocabulary,
@@ -110,6 +112,7 @@ class DraftModelDrafter(Drafter):
     prior_weight: float = 10.0
     memory: float = 300.0
     pipelined: bool = False
+    compiled: bool = False
     tokenizer: Any = None
     target_tokenizer: Any = None
     vocabulary: Use = "auto"
@@ -152,6 +155,7 @@ class DraftModelDrafter(Drafter):
                 check_pipeline(draft_model, model)
                 self._pacing = Pacing()
             self._capability = capability_of(draft_model)
+            self._compiled = warmed_up(draft_model, self._capability) if self.compiled else None
             self._target_size = embedding_rows(model)
             self._vocabularies = vocabularies
             self._longest = longest_sequence(draft_model)
@@ -237,9 +241,8 @@ class DraftModelDrafter(Drafter):
             sampler, target_size = None, self._vocabularies.draft_size
         lists = DraftLists(sampler, self.coupled, context.is_sampled_from, vocabulary, target_size)
         room = min(self._depth() * max(self.beam, int(WIDTHS[-1])), MAX_CANDIDATES)
-        return DraftCall(
-            kind(self._model, self._capability), lists, texts, context, room, keeps_subtrees=self.pipelined
-        )
+        passes = kind(self._model, self._capability, self._compiled)
+        return DraftCall(passes, lists, texts, context, room, keeps_subtrees=self.pipelined)
 
     def _windows(self) -> LoadWindows | None:
         """The target's loads in this call, where they are used."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from specdec.capability import Capability
+from specdec.drafters.draft_compiled import CompiledPass, check_compilable, compiled_pass
 from specdec.kernels import Ints
 from specdec.kv_cache import TreeCache
 from specdec.target import CausalLM, accepts, cache_layer_types, input_device, is_on_one_device
@@ -27,6 +28,7 @@ class DraftPasses(ABC):
     Args:
         model: The draft model.
         capability: What the probe has found out about it.
+        compiled: Runs the passes behind the prompt, in the model's place.
     """
 
     lengths: list[int]
@@ -36,9 +38,10 @@ class DraftPasses(ABC):
     num_fed_tokens: int = 0
     """Tokens fed since the start, padding left out."""
 
-    def __init__(self, model: CausalLM, capability: Capability) -> None:
+    def __init__(self, model: CausalLM, capability: Capability, compiled: CompiledPass | None = None) -> None:
         self.model = model
         self.capability = capability
+        self.compiled = compiled
         self.dtype: torch.dtype = model.dtype
         self.device = input_device(model)
         self._last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
@@ -99,7 +102,8 @@ class TreePasses(DraftPasses):
         self.lengths = [len(sequence) for sequence in sequences]
         longest = max(self.lengths)
         types = cache_layer_types(self.model)
-        self.cache = TreeCache(types, longest + room, is_on_one_device(self.model))
+        # What is compiled writes to each layer's own allocation.
+        self.cache = TreeCache(types, longest + room, self.compiled is None and is_on_one_device(self.model))
         if longest:
             # Padding stands on the right, where no real token sees it; the first pending tokens overwrite it.
             tokens = np.zeros((len(sequences), longest), np.int64)
@@ -193,9 +197,12 @@ class TreePasses(DraftPasses):
         if self.device.type != "cpu" and mask is not None:
             on = {kind: part.to(self.device) for kind, part in mask.items()} if isinstance(mask, dict) else None
             mask = on or mask.to(self.device)
+        ids, at = (torch.from_numpy(array).to(self.device) for array in (tokens, positions))
+        if self.compiled is not None and self.cache.is_allocated and not self.cache.is_prefilling:
+            return self.compiled(self.model, self.cache, ids, at, mask)
         logits: Tensor = self.model(
-            input_ids=torch.from_numpy(tokens).to(self.device),
-            position_ids=torch.from_numpy(positions).to(self.device),
+            input_ids=ids,
+            position_ids=at,
             attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,
@@ -277,3 +284,19 @@ class ChainPasses(DraftPasses):
             input_ids=ids, past_key_values=self.caches[row], use_cache=True, return_dict=True, **options
         ).logits
         return logits
+
+
+@torch.no_grad()
+def warmed_up(model: CausalLM, capability: Capability) -> CompiledPass:
+    """The model's compiled pass, compiled for one node and for several of one row.
+
+    Raises:
+        ValueError: The model's passes cannot be compiled.
+    """
+    check_compilable(model, capability)
+    compiled = compiled_pass(model)
+    passes = TreePasses(model, capability, compiled)
+    passes.prefill([np.zeros(1, np.int64)], 4)
+    passes.feed_pending([np.zeros(1, np.int64)])
+    passes.feed_level(np.zeros((1, 2), np.int64), np.zeros((1, 2), np.int64))
+    return compiled

@@ -99,6 +99,11 @@ class TreeCache(Cache):
         return len(set(self.lengths)) > 1
 
     @property
+    def is_allocated(self) -> bool:
+        """Whether every layer has its keys and values; they come with the first tokens."""
+        return all(layer.is_initialized for layer in self.tree_layers())
+
+    @property
     def batch_size(self) -> int:
         return len(self.lengths)
 
@@ -143,14 +148,15 @@ class TreeCache(Cache):
             keys[:, :, start : start + new] = key
             values[:, :, start : start + new] = value
         else:
-            rows, slots = self._ragged_slots(new, key.device)
+            rows, slots = self.new_slots(new, key.device)
             keys[rows, :, slots] = key.transpose(1, 2)
             values[rows, :, slots] = value.transpose(1, 2)
         if self.is_prefilling:
             layer.num_appended += new
         return keys[:, :, : start + new], values[:, :, : start + new]
 
-    def _ragged_slots(self, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def new_slots(self, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows, `[batch, 1]`, and the slots that `new` more nodes of each row go to, `[batch, new]`."""
         cached = self._slots.get(device)
         if cached is None or cached[1].shape[1] != new:
             lengths = torch.tensor(self.lengths, device=device) + self.staged
