@@ -181,6 +181,6 @@ def check_proposal(tree: TokenTree, context: DraftContext, max_nodes: int, vocab
     if tree.num_nodes == 1:  # nothing is drafted, and the loop makes its own roots
         return
     tree.validate(vocab_size)
-    roots = [int(sequence[-1]) for sequence in context.sequences]
-    if tree.tokens[:, 0].tolist() != roots:
-        raise ValueError(f"the roots must be the rows' last tokens {roots}, got {tree.tokens[:, 0].tolist()}")
+    roots, given = [int(sequence[-1]) for sequence in context.sequences], tree.host_tokens[:, 0].tolist()
+    if given != roots:
+        raise ValueError(f"the roots must be the rows' last tokens {roots}, got {given}")

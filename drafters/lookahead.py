@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from specdec.drafters.base import DraftContext, Drafter
@@ -145,7 +144,7 @@ class LookaheadDrafter(Drafter):
                 used = max(used, self._grow(call, row, depth, tokens[i], parents[i], scores[i]))
         if used < width:
             tokens, parents, scores = tokens[:, :used], parents[:, :used], scores[:, :used]
-        return TokenTree(torch.from_numpy(tokens), torch.from_numpy(parents), torch.from_numpy(scores))
+        return TokenTree.of_arrays(tokens, parents, scores)
 
     def finish(self, context: DraftContext) -> None:
         self._thread.call = None

@@ -58,6 +58,7 @@ class PendingStep:
         lengths: Tokens of each row then.
         started: When the step began, in seconds.
         nodes: What all sources named.
+        max_depths: Largest depth of a node, `[rows]`.
         proposals: By source, of those that were asked.
         alone: The source whose tree was taken as it is, None for a merged tree.
     """
@@ -66,6 +67,7 @@ class PendingStep:
     lengths: list[int]
     started: float
     nodes: CandidateStore
+    max_depths: Ints
     proposals: dict[int, Proposal] = field(default_factory=dict)
     alone: int | None = None
 

@@ -227,7 +227,7 @@ def grow_merged(
     """Writes each row's merged tree, best first by the product of calibrated scores from the root down.
 
     Args:
-        store: `rates`, `open_shares` and `written` are set.
+        store: `rates` and `open_shares` are set of the children of nodes in the tree, and `written`.
         tried: Nodes whose parent was accepted, each for its open share, by sources, depth and bin of score,
             `[2 ** sources, depths, bins]`.
         hit: Those among them that were accepted, each for 1.
@@ -245,18 +245,20 @@ def grow_merged(
     paths = np.empty(capacity)
     widest, expected = 1, 0.0
     for row in range(tokens.shape[0]):
-        for node in range(1, nodes.counts[row]):
-            nodes.written[row, node] = -1
-            named, depth, score = nodes.named[row, node], nodes.depths[row, node], nodes.scores[row, node]
-            nodes.rates[row, node] = rate_of(tried, hit, prior, named, depth, score)
-        for node in range(1, nodes.counts[row]):
-            nodes.open_shares[row, node] = open_share(nodes, row, node)
+        nodes.written[row, 1 : nodes.counts[row]] = -1
+        nodes.open_shares[row, 1 : nodes.counts[row]] = 1.0  # of those too whose parent does not come into the tree
         tokens[row, 0] = nodes.tokens[row, 0]
         paths[0] = 1.0
         node, waiting, made = 0, 0, 1
         while True:
             child = nodes.first_child[row, node]
             while child >= 0:
+                named, depth, score = nodes.named[row, child], nodes.depths[row, child], nodes.scores[row, child]
+                nodes.rates[row, child] = rate_of(tried, hit, prior, named, depth, score)
+                child = nodes.next_sibling[row, child]
+            child = nodes.first_child[row, node]
+            while child >= 0:
+                nodes.open_shares[row, child] = open_share(nodes, row, child)
                 paths[child] = paths[node] * nodes.rates[row, child] * nodes.open_shares[row, child]
                 waiting = push_best(heap, waiting, paths, child)
                 child = nodes.next_sibling[row, child]
@@ -292,7 +294,7 @@ def follow_merged(
     known there.
 
     Args:
-        store: What was named, `open_shares` set by `grow_merged`.
+        store: What was named, as `grow_merged` left it.
         known: The tokens behind the root, `[rows, tokens]`.
         counts: How many there are, `[rows]`: all but the last were accepted.
         decay: Factor on the counts so far.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 SURENESS = (0.5, 1.5, 4.0)
 """Draft tokens per row that are expected of the other sources: a source's worth is learned apart between these."""
-DEAR_SHARE = 0.02
+DEAR_SHARE = 0.05
 """A source that takes less of a step's time is asked without further thought."""
 FIRST_WORTH = 0.2
 """Tokens that a source is thought to bring above its cost before it was tried."""
@@ -55,11 +55,13 @@ class Worth:
         self.asked_at = [0.0] * num_sources
         self.tokens_per_step = 1.0
         self.step_seconds: deque[float] = deque(maxlen=STEPS)
+        self.usual_step = inf
+        """Seconds of a step, as it usually is."""
 
     def is_dear(self, source: int) -> bool:
         """Whether a source takes a part of a step that matters."""
         seconds = self.seconds[source]
-        return seconds is not None and bool(self.step_seconds) and seconds > DEAR_SHARE * median(self.step_seconds)
+        return seconds is not None and seconds > DEAR_SHARE * self.usual_step
 
     def by_cost(self, sources: Sequence[int]) -> list[int]:
         """The sources, cheap ones first, and those last that have not been asked yet."""
@@ -91,8 +93,9 @@ class Worth:
             now: When it was over.
         """
         self.step_seconds.append(now - started)
+        self.usual_step = median(self.step_seconds)
         self.tokens_per_step += LEARNING_RATE * (tokens - self.tokens_per_step)
-        price = self.tokens_per_step / max(median(self.step_seconds), 1e-9)
+        price = self.tokens_per_step / max(self.usual_step, 1e-9)
         for source, (seconds, sureness, gain) in asked.items():
             self.asked_at[source] = now
             before = self.seconds[source]

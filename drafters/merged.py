@@ -27,7 +27,7 @@ from specdec.drafters.merge_growth import (
     mark_verified,
 )
 from specdec.drafters.merge_worth import Asked, Worth, sureness_of
-from specdec.kernels import Ints, host_array
+from specdec.kernels import Ints
 from specdec.target import embedding_rows
 from specdec.tree import TokenTree
 
@@ -126,7 +126,8 @@ class MergedDrafter(Drafter):
         roots = np.array([sequence[-1] for sequence in context.sequences], np.int64)
         nodes = call.candidates(roots, width)
         lengths = [len(sequence) for sequence in context.sequences]
-        pending = call.pending = PendingStep(list(context.rows), lengths, self._clock(), nodes)
+        max_depths = np.array(context.max_depth, np.int64)
+        pending = call.pending = PendingStep(list(context.rows), lengths, self._clock(), nodes, max_depths)
         worth = self._worth(len(roots))
         for source in self._order(call, worth):
             sureness = 0
@@ -144,12 +145,10 @@ class MergedDrafter(Drafter):
     def observe(self, context: DraftContext, step: Step) -> None:
         call = self._of_thread(context)
         pending, call.pending = call.pending, None
-        # A step without a draft is what a source without a part in it is to see.
-        idle = step if step.tree.num_nodes == 1 else idle_step(step)
         if pending is None or pending.alone is not None or pending.rows != context.rows:
             for source in tuple(call.active):
                 is_shown = pending is not None and source == pending.alone
-                self._tell(call, source, context, step if is_shown else idle, step)
+                self._tell(call, source, context, step if is_shown else None, step)
             return
         known, counts = pending.known(context)
         own, gains = np.empty((len(counts), len(self.sources)), np.int64), np.empty(len(self.sources), np.int64)
@@ -160,12 +159,12 @@ class MergedDrafter(Drafter):
             self._worth(len(counts)).observe(asked, len(counts), tokens, pending.started, self._clock())
         verified = None
         for source in tuple(call.active):
-            drafter, proposal, shown = self.sources[source], pending.proposals.get(source), idle
+            drafter, proposal, shown = self.sources[source], pending.proposals.get(source), None
             listens = type(drafter).observe is not Drafter.observe and not drafter.num_top_tokens
             if listens and proposal is not None and proposal.node_of is not None:
                 if verified is None:
                     verified = np.zeros(pending.nodes.shape, np.bool_)
-                    mark_verified(pending.nodes, host_array(step.tree.tokens), step.tree.host_parents, verified)
+                    mark_verified(pending.nodes, step.tree.host_tokens, step.tree.host_parents, verified)
                 shown = Step(step.rows, _verified_part(proposal, verified), own[:, source].tolist())
             self._tell(call, source, context, shown, step)
 
@@ -236,13 +235,10 @@ class MergedDrafter(Drafter):
         if tree.num_nodes == 1 or tree.draft_probs is not None:
             return None
         node_of = np.empty(tree.tokens.shape, np.int64)
-        if tree.scores is None:
-            scores = np.full(node_of.shape, UNKNOWN_SCORE, np.float32)
-        else:
-            scores = host_array(tree.scores if tree.scores.dtype == torch.float32 else tree.scores.float())
-        arrays = host_array(tree.tokens), host_array(tree.parents), scores
-        max_depths = np.array(context.max_depth, np.int64)
-        taken = add_tree(call.pending.nodes, source, *arrays, max_depths, self._vocab_size, node_of)
+        scores = np.full(node_of.shape, UNKNOWN_SCORE, np.float32) if tree.host_scores is None else tree.host_scores
+        pending = call.pending
+        arrays = tree.host_tokens, tree.host_parents, scores, pending.max_depths
+        taken = add_tree(pending.nodes, source, *arrays, self._vocab_size, node_of)
         if taken < 0:
             check_proposal(tree, context, width, self._vocab_size)
         call.records[source].proposed += taken
@@ -257,11 +253,10 @@ class MergedDrafter(Drafter):
         with self._lock:
             counted = self._tried, self._hit, float(self.prior_weight)
             used, expected = grow_merged(nodes, *counted, tokens, parents, scores)
-        parts = (torch.from_numpy(array[:, :used]) for array in (tokens, parents, scores))
-        return TokenTree(*parts), expected
+        return TokenTree.of_arrays(tokens[:, :used], parents[:, :used], scores[:, :used]), expected
 
-    def _tell(self, call: MergedCall, source: int, context: DraftContext, shown: Step, step: Step) -> None:
-        """Tells a source what became of its nodes; one that wants the target's top tokens, of the whole tree."""
+    def _tell(self, call: MergedCall, source: int, context: DraftContext, shown: Step | None, step: Step) -> None:
+        """Tells a source what became of its nodes, if it had any; one that wants top tokens, of the whole tree."""
         drafter = self.sources[source]
         if type(drafter).observe is Drafter.observe:
             return
@@ -269,7 +264,9 @@ class MergedDrafter(Drafter):
             shown = step
             if drafter.num_top_tokens < step.top_tokens.shape[-1]:
                 shown = Step(step.rows, step.tree, step.accepted, step.top_tokens[..., : drafter.num_top_tokens])
-        self._guarded(call, source, "observe", context, lambda: drafter.observe(context, shown))
+        elif shown is None:
+            shown = step if step.tree.num_nodes == 1 else idle_step(step)
+        self._guarded(call, source, "observe", context, partial(drafter.observe, context, shown))
 
     def _guarded(
         self, call: MergedCall, source: int, method: str, context: DraftContext, action: Callable[[], Any]

@@ -9,11 +9,10 @@ from typing import Any
 from weakref import ref
 
 import numpy as np
-import torch
 
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.recycled_lists import LAST, Lists, count_listed, grow_recycled, keep_lists
-from specdec.kernels import Floats, Ints, host_array
+from specdec.kernels import Floats, Ints
 from specdec.target import embedding_rows
 from specdec.tree import TokenTree
 
@@ -105,8 +104,7 @@ class RecyclingDrafter(Drafter):
             if not self.last_list:
                 rates[LAST] = 0.0
             used = grow_recycled(table, last, rates, max_depths, tokens, parents, scores)
-        parts = (torch.from_numpy(array[:, :used]) for array in (tokens, parents, scores))
-        return TokenTree(*parts)
+        return TokenTree.of_arrays(tokens[:, :used], parents[:, :used], scores[:, :used])
 
     def observe(self, context: DraftContext, step: Step) -> None:
         if step.top_tokens is None:
@@ -116,7 +114,7 @@ class RecyclingDrafter(Drafter):
         with self._lock:
             count_listed(table, last, known, counts, self._tried, self._hit, self._decay)
             keep_lists(
-                host_array(step.tree.tokens),
+                step.tree.host_tokens,
                 step.tree.host_parents,
                 np.ascontiguousarray(step.top_tokens),
                 known,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor, nn
 
-from specdec.kernels import Floats, Ints, best_size, count_accepted, host_array, seconds_of
+from specdec.kernels import Floats, Ints, best_size, count_accepted, seconds_of
 from specdec.target import TargetModel
 from specdec.tree import NODE_BUCKETS, TokenTree, bucket_of
 
@@ -26,9 +27,18 @@ PATIENCE = 4
 """Drafts in a row that may promise less than they cost before drafting rests."""
 LEAST_PROMISE = 1.05
 """Speed-up that a draft must promise to count as one that pays: less is within the error of what is known."""
-TRIAL_SHARE = 0.01
+LEAST_TRUST, MOST_TRUST = 0.7, 1.1
+"""Bounds of the factor between promises and what comes of them: the size that promises most is often overrated."""
+TRUST_PRIOR = 50.0
+"""Draft tokens, promised and accepted, that the factor of 1 is worth."""
+TRUST_DECAY = 0.99
+TRIAL_SHARE = 0.005
 """Share of the time that goes into drafts while drafting does not pay, to see when it does again."""
 LONGEST_REST = 64
+DRIFT = 0.0005
+"""Share per step by which a size that seems dear comes nearer to one in use, so that it is tried again."""
+UPDATES_PER_LOOK = 8
+"""Steps between two looks at the sizes that are not in use."""
 FIRST_LENGTH = 1024
 """Tokens in the kv cache up to which step times count as the same; from there on they are told apart by doublings."""
 PATIENCE_AT_LENGTH = 0.5
@@ -50,6 +60,8 @@ class StepTimes:
         """What was known of each size before the first real step."""
         self.extra = 0.0
         """Seconds by which real steps took longer than that."""
+        self._until_look = 0
+        self._known: tuple[Ints, Floats] | None = None
 
     def measure(self, run: Callable[[int], None], patience: float = 2.0) -> None:
         """Times `run(nodes)` for the buckets, a few rounds, as long as `patience` seconds are not used up.
@@ -66,17 +78,21 @@ class StepTimes:
                 run(nodes)
                 taken = time.perf_counter() - before
                 self.seconds[nodes] = min(taken, self.seconds.get(nodes, taken))
+                self._known = None
                 if time.perf_counter() - start > patience and len(self.seconds) > 1:
                     return
 
     def known(self) -> tuple[Ints, Floats]:
         """Node counts that were measured, ascending, and their seconds, `[sizes]` each."""
+        if self._known is not None:
+            return self._known
         sizes = sorted(self.seconds)
         times = [self.seconds[n] for n in sizes]
         # A larger tree cannot be cheaper; where it seems so, the smaller one's time had noise, which only ever adds.
         for i in range(len(times) - 2, -1, -1):
             times[i] = min(times[i], times[i + 1])
-        return np.array(sizes), np.array(times)
+        self._known = np.array(sizes), np.array(times)
+        return self._known
 
     def of(self, nodes: int) -> float:
         """Seconds of a pass over a tree of this size; some size must have been measured."""
@@ -90,14 +106,19 @@ class StepTimes:
         """
         bucket = bucket_of(nodes, self.buckets)
         old = self.seconds.setdefault(bucket, seconds)
-        for size, known in self.seconds.items():
-            self.measured.setdefault(size, known)
+        if len(self.measured) < len(self.seconds):
+            self.measured = {**self.seconds, **self.measured}
         taken = min(seconds, 1.5 * old)
         new = self.seconds[bucket] = old + max(0.3 / (1 + self.uses[bucket]), 0.05) * (taken - old)
+        self._known = None
         self.uses[bucket] += 1
         self.extra += 0.1 * (taken - self.measured[bucket] - self.extra)
+        self._until_look -= 1
+        if self._until_look >= 0:
+            return
+        self._until_look = UPDATES_PER_LOOK - 1
         for other in self.seconds:
-            drift = 0.0005 * (new - self.seconds[other]) if other > bucket else 0.0  # what seemed dear is tried again
+            drift = UPDATES_PER_LOOK * DRIFT * (new - self.seconds[other]) if other > bucket else 0.0
             if self.uses[other]:
                 self.seconds[other] += drift
             else:
@@ -109,12 +130,47 @@ Surroundings = tuple[int, int, str]
 """What step times are measured for: rows and length by powers of two, and where and in what type the model is."""
 
 _TIMES: WeakKeyDictionary[nn.Module, dict[Surroundings, StepTimes]] = WeakKeyDictionary()
-_COUNTS: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Floats, Floats]]] = WeakKeyDictionary()
-"""Acceptance counts by kind of call, `tried` and `hit`: what one budget has learned of a model, the next one knows."""
 
 
-@dataclass(frozen=True)
-class Choice:
+@dataclass
+class Learned:
+    """What was counted of one kind of call.
+
+    Args:
+        tried: Drafts whose parent was accepted, by bin of their score, `[bins]`.
+        hit: Those among them that were accepted, `[bins]`.
+        promised: Draft tokens of late that were expected to be accepted, over all rows.
+        kept: Those that were.
+        losses: Drafts in a row that promised less than they cost.
+        rest: Steps for which drafting still rests.
+    """
+
+    tried: Floats = field(default_factory=lambda: np.zeros(SCORE_BINS))
+    hit: Floats = field(default_factory=lambda: np.zeros(SCORE_BINS))
+    promised: float = 0.0
+    kept: float = 0.0
+    losses: int = 0
+    rest: int = 0
+
+    @property
+    def trust(self) -> float:
+        """Accepted draft tokens for each one that was promised."""
+        trust = (self.kept + TRUST_PRIOR) / (self.promised + TRUST_PRIOR)
+        return min(max(trust, LEAST_TRUST), MOST_TRUST)
+
+    def forget(self, decay: float) -> None:
+        """Lets the counts be worth less."""
+        self.tried *= decay
+        self.hit *= decay
+        self.promised *= decay
+        self.kept *= decay
+
+
+_LEARNED: WeakKeyDictionary[nn.Module, dict[Hashable, Learned]] = WeakKeyDictionary()
+"""By kind of call: what one budget has learned of a model, the next one knows."""
+
+
+class Choice(NamedTuple):
     """What was decided on a proposal, and why.
 
     Args:
@@ -156,8 +212,7 @@ class Budget:
         self.max_nodes = max_nodes
         self.fixed = fixed
         self.owner = owner
-        self.tried: Floats = np.zeros(SCORE_BINS)
-        self.hit: Floats = np.zeros(SCORE_BINS)
+        self.learned = Learned()
         self.last_choice: Choice | None = None
         """The latest decision; None before the first one."""
         self.sizes: Counter[int] = Counter()
@@ -167,8 +222,7 @@ class Budget:
         self._times: dict[int, StepTimes] = {}
         self._lengths: dict[int, int] = {}
         self._length = 0
-        self._losses = 0
-        self._rest = 0
+        self._promise = 0.0
 
     def begin(self, model: nn.Module, kind: Hashable) -> None:
         """Takes up what is known of a kind of call, from this budget's calls or another's of the same model and owner.
@@ -179,20 +233,25 @@ class Budget:
         """
         if self.fixed:
             return
-        tried, hit = _COUNTS.setdefault(model, {}).setdefault(
-            (self.owner, kind), (np.zeros(SCORE_BINS), np.zeros(SCORE_BINS))
-        )
-        if tried is not self.tried:
-            self.tried, self.hit = tried, hit
-            self._losses = self._rest = 0
+        self.learned = _LEARNED.setdefault(model, {}).setdefault((self.owner, kind), Learned())
+
+    @property
+    def tried(self) -> Floats:
+        """Drafts whose parent was accepted, by bin of their score, `[bins]`."""
+        return self.learned.tried
+
+    @property
+    def hit(self) -> Floats:
+        """Those among them that were accepted, `[bins]`."""
+        return self.learned.hit
 
     def nodes_to_draft(self) -> int:
         """How large a tree the drafter is asked for now: one node while drafting rests, because it does not pay.
 
         Rests are so long that a drafter that is of no use costs `TRIAL_SHARE` of the time.
         """
-        if self._rest > 0:
-            self._rest -= 1
+        if self.learned.rest > 0:
+            self.learned.rest -= 1
             self.num_rests += 1
             return 1
         return self.max_nodes
@@ -244,20 +303,21 @@ class Budget:
         times = self._times.get(_size(len(tree.tokens)))
         if self.fixed or times is None or tree.num_nodes == 1 or tree.scores is None:
             return tree
-        parents, scores = host_array(tree.parents), host_array(tree.scores)
-        known = times.known()
-        best, tokens = best_size(parents, scores, self.tried, self.hit, PRIOR_WEIGHT, *known, float(spent))
-        plain = seconds_of(1, *known)
-        promise = tokens * plain / (len(parents) * (seconds_of(best, *known) + spent))
-        self._losses = 0 if promise > LEAST_PROMISE else self._losses + 1
-        if self._losses >= PATIENCE:
-            self._rest = min(int(spent / (TRIAL_SHARE * plain)), LONGEST_REST)
+        learned, rows, scores = self.learned, len(tree.tokens), tree.host_scores
+        assert scores is not None
+        counts = learned.tried, learned.hit, PRIOR_WEIGHT
+        trust = learned.trust
+        best, tokens, taken, plain = best_size(
+            tree.host_parents, scores, *counts, *times.known(), float(spent), float(trust)
+        )
+        learned.losses = 0 if tokens * plain > LEAST_PROMISE * rows * (taken + spent) else learned.losses + 1
+        if learned.losses >= PATIENCE:
+            learned.rest = min(int(spent / (TRIAL_SHARE * plain)), LONGEST_REST)
         if best == 1:
-            self.tried *= IDLE_DECAY
-            self.hit *= IDLE_DECAY
+            learned.forget(IDLE_DECAY)
+        self._promise = (tokens - rows) / trust
         self.sizes[best] += 1
-        seconds = spent + seconds_of(best, *known)
-        self.last_choice = Choice(tree.num_nodes, best, tokens, seconds, len(parents), plain)
+        self.last_choice = Choice(tree.num_nodes, best, tokens, spent + taken, rows, plain)
         return tree.first(best)
 
     def observe(self, tree: TokenTree, accepted: list[list[int]]) -> None:
@@ -269,12 +329,18 @@ class Budget:
         """
         if tree.num_nodes == 1 or tree.scores is None or tree.steps is not None:
             return
-        accepted_nodes = np.zeros(tree.parents.shape, np.bool_)
+        parents, scores = tree.host_parents, tree.host_scores
+        assert scores is not None
+        accepted_nodes = np.zeros(parents.shape, np.bool_)
         accepted_nodes[:, 0] = True
         for row, nodes in enumerate(accepted):
             accepted_nodes[row, nodes] = True
-        parents, scores = host_array(tree.parents), host_array(tree.scores)
-        count_accepted(parents, scores, accepted_nodes, self.tried, self.hit, DECAY)
+        learned = self.learned
+        count_accepted(parents, scores, accepted_nodes, learned.tried, learned.hit, DECAY)
+        if self._promise > 0.0:
+            learned.promised = TRUST_DECAY * learned.promised + self._promise
+            learned.kept = TRUST_DECAY * learned.kept + sum(map(len, accepted))
+            self._promise = 0.0
 
     def record(self, rows: int, nodes: int, seconds: float) -> None:
         """Takes in the time a step took, drafting left out."""

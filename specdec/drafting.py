@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,9 @@ from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 
 __all__ = ["DrafterSwitchedOffWarning", "GuardedDrafter"]
+
+MOST_RESTED = 64
+"""Steps without drafting of which the drafter is told at once."""
 
 
 class GuardedDrafter:
@@ -64,6 +68,8 @@ class GuardedDrafter:
         self.is_judged = is_judged
         self.asks_target = asks_target
         self.end_tokens = end_tokens
+        self._rested: list[tuple[list[int], Ints]] = []
+        self._is_resting = False
 
     def kind(self) -> Hashable:
         """Class and settings: drafters that have both in common propose alike."""
@@ -76,8 +82,10 @@ class GuardedDrafter:
 
     def propose(self, sequences: Sequences, rows: Sequence[int], max_nodes: int) -> TokenTree | None:
         """The drafter's tree, or None when there is no draft token in it."""
-        if self.drafter is None or (max_nodes == 1 and not self.is_judged):
+        self._is_resting = max_nodes == 1 and not self.is_judged
+        if self.drafter is None or self._is_resting:
             return None
+        self._tell_of_rest(sequences, rows)
         context = self._context(sequences, rows)
         if max(context.max_depth) < 1:
             return None
@@ -121,6 +129,12 @@ class GuardedDrafter:
             top_tokens: See `Step`.
             verdicts: See `Step`.
         """
+        if self._is_resting:
+            if top_tokens is not None and top_tokens.shape[-1]:
+                self._rested.append((list(rows), top_tokens))
+            if len(self._rested) >= MOST_RESTED:
+                self._tell_of_rest(sequences, rows)
+            return
         if self.drafter is not None and type(self.drafter).observe is not Drafter.observe:
             step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens, verdicts)
             self._call("observe", self._context(sequences, rows), step)
@@ -131,8 +145,23 @@ class GuardedDrafter:
             return [(self.report.drafter,)] * len(path)
         return self._call("sources_of", row, path) or [(self.report.drafter,)] * len(path)
 
+    def _tell_of_rest(self, sequences: Sequences, rows: Sequence[int]) -> None:
+        """Tells the drafter of all the steps in which drafting rested, as if one tree had held their tokens."""
+        rested, self._rested = self._rested, []
+        if not rested:
+            return
+        count = len(rested)
+        top_tokens = np.concatenate([parts[[of.index(row) for row in rows]] for of, parts in rested], 1)
+        tokens = np.stack([sequences.real(row)[-count - 1 : -1] for row in rows]).astype(np.int64)
+        parents = np.tile(np.arange(-1, count - 1), (len(rows), 1))
+        tree = TokenTree.of_arrays(tokens, parents, np.zeros(tokens.shape, np.float32))
+        step = Step(list(rows), tree, [count - 1] * len(rows), top_tokens)
+        self._call("observe", self._context(sequences, rows), step)
+
     def finish(self, sequences: Sequences) -> None:
         """Tells the drafter that the call is over."""
+        if self._is_resting and self._rested:
+            self._tell_of_rest(sequences, self._rested[-1][0])
         self.hidden_states = None  # rows that ended have none
         context = self._context(sequences, range(len(sequences)))
         self.report.drafter_figures = self._call("figures", context) or {}

@@ -131,7 +131,8 @@ def best_size(
     known: Ints,
     seconds: Floats,
     spent: float = 0.0,
-) -> tuple[int, float]:
+    trust: float = 1.0,
+) -> tuple[int, float, float, float]:
     """How many of a tree's first nodes make the most tokens per second.
 
     Args:
@@ -143,9 +144,11 @@ def best_size(
         known: Node counts whose time is known, ascending, `[sizes]`.
         seconds: Their times, never falling, `[sizes]`.
         spent: What drafting took, whatever size is taken.
+        trust: Factor on the draft tokens that are expected to be accepted.
 
     Returns:
-        One of the known sizes, or all nodes; and the tokens expected of it, over all rows.
+        One of the known sizes, or all nodes; the tokens expected of it, over all rows; seconds of a pass of this size,
+        and of one without a draft.
     """
     batch, nodes = parents.shape
     bins = tried.shape[0]
@@ -157,18 +160,20 @@ def best_size(
             parent = parents[row, node]
             path[node] = path[parent] * calibrated(scores[row, node], rates) if parent >= 0 else 0.0
             gain[node] += path[node]
-    best, best_tokens, best_rate = 1, float(batch), batch / (seconds_of(1, known, seconds) + spent)
+    plain = seconds_of(1, known, seconds)
+    best, best_tokens, best_seconds, best_rate = 1, float(batch), plain, batch / (plain + spent)
     tokens = float(batch)
     bucket = 0
     for size in range(2, nodes + 1):
-        tokens += gain[size - 1]
+        tokens += trust * gain[size - 1]
         while bucket < known.shape[0] and known[bucket] < size:
             bucket += 1
         if size == nodes or (bucket < known.shape[0] and known[bucket] == size):
-            rate = tokens / (seconds_of(size, known, seconds) + spent)
+            taken = seconds_of(size, known, seconds)
+            rate = tokens / (taken + spent)
             if rate > best_rate:
-                best, best_tokens, best_rate = size, tokens, rate
-    return best, best_tokens
+                best, best_tokens, best_seconds, best_rate = size, tokens, taken, rate
+    return best, best_tokens, best_seconds, plain
 
 
 @kernel

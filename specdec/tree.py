@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.kernels import Ints, ancestors_and_depths, host_array, is_valid
@@ -100,6 +102,14 @@ class TokenTree:
             None if scores is None else padded(scores, 0.0, torch.float32),
         )
 
+    @classmethod
+    def of_arrays(cls, tokens: Ints, parents: Ints, scores: NDArray[np.float32]) -> TokenTree:
+        """A tree on the host whose arrays, `[batch, nodes]` each, stay at hand: to read tensors takes time."""
+        tree = cls(torch.from_numpy(tokens), torch.from_numpy(parents), torch.from_numpy(scores))
+        arrays = {"host_tokens": _whole(tokens), "host_parents": _whole(parents), "host_scores": _whole(scores)}
+        tree.__dict__.update(arrays, of_arrays=True)
+        return tree
+
     @property
     def num_nodes(self) -> int:
         """Width of the tree, root and padding included."""
@@ -148,6 +158,18 @@ class TokenTree:
         return host_array(self.parents)
 
     @cached_property
+    def host_tokens(self) -> Ints:
+        """The tokens as an array on the host, `[batch, nodes]`. Waits for the device, unless `to` brought it there."""
+        return host_array(self.tokens)
+
+    @cached_property
+    def host_scores(self) -> NDArray[np.float32] | None:
+        """The scores as an array on the host, `[batch, nodes]`, if there are any. Waits for the device."""
+        if self.scores is None:
+            return None
+        return host_array(self.scores if self.scores.dtype == torch.float32 else self.scores.float())
+
+    @cached_property
     def _ancestors_and_depths(self) -> tuple[Tensor, Tensor]:
         mask, depths = ancestors_and_depths(self.host_parents)
         return torch.from_numpy(mask), torch.from_numpy(depths)
@@ -187,6 +209,9 @@ class TokenTree:
         if nodes >= self.num_nodes:
             return self
         cut = slice(0, nodes)
+        held = self.__dict__
+        if "of_arrays" in held:
+            return TokenTree.of_arrays(*(held[name][:, cut] for name in ("host_tokens", "host_parents", "host_scores")))
         return TokenTree(
             self.tokens[:, cut],
             self.parents[:, cut],
@@ -239,7 +264,7 @@ class TokenTree:
         """
         if self.tokens.dtype != torch.int64 or self.parents.dtype != torch.int64:
             raise ValueError(f"tokens and parents must be int64, got {self.tokens.dtype} and {self.parents.dtype}")
-        tokens, parents = host_array(self.tokens), host_array(self.parents)
+        tokens, parents = self.host_tokens, self.host_parents
         if is_valid(tokens, parents, vocab_size):
             return
         if tokens.min() < 0 or tokens.max() >= vocab_size:
@@ -272,5 +297,10 @@ class TokenTree:
             steps=self.steps,
         )
         tree.__dict__["deepest"] = self.deepest  # read here, where it is known without waiting
-        tree.__dict__["host_parents"] = self.host_parents
+        tree.__dict__.update(host_tokens=self.host_tokens, host_parents=self.host_parents, host_scores=self.host_scores)
         return tree
+
+
+def _whole(array: NDArray[Any]) -> NDArray[Any]:
+    """A contiguous array, the same one if it is."""
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)

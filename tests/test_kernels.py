@@ -79,8 +79,10 @@ def test_best_size_is_that_of_the_definition() -> None:
         sizes = [n for n in known if n < tree.num_nodes] + [tree.num_nodes]
         times = np.interp(np.log2(sizes), np.log2(known), seconds)
         speeds = [(len(parents) + gain[:size].sum()) / taken for size, taken in zip(sizes, times, strict=True)]
-        best, tokens = best_size(parents, scores, tried, hit, 4.0, known, seconds)
+        best, tokens, taken, plain = best_size(parents, scores, tried, hit, 4.0, known, seconds)
         assert best == sizes[int(np.argmax(speeds))]
+        assert taken == pytest.approx(times[int(np.argmax(speeds))])
+        assert plain == seconds[0]
         assert tokens == pytest.approx(len(parents) + gain[:best].sum())
 
 

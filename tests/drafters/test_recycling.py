@@ -276,3 +276,37 @@ def test_loop_hands_over_top_tokens_of_every_node() -> None:
     ids = expected.ids[0].tolist()
     assert len(seen) > 10
     assert all(ids[position] == top for position, top in seen.items())
+
+
+def test_steps_without_a_draft_are_told_of_all_at_once() -> None:
+    """While drafting rests the drafter has no work; afterwards it knows what it would have known."""
+    told: list[int] = []
+
+    class Watching(RecyclingDrafter):
+        def observe(self, context: DraftContext, step: Step) -> None:
+            told.append(step.tree.num_nodes)
+            super().observe(context, step)
+
+    class Resting(Budget):
+        rests = True
+
+        def nodes_to_draft(self) -> int:
+            return 1 if self.rests else 2
+
+        def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
+            return tree.first(1)
+
+    tables = []
+    for rests in (True, False):
+        drafter, budget = Watching(), Resting(8, fixed=True)
+        budget.rests = rests
+        told.clear()
+        assert_identical(tiny_model(), drafter, prompts(9), budget=budget, max_new_tokens=90, eos_token_id=None)
+        tables.append(drafter._table)
+        assert told == ([64, 25] if rests else [1] * 89)
+    assert tables[0] is not None
+    assert np.array_equal(tables[0], tables[1])
+    told.clear()
+    budget = Resting(8, fixed=True)
+    assert_identical(tiny_model(), Watching(), prompts(9, 4), budget=budget, max_new_tokens=90, eos_token_id=20)
+    assert told, "rows that end in the middle of a rest do no harm"
