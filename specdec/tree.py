@@ -107,7 +107,7 @@ class TokenTree:
         """A tree on the host whose arrays, `[batch, nodes]` each, stay at hand: to read tensors takes time."""
         tree = cls(torch.from_numpy(tokens), torch.from_numpy(parents), torch.from_numpy(scores))
         arrays = {"host_tokens": _whole(tokens), "host_parents": _whole(parents), "host_scores": _whole(scores)}
-        tree.__dict__.update(arrays, of_arrays=True)
+        tree.__dict__.update(arrays, _has_arrays=True)
         return tree
 
     @property
@@ -210,7 +210,7 @@ class TokenTree:
             return self
         cut = slice(0, nodes)
         held = self.__dict__
-        if "of_arrays" in held:
+        if "_has_arrays" in held:
             return TokenTree.of_arrays(*(held[name][:, cut] for name in ("host_tokens", "host_parents", "host_scores")))
         return TokenTree(
             self.tokens[:, cut],
