@@ -113,3 +113,12 @@ def counted(model: Any) -> Iterator[list[int]]:
         yield passes
     finally:
         hook.remove()
+
+
+def continued(model: Any, ids: list[int], new_tokens: int) -> list[int]:
+    """A model's own greedy text behind a prompt, which it never ends."""
+    prompt = torch.tensor([ids])
+    kwargs: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
+    # With a mask: padding in the midst of a text is a token like any other.
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **kwargs)
+    return out[0, len(ids) :].tolist()

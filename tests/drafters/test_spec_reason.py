@@ -10,7 +10,7 @@ import torch
 
 from specdec.audit import StepAudit
 from tests.conformance import OracleDrafter, answers_of, assert_identical, draft_of, lookahead, reference, spec_reason
-from tests.drafters.reasoning import NO_END, always, asking, by_length, check_audit, counted, never, run
+from tests.drafters.reasoning import NO_END, always, asking, by_length, check_audit, continued, counted, never, run
 from tests.tiny_models import EOS, PAD, new_model, prompts, tiny_model, tiny_tokenizer
 
 INNERS: dict[str, Any] = {
@@ -20,14 +20,6 @@ INNERS: dict[str, Any] = {
     "list": lambda: ["lookahead", "recycling"],
     "oracle": lambda: OracleDrafter([]),
 }
-
-
-def continued(model: Any, ids: list[int], new_tokens: int) -> list[int]:
-    """A model's own greedy text behind a prompt, which it never ends."""
-    if new_tokens == 0:
-        return []
-    out = model.generate(torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
-    return out[0, len(ids) :].tolist()
 
 
 @pytest.mark.parametrize("lengths", [(7,), (3, 11, 5)])
