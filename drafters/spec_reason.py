@@ -10,6 +10,7 @@ from weakref import ref
 
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.draft_loading import (
+    SELF,
     capability_of,
     load_draft_model,
     load_vocabularies,
@@ -43,7 +44,7 @@ class SpecReasonDrafter(Drafter):
     Rows of a batch are at steps of their own. The report's `audit` lists who wrote which step, and why.
 
     Args:
-        draft_model: A causal LM, its folder or hub name.
+        draft_model: A causal LM, its folder or hub name, or `"self"`, a quarter of the target's own layers.
         drafter: Drafts tokens for the steps and the answer that the target writes: a name, `"draft-model"` for the same
             draft model, a Drafter, a list, or None for none.
         judge_prompt: The text behind which the target is to name a digit. None: the target's chat template ends the
@@ -113,7 +114,8 @@ class SpecReasonDrafter(Drafter):
 
     def _load(self, model: Any) -> None:
         is_named = isinstance(self.draft_model, str)
-        draft_model = self._model if self._model is not None else load_draft_model(self.draft_model, None, model)
+        is_own = self._model is None or self.draft_model == SELF
+        draft_model = load_draft_model(self.draft_model, None, model) if is_own else self._model
         if draft_model is model:
             draft_model = load_draft_model(draft_model, None, model)  # says what is wrong
         tokenizer = tokenizer_of(model, self.target_tokenizer, "target_tokenizer")
@@ -122,9 +124,8 @@ class SpecReasonDrafter(Drafter):
                 "target_tokenizer=None, and no tokenizer lies beside the target's weights: steps end where their text "
                 "does; pass target_tokenizer=..., a tokenizer, its folder or hub name"
             )
-        vocabularies = load_vocabularies(
-            draft_model, model, self.vocabulary, self.tokenizer, self.target_tokenizer, is_named
-        )
+        use: Use = "shared" if self.draft_model == SELF else self.vocabulary
+        vocabularies = load_vocabularies(draft_model, model, use, self.tokenizer, self.target_tokenizer, is_named)
         text, end = TextBytes(token_text(tokenizer)), self.thinking_end
         forced = self.budget_text or (f"\n{end}\n\n" if end is not None else "")
         self._settings = StepSettings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from specdec.drafters.token_text import TokenText
@@ -63,7 +63,7 @@ class StepSoFar:
     def add(self, piece: bytes) -> tuple[StepSoFar, Bound]:
         """The step with one more token, and what that token ends."""
         marks, text = self.marks, self.text + piece
-        longer = replace(self, text=text, num_tokens=self.num_tokens + 1)
+        longer = StepSoFar(marks, text, self.num_tokens + 1)
         if marks.thinking_end is not None and _ends_within(text, marks.thinking_end, len(piece)) >= 0:
             return longer, "thinking"
         at = _ends_within(text, marks.step_end, len(piece))

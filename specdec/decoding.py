@@ -87,7 +87,7 @@ class Decoder:
         if tree is None:
             self.report.count_pass([0] * len(self.rows))
             return TokenTree.root_only(self.sequences.roots(self.rows))
-        if not self.budget.is_ready(len(self.rows)):
+        if tree.steps is None and not self.budget.is_ready(len(self.rows)):
             with self.report.timed("calibrate"):
                 tokens = self.sequences.latest(self.rows, self.budget.max_nodes)
                 self.budget.measure(self.target, tokens, self._least_room())

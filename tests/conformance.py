@@ -244,6 +244,13 @@ def draft_model(**settings: Any) -> Callable[[Answers], Drafter]:
     return lambda answers: DraftModelDrafter(**{"draft_model": draft_of("llama"), "max_nodes": 16} | settings)
 
 
+def spec_reason(**settings: Any) -> Drafter:
+    """Steps of a draft model, short ones, with whatever drafts the target's own."""
+    tokenizers = {"tokenizer": tiny_tokenizer(), "target_tokenizer": tiny_tokenizer()}
+    bounds = {"step_end": "e", "max_step_tokens": 9, "thinking_end": "Z"}
+    return SpecReasonDrafter(**{"draft_model": draft_of("llama"), **tokenizers, **bounds} | settings)
+
+
 DRAFT_MODELS: dict[str, Callable[[Answers], Drafter | None]] = {
     "draft-model": draft_model(),
     "draft-chain": draft_model(growth="chain", max_nodes=8),
@@ -256,23 +263,16 @@ DRAFT_MODELS: dict[str, Callable[[Answers], Drafter | None]] = {
     "draft-static-uncoupled": draft_model(growth="static", max_depth=4, coupled=False),
     "draft-dynamic-uncoupled": draft_model(growth="dynamic", max_depth=4, coupled=False),
     "draft-paced-uncoupled": draft_model(growth="paced", max_depth=4, coupled=False),
+    "spec-reason": lambda answers: spec_reason(),
+    "spec-reason-lookahead": lambda answers: spec_reason(drafter=lookahead(answers)),
 }
-"""Every growth; without the target's noise too, which greedy decoding has none of."""
-
-
-def spec_reason(**settings: Any) -> Drafter:
-    """Steps of a draft model, short ones, with whatever drafts the target's own."""
-    tokenizers = {"tokenizer": tiny_tokenizer(), "target_tokenizer": tiny_tokenizer()}
-    bounds = {"step_end": "e", "max_step_tokens": 9, "thinking_end": "Z"}
-    return SpecReasonDrafter(**{"draft_model": draft_of("llama"), **tokenizers, **bounds} | settings)
+"""Every growth; without the target's noise too, which greedy decoding has none of. Then steps."""
 
 
 DRAFTERS: dict[str, Callable[[Answers], Drafter | None]] = {
     "off": lambda answers: None,
     **DRAFT_MODELS,
     "lookahead": lookahead,
-    "spec-reason": lambda answers: spec_reason(),
-    "spec-reason-lookahead": lambda answers: spec_reason(drafter=lookahead(answers)),
     "medusa": lambda answers: RandomMedusaDrafter(max_nodes=16),
     "medusa-taught": lambda answers: TaughtMedusaDrafter(max_nodes=16, answers=answers),
     "medusa-ranks": lambda answers: TaughtMedusaDrafter(max_nodes=16, dynamic=False, answers=answers),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specdec.api import SpeculativeModel, accelerate
+from specdec.api import SpeculativeModel, accelerate, resolve_verifier
 from specdec.budget import Budget
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
@@ -14,6 +14,7 @@ from specdec.drafters.medusa import MedusaDrafter, own_heads
 from specdec.embedded import Prompt
 from specdec.heads import MedusaHeads
 from specdec.measuring import EncodedPrompt, Method
+from specdec.verifiers.base import Verifier
 
 HF_GENERATE = "HF generate"
 HF_LOOKUP = "HF prompt lookup"
@@ -51,6 +52,7 @@ def specdec_method(
     max_nodes: int = 64,
     optional: bool = False,
     whole: bool = False,
+    verifier: str | Verifier = "exact",
 ) -> Method:
     """Ours with a drafter, made anew for each run unless it `remembers`: repeats must not help it.
 
@@ -58,9 +60,10 @@ def specdec_method(
     """
 
     def prepare() -> SpeculativeModel:
-        return accelerate(model, make_drafter(), budget=Budget(max_nodes, whole, owner=name))
+        return accelerate(model, make_drafter(), rule, budget=Budget(max_nodes, whole, owner=name))
 
-    return Method(name, prepare, remembers=remembers, optional=optional)
+    rule = resolve_verifier(verifier)
+    return Method(name, prepare, remembers=remembers, optional=optional, guarantee=rule.guarantee)
 
 
 def specdec_methods(model: Any, draft_model: Any = None, shared: bool = False) -> list[Method]:

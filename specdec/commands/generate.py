@@ -16,6 +16,7 @@ from specdec.commands import options
 from specdec.commands.drafter_options import DrafterFlags
 from specdec.commands.errors import UserError, user_errors
 from specdec.commands.loading import EMBEDDED, load_model, prepare_torch, read_text
+from specdec.commands.verifier_options import VerifierFlags
 
 COMPARED_RUNS = 3
 
@@ -74,6 +75,8 @@ def run(
     model: options.Model = EMBEDDED,
     drafter: options.DrafterName = "auto",
     drafter_option: options.DrafterSettings = None,
+    verifier: options.VerifierName = "exact",
+    verifier_option: options.VerifierSettings = None,
     max_nodes: MaxNodes = 64,
     max_new_tokens: MaxNewTokens = 128,
     sample: options.Sample = False,
@@ -101,10 +104,11 @@ def run(
     prepare_torch(threads)
     drafted = DrafterFlags(drafter, drafter_option or [], model)
     first_drafter = drafted.build()
+    rule = VerifierFlags(verifier, verifier_option or []).build()
     loaded, tokenizer = load_model(model, dtype, device, device_map, attn, trust_remote_code)
     inputs = encode_prompt(text, tokenizer, chat).to(loaded.device)
     with user_errors(ValueError, TypeError, OSError):
-        fast = specdec.accelerate(loaded, first_drafter, max_nodes=max_nodes)
+        fast = specdec.accelerate(loaded, first_drafter, rule, max_nodes=max_nodes)
     completion = _complete(fast, tokenizer, inputs, seed, kwargs, stream)
     if report is not Report.NONE:
         typer.echo(json.dumps(fast.report.to_dict()) if report is Report.JSON else str(fast.report), err=True)
@@ -169,7 +173,7 @@ def _compared(
     model, max_nodes = fast.model, fast.speculation.budget.max_nodes
     methods = [
         Method(HF_GENERATE, lambda: model),
-        specdec_method("specdec", model, drafted.build, max_nodes=max_nodes),
+        specdec_method("specdec", model, drafted.build, max_nodes=max_nodes, verifier=fast.verifier),
     ]
     prompt = EncodedPrompt("prompt", inputs.input_ids, inputs.attention_mask)
     result = run_interleaved(methods, [prompt], model, Settings(kwargs, seed), repeats=COMPARED_RUNS)

@@ -15,6 +15,10 @@ DrafterName = Annotated[str, typer.Option(help="Drafter by name; none for drafti
 DrafterSettings = Annotated[
     list[str] | None, typer.Option(help="A setting of the drafter, name=value; may be repeated.")
 ]
+VerifierName = Annotated[str, typer.Option(help="Verifier by name: exact; step, typical ... may change the output.")]
+VerifierSettings = Annotated[
+    list[str] | None, typer.Option(help="A setting of the verifier, name=value; may be repeated.")
+]
 Sample = Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

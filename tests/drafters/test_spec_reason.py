@@ -179,11 +179,12 @@ def test_the_length_limit_inside_a_step(max_new_tokens: int) -> None:
 def test_steps_longer_than_any_tree() -> None:
     settings = NO_END | {"max_step_tokens": 300, "step_end": "never", "judge_prompt": "rate " * 14}
     with counted(tiny_model()) as passes:
-        result = run(prompts(5), asking(always), settings=settings, max_new_tokens=640, eos_token_id=None)
-    assert [record.tokens for record in result.records] == [300, 300, 40]
-    assert passes == [5, 300 + 70, 301 + 70, 41 + 70]
-    result = run(prompts(5), asking(never), settings=settings, max_new_tokens=640, eos_token_id=None)
-    assert result.ids[0, 5:].tolist() == continued(tiny_model(), result.ids[0, :5].tolist(), 640)
+        result = run(prompts(5), asking(always), settings=settings, max_new_tokens=340, eos_token_id=None)
+    assert [record.tokens for record in result.records] == [300, 40]
+    assert passes == [5, 300 + 70, 41 + 70]
+    settings |= {"max_step_tokens": 200}
+    result = run(prompts(5), asking(never), settings=settings, max_new_tokens=210, eos_token_id=None)
+    assert result.ids[0, 5:].tolist() == continued(tiny_model(), result.ids[0, :5].tolist(), 210)
 
 
 def test_budget_rests_and_trees_do_not_keep_steps_from_being_judged() -> None:

@@ -134,7 +134,7 @@ def test_exact_drafts_end_where_they_are_doubtful() -> None:
     for confidence in (0.0, 0.5):
         drafter = spec_reason(**NO_END, min_confidence=confidence, max_step_tokens=40, step_end="never")
         fast = specdec.accelerate(tiny_model(), drafter, strict=True, budget=specdec.budget.Budget(64, fixed=True))
-        fast.generate(**prompts(7), max_new_tokens=40, eos_token_id=None)
+        fast.generate(**prompts(7), max_new_tokens=16, eos_token_id=None)
         counts.append(fast.report.num_draft_tokens)
     assert counts[1] < counts[0] / 3
 
@@ -299,6 +299,12 @@ def test_calls_after_one_another_and_other_targets() -> None:
     other = run(prompts(7), drafter=drafter, model=new_model("llama", 4))
     assert other.ids.tolist() != first.ids.tolist()
     check_audit(first.report)
+
+
+def test_the_targets_own_first_layers_write_steps() -> None:
+    drafter = SpecReasonDrafter("self", target_tokenizer=tiny_tokenizer(), max_step_tokens=6, **NO_END)
+    result = run(prompts(7), drafter=drafter, eos_token_id=None)
+    assert {record.author for record in result.records if record.tokens > 1} == {"draft"}
 
 
 def test_as_transformers_own_hook() -> None:
