@@ -81,7 +81,7 @@ class DrafterFlags:
                 names = ", ".join(map(_described, known.values())) or "none"
                 raise UserError(f"--drafter-option {option} is not a setting of drafter {self.name}; known are {names}")
             with user_errors(ValueError):
-                settings[key] = convert(value.strip(), hints.get(key, str), f"--drafter-option {key}")
+                settings[key] = convert(value.strip() or value, hints.get(key, str), f"--drafter-option {key}")
         return settings
 
 

@@ -112,6 +112,8 @@ def run(
     completion = _complete(fast, tokenizer, inputs, seed, kwargs, stream)
     if report is not Report.NONE:
         typer.echo(json.dumps(fast.report.to_dict()) if report is Report.JSON else str(fast.report), err=True)
+    if report is Report.TABLE and fast.report.audit is not None:
+        typer.echo(str(fast.report.audit), err=True)
     if compare:
         typer.echo(_compared(fast, drafted, inputs, seed, kwargs, completion), err=True)
 
