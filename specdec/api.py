@@ -14,6 +14,7 @@ from transformers.generation import GenerationMixin, StoppingCriteriaList, StopS
 from specdec.attention.choice import AttentionLike, check_attention
 from specdec.budget import Budget
 from specdec.capability import Capability, check_mode
+from specdec.capture.store import GraphMode, check_graph_mode
 from specdec.drafters import DRAFTERS, AutoDrafter, DraftModelDrafter, MergedDrafter
 from specdec.drafters.base import Drafter
 from specdec.explaining import explain
@@ -37,6 +38,7 @@ def accelerate(
     capability: str = "auto",
     attention: AttentionLike = "auto",
     budget: Budget | None = None,
+    cuda_graphs: GraphMode = "auto",
 ) -> SpeculativeModel:
     """Wraps a causal LM so that `generate()` gives the same tokens sooner.
 
@@ -51,6 +53,8 @@ def accelerate(
         attention: What computes attention over trees: `"auto"` (on a GPU the fastest that is installed, elsewhere the
             model's own), `"model"`, `"sdpa"`, `"flex"`, or a list of names to choose of by measurement.
         budget: Takes the place of the budget that `max_nodes` would make.
+        cuda_graphs: Replay whole steps as CUDA graphs: `"auto"` where that is possible, True to demand it, False for
+            never. `"eager"` runs the same step of static shapes without capturing it, on any device, for tests.
 
     Returns:
         A stand-in for `model`, with `generate`, `report`, `capability`, `drafter` and `verifier`.
@@ -60,7 +64,8 @@ def accelerate(
         ValueError: A name or a setting is not known, or the model cannot generate.
     """
     _check_model(model)
-    fast = SpeculativeModel(model, _speculation(drafter, verifier, strict, max_nodes, capability, attention, budget))
+    speculation = _speculation(drafter, verifier, strict, max_nodes, capability, attention, budget, cuda_graphs)
+    fast = SpeculativeModel(model, speculation)
     fast.speculation.bind(unwrapped(model))
     return fast
 
@@ -74,6 +79,7 @@ def speculate(
     capability: str = "auto",
     attention: AttentionLike = "auto",
     budget: Budget | None = None,
+    cuda_graphs: GraphMode = "auto",
     streamer: Any = None,
     trace: bool = False,
 ) -> Speculation:
@@ -89,7 +95,7 @@ def speculate(
         A callable to pass as `custom_generate`. Keep it and pass it again to let the drafter remember; `.report` tells
         about its last call.
     """
-    speculation = _speculation(drafter, verifier, strict, max_nodes, capability, attention, budget)
+    speculation = _speculation(drafter, verifier, strict, max_nodes, capability, attention, budget, cuda_graphs)
     speculation.streamer, speculation.is_traced = streamer, trace
     return speculation
 
@@ -102,11 +108,13 @@ def _speculation(
     capability: str,
     attention: AttentionLike,
     budget: Budget | None,
+    cuda_graphs: GraphMode,
 ) -> Speculation:
     check_mode(capability)
     check_attention(attention)
+    check_graph_mode(cuda_graphs)
     drafter, verifier = resolve_drafter(drafter), resolve_verifier(verifier)
-    return Speculation(drafter, verifier, budget or Budget(max_nodes), strict, capability, attention)
+    return Speculation(drafter, verifier, budget or Budget(max_nodes), strict, capability, attention, cuda_graphs)
 
 
 def resolve_drafter(drafter: Any) -> Drafter | None:

@@ -285,6 +285,8 @@ class Budget:
         if surroundings not in known or known[surroundings].buckets[-1] < self.max_nodes:
             widest = min(self.max_nodes, room) if target.lockstep else self.max_nodes
             times = known[surroundings] = StepTimes(max(widest, 1))
+            for nodes in times.buckets:
+                target.prepare_pass(tokens, nodes)
             patience = {"patience": PATIENCE_AT_LENGTH} if size in self._times else {}
             times.measure(lambda nodes: target.trial_pass(tokens, nodes), **patience)
         self._times[size] = known[surroundings]

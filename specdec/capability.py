@@ -17,14 +17,12 @@ from specdec.attention.choice import AttentionChoice, AttentionLike, candidates,
 from specdec.chain_target import ChainTarget
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.masks import MaskFormat
+from specdec.rounding import differ
 from specdec.target import CausalLM, TargetModel, TreeTarget, accepts, input_device
 from specdec.tree import TokenTree
 
 Mode = Literal["tree", "chain", "plain"]
 MODES: tuple[Mode, ...] = ("tree", "chain", "plain")
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
-"""Allowed difference of logits, in standard deviations of the logits; `LOW_PRECISION_TOLERANCE` for other types."""
-LOW_PRECISION_TOLERANCE = 0.06
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class Capability:
         mask_format: How the model takes tree masks; None unless `mode` is `"tree"`.
         attention: Backends that compute tree attention rightly for this model; of several the fastest is used.
         rejected: Backends that were tried too, and why they are not used.
+        cuda_graphs: Whether steps are replayed as CUDA graphs, and why not, in words; empty where it is not told.
     """
 
     mode: Mode
@@ -45,12 +44,14 @@ class Capability:
     mask_format: MaskFormat | None = None
     attention: tuple[str, ...] = ("model",)
     rejected: Mapping[str, str] = field(default_factory=dict)
+    cuda_graphs: str = ""
 
     def __str__(self) -> str:
         text = f"{self.mode}: {self.reason}"
         if self.attention != ("model",):
             text += f"; attention by {', '.join(self.attention)}"
-        return text + "".join(f"; not by {name} ({why})" for name, why in self.rejected.items())
+        text += "".join(f"; not by {name} ({why})" for name, why in self.rejected.items())
+        return text + (f"; CUDA graphs: {self.cuda_graphs}" if self.cuda_graphs else "")
 
     def choice(self, model: CausalLM) -> AttentionChoice | None:
         """What computes tree attention; None for what the model was loaded with."""
@@ -204,9 +205,7 @@ class _Trial:
 
     def differs(self, mine: Tensor, reference: Tensor) -> bool:
         """Whether logits differ by more than rounding."""
-        tolerance = TOLERANCE.get(self.model.dtype, LOW_PRECISION_TOLERANCE)
-        difference = (mine.float() - reference).abs().max() / reference.std().clamp(min=1e-12)
-        return not bool(difference <= tolerance)  # not a number is a difference
+        return differ(mine, reference, self.model.dtype)
 
 
 def _compare(trial: _Trial, names: tuple[str, ...]) -> Capability:

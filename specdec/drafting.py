@@ -95,6 +95,11 @@ class GuardedDrafter:
         # Beyond the length limit there may be no position for a token.
         return tree.up_to_depth(context.max_depth)
 
+    @property
+    def num_top_tokens(self) -> int:
+        """How many of the target's likeliest tokens the drafter wants to know per node."""
+        return self.drafter.num_top_tokens if self.drafter is not None else 0
+
     def top_tokens(self, logits: Tensor) -> Tensor:
         """What the target holds likeliest, as far as the drafter wants to know it.
 
@@ -105,7 +110,7 @@ class GuardedDrafter:
             Token ids, best first, `[batch, nodes, count]`, int64, on the logits' device; the count is 0 for a drafter
             that does not ask.
         """
-        count = min(self.drafter.num_top_tokens if self.drafter is not None else 0, logits.shape[-1])
+        count = min(self.num_top_tokens, logits.shape[-1])
         if count and logits.device.type == "cpu":
             return torch.from_numpy(largest(host_array(logits.float()), count))
         return logits.topk(count).indices if count else logits.new_empty((*logits.shape[:2], 0), dtype=torch.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from specdec import kv_cache, sampling, stopping
 from specdec.attention.choice import AttentionLike
 from specdec.budget import Budget
 from specdec.capability import Capability, probe
+from specdec.capture.step import step_for
+from specdec.capture.store import GraphMode, acquire, check_demand, describe
+from specdec.capture.target import StaticTarget
 from specdec.chain_target import ChainTarget
 from specdec.decoding import Decoder
 from specdec.drafters.base import Drafter
@@ -27,7 +31,6 @@ from specdec.noise import NoiseQueue
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
-from specdec.step import Step
 from specdec.stopping import StopRule
 from specdec.streaming import StreamFeeder
 from specdec.target import (
@@ -59,6 +62,7 @@ class Speculation:
         strict: Raise a drafter's errors.
         capability: `"auto"`, or how to run the target.
         attention: `"auto"`, or what computes attention over trees.
+        cuda_graphs: See `accelerate`.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Speculation:
         strict: bool,
         capability: str,
         attention: AttentionLike = "auto",
+        cuda_graphs: GraphMode = "auto",
     ) -> None:
         self.drafter = drafter
         self.verifier = verifier
@@ -76,6 +81,7 @@ class Speculation:
         self.strict = strict
         self.capability = capability
         self.attention = attention
+        self.cuda_graphs = cuda_graphs
         self.streamer: Any = None
         self.is_traced = False
         self.report = self._new_report()
@@ -102,7 +108,8 @@ class Speculation:
 
     def capability_of(self, model: CausalLM) -> Capability:
         """How a model is run ahead."""
-        return probe(model, self.capability, self.attention)
+        found = probe(model, self.capability, self.attention)
+        return replace(found, cuda_graphs=describe(model, self.cuda_graphs)) if found.mode == "tree" else found
 
     def begin_fallback(self, reason: str) -> None:
         """Starts a report of a call that the model's own `generate` does, and warns once per reason."""
@@ -136,7 +143,7 @@ class Speculation:
         )
         if synced_gpus:
             reason = "several processes must run the same number of passes (synced_gpus)"
-        capability = self.capability_of(model) if reason is None else Capability("plain", reason)
+        capability = probe(model, self.capability, self.attention) if reason is None else Capability("plain", reason)
         keep_cache = _keeps_cache(generation_config, model_kwargs)
         longest = generation_config.max_length + self.budget.max_nodes
         if capability.mode != "plain" and (limit := length_limit(model)) and longest > limit[0]:
@@ -150,21 +157,39 @@ class Speculation:
         prepared = (model, input_ids, logits_processor, stopping_criteria, generation_config)
         if capability.mode == "plain" or (capability.mode == "chain" and self.drafter is None):
             return self._plain(capability.reason, *prepared, synced_gpus, streamer, model_kwargs)
-        target: TargetModel
-        if capability.mask_format is not None:
-            nodes = self.budget.max_nodes if self.drafter else 1
-            attention = capability.choice(model)
-            mask_format = capability.mask_format
-            target = TreeTarget(model, generation_config, model_kwargs, mask_format, keep_cache, nodes, attention)
-        else:
-            target = ChainTarget(model, generation_config, model_kwargs)
         self.report = self._new_report()
         self.report.capability = capability.mode
+        target = self._target(model, generation_config, model_kwargs, capability, keep_cache, input_ids.device)
         try:
             is_traced = trace or self.is_traced
             return self._speculate(target, input_ids, logits_processor, stopping_criteria, streamer, is_traced)
         except CacheNotFilledError as error:
             return self._plain(str(error), *prepared, synced_gpus, streamer, model_kwargs)
+        finally:
+            target.close()
+
+    def _target(
+        self,
+        model: CausalLM,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        capability: Capability,
+        keep_cache: bool,
+        device: torch.device,
+    ) -> TargetModel:
+        """The model as this call runs it: on trees, captured if possible, or on chains."""
+        if capability.mask_format is None:
+            check_demand(self.cuda_graphs, f"it runs on chains, because {capability.reason}")
+            return ChainTarget(model, config, model_kwargs)
+        nodes = self.budget.max_nodes if self.drafter else 1
+        arguments = (
+            model, config, model_kwargs, capability.mask_format, keep_cache, nodes, capability.choice(model)
+        )  # fmt: skip
+        store = acquire(model, self.cuda_graphs, device)
+        if isinstance(store, str):
+            self.report.cuda_graphs = f"none, because {store}"
+            return TreeTarget(*arguments)
+        return StaticTarget(*arguments, store)
 
     def _plain(
         self,
@@ -224,7 +249,7 @@ class Speculation:
         decoder = Decoder(
             target=target,
             drafter=drafter,
-            step=Step(target, self.verifier, sampler, drafter, report),
+            step=step_for(target, self.verifier, sampler, drafter, report),
             sampler=sampler,
             stop=StopRule(criteria, sequences),
             budget=self.budget,
@@ -238,6 +263,8 @@ class Speculation:
         finally:
             generated = [sequences.num_generated(row) for row in range(len(sequences))]
             report.num_generated_tokens = sum(generated)
+            if isinstance(target, StaticTarget):
+                report.cuda_graphs = target.store.describe()
             if noise is not None and not is_sampled_from:  # else the next call would repeat draws of the verifier
                 noise.restore(max(generated))
         past = target.finish(sequences, pad)

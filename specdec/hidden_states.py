@@ -24,7 +24,8 @@ class HiddenStates:
         self.model = model
         self.of_rows: Tensor | None = None
         """State from which each row's last token was picked, `[rows, hidden]`; None before the prefill."""
-        self._last_pass: Tensor | None = None
+        self.last_pass: Tensor | None = None
+        """States of all nodes of the last pass, `[rows, nodes, hidden]`."""
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -35,25 +36,25 @@ class HiddenStates:
             yield
         finally:
             hook.remove()
-            self._last_pass = self.of_rows = None
+            self.last_pass = self.of_rows = None
 
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._last_pass = next(iter((*args, *kwargs.values())))
+        self.last_pass = next(iter((*args, *kwargs.values())))
 
     def keep_last(self) -> None:
         """Keeps the states of the last position: after the prefill."""
-        if self._last_pass is not None:
-            self.of_rows = self._last_pass[:, -1].clone()
+        if self.last_pass is not None:
+            self.of_rows = self.last_pass[:, -1].clone()
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps the states at the end of the committed paths; nothing changes when no node was committed."""
-        if self._last_pass is None or not any(paths):
+        if self.last_pass is None or not any(paths):
             return
         if len(paths) == 1:
-            self.of_rows = self._last_pass[:, paths[0][-1]]
+            self.of_rows = self.last_pass[:, paths[0][-1]]
         else:
-            last = torch.tensor([path[-1] if path else 0 for path in paths], device=self._last_pass.device)
-            self.of_rows = self._last_pass[torch.arange(len(last), device=last.device), last]
+            last = torch.tensor([path[-1] if path else 0 for path in paths], device=self.last_pass.device)
+            self.of_rows = self.last_pass[torch.arange(len(last), device=last.device), last]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Ends all rows that are not listed (indices among the rows so far)."""

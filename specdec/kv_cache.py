@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ class TreeLayer(CacheLayerMixin):
         return self.cache.write(self, key_states, value_states)
 
     def get_seq_length(self) -> int:
+        if self.cache.static is not None:
+            return self.cache.static.width - self.cache.static.slots.shape[1]
         return self.num_appended if self.cache.is_prefilling else self.cache.width + self.cache.staged
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -46,13 +50,46 @@ class TreeLayer(CacheLayerMixin):
         return -1
 
 
+@dataclass(frozen=True)
+class StaticSlots:
+    """Where a pass writes and how far it looks, without a value that the host must know: fit for a captured step.
+
+    Args:
+        rows: `[batch, 1]`, int64.
+        slots: Per row and node its slot, `[batch, nodes]`, int64.
+        width: Slots that attention is given, whatever the rows' lengths are.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    width: int
+
+
+class Storage(ABC):
+    """Keys and values that outlive a cache, so that captured steps find them where they were."""
+
+    @abstractmethod
+    def take(self, kind: tuple[Any, ...], layers: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Zeros for a pool, `[layers, batch, heads, slots, head_dim]` each.
+
+        Args:
+            kind: Distinct for each pool of a cache.
+            layers: Layers in the pool.
+            key: Keys of one layer, `[batch, heads, any, head_dim]`.
+            value: Its values.
+        """
+
+    @abstractmethod
+    def replace(self, pools: Mapping[tuple[Any, ...], tuple[Tensor, Tensor]], slots: int) -> None:
+        """Tells that the cache has moved to larger pools."""
+
+
 class _Pool:
     """Keys and values of several layers of one shape, `[layers, batch, heads, slots, head_dim]` each."""
 
-    def __init__(self, kind: tuple[Any, ...], layers: int, key: Tensor, value: Tensor, slots: int) -> None:
+    def __init__(self, kind: tuple[Any, ...], keys: Tensor, values: Tensor) -> None:
         self.kind = kind
-        self.keys = key.new_zeros((layers, *key.shape[:2], slots, key.shape[-1]))
-        self.values = value.new_zeros((layers, *value.shape[:2], slots, value.shape[-1]))
+        self.keys, self.values = keys, values
         self.members: list[TreeLayer] = []
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
@@ -75,15 +112,21 @@ class TreeCache(Cache):
             with a window keep every token too; the window is the mask's work.
         capacity: Slots to allocate at first. Grows when needed.
         one_device: Whether all layers live on one device; if so, layers of the same shape share one allocation.
+        storage: Where keys and values stay when the cache is gone; `capacity` is then that of the storage.
     """
 
-    def __init__(self, layer_types: Sequence[str], capacity: int, one_device: bool = True) -> None:
+    def __init__(
+        self, layer_types: Sequence[str], capacity: int, one_device: bool = True, storage: Storage | None = None
+    ) -> None:
         layers: list[Any] = [DummyLayer() if kind == "dummy" else TreeLayer(self, kind) for kind in layer_types]
         super().__init__(layers=layers)
         self.capacity = capacity
         self.lengths: list[int] = []
         self.staged = 0
         self.is_prefilling = True
+        self.static: StaticSlots | None = None
+        """Set while a pass runs whose shapes do not depend on the rows' lengths."""
+        self.storage = storage
         self._layers_of_type = Counter(layer_types) if one_device else Counter()
         self._pools: list[_Pool] = []
         self._slots: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -122,11 +165,19 @@ class TreeCache(Cache):
         pool = next((p for p in self._pools if p.kind == kind and len(p.members) < len(p.keys)), None)
         if pool is None:
             self.capacity = max(self.capacity, key.shape[-2])
-            pool = _Pool(kind, max(self._layers_of_type[layer.layer_type], 1), key, value, self.capacity)
+            pool = _Pool(kind, *self._new_pool(kind, max(self._layers_of_type[layer.layer_type], 1), key, value))
             self._layers_of_type[layer.layer_type] = 0
             self._pools.append(pool)
         pool.members.append(layer)
         pool.replace(pool.keys, pool.values)
+
+    def _new_pool(self, kind: tuple[Any, ...], layers: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.storage is not None:
+            return self.storage.take((len(self._pools), *kind), layers, key, value)
+        keys, values = (
+            part.new_zeros((layers, *part.shape[:2], self.capacity, part.shape[-1])) for part in (key, value)
+        )
+        return keys, values
 
     def reserve(self, slots: int) -> None:
         """Makes room for `slots` slots in all."""
@@ -136,9 +187,14 @@ class TreeCache(Cache):
         self.capacity += more
         for pool in self._pools:
             pool.replace(*(torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (pool.keys, pool.values)))
+        if self.storage is not None:
+            pools = {(i, *pool.kind): (pool.keys, pool.values) for i, pool in enumerate(self._pools)}
+            self.storage.replace(pools, self.capacity)
 
     def write(self, layer: TreeLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new keys and values, `[batch, heads, new, head_dim]`, and returns all that attention may look at."""
+        if self.static is not None:
+            return self._write_static(layer, self.static, key, value)
         new = key.shape[-2]
         start = layer.get_seq_length()
         self.reserve(start + new)
@@ -154,6 +210,13 @@ class TreeCache(Cache):
         if self.is_prefilling:
             layer.num_appended += new
         return keys[:, :, : start + new], values[:, :, : start + new]
+
+    def _write_static(self, layer: TreeLayer, static: StaticSlots, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = layer.keys, layer.values
+        assert keys is not None and values is not None
+        keys[static.rows, :, static.slots] = key.transpose(1, 2)
+        values[static.rows, :, static.slots] = value.transpose(1, 2)
+        return keys[:, :, : static.width], values[:, :, : static.width]
 
     def new_slots(self, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows, `[batch, 1]`, and the slots that `new` more nodes of each row go to, `[batch, new]`."""
@@ -189,20 +252,40 @@ class TreeCache(Cache):
                 for row in moves
             ]
             target = [[self.lengths[row] + i for i in range(longest)] for row in moves]
-            for pool in self._pools:
-                rows = torch.tensor(moves, device=pool.keys.device)[:, None]
-                old, new = torch.tensor([source, target], device=pool.keys.device)
-                for tensor in (pool.keys, pool.values):
-                    tensor[:, rows, :, new] = tensor[:, rows, :, old]
+            for device in dict.fromkeys(pool.keys.device for pool in self._pools):
+                rows = torch.tensor(moves, device=device)[:, None]
+                old, new = torch.tensor([source, target], device=device)
+                self.move(rows, old, new)
         self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
         self.staged = 0
         self._slots.clear()
 
+    def move(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
+        """Copies slots to slots, in all layers on the device of the arguments, from which the host reads nothing.
+
+        Args:
+            rows: `[rows, 1]`.
+            source: `[rows, count]`.
+            target: Of the same shape, ascending; none is behind its source.
+        """
+        for pool in self._pools:
+            if pool.keys.device == source.device:
+                for tensor in (pool.keys, pool.values):
+                    tensor[:, rows, :, target] = tensor[:, rows, :, source]
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where keys and values are."""
+        return tuple(tensor.data_ptr() for pool in self._pools for tensor in (pool.keys, pool.values))
+
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drops every row of the batch that is not listed."""
+        """Drops every row of the batch that is not listed; with a storage, the others move to its front."""
         for pool in self._pools:
             index = torch.tensor(rows, device=pool.keys.device)
-            pool.replace(pool.keys.index_select(1, index), pool.values.index_select(1, index))
+            kept = [tensor.index_select(1, index) for tensor in (pool.keys, pool.values)]
+            if self.storage is not None:
+                old = pool.keys[:, : len(rows)], pool.values[:, : len(rows)]
+                kept = [tensor.copy_(new) for tensor, new in zip(old, kept, strict=True)]
+            pool.replace(*kept)
         self.lengths = [self.lengths[row] for row in rows]
         self._slots.clear()
 

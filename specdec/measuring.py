@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.capture.fingerprint import quiet
 from specdec.memory import peak_bytes, reset_peak
 from specdec.report import SpeculationReport
 from specdec.samples import Measurement, Row, Sample, Settings
@@ -266,6 +267,7 @@ class _PassCounter:
         finally:
             handle.remove()
 
+    @quiet
     def _counted(self, module: nn.Module, args: Any, output: Any) -> None:
         self.count += 1
         if self.first_end is None:

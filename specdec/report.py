@@ -39,6 +39,7 @@ class SpeculationReport:
         drafter_error: What the drafter raised before it was switched off; None when it did not.
         drafter_figures: What the drafter tells of itself, by name.
         trace: Which pass and which source each token came from, if `generate(trace=True)` asked for it.
+        cuda_graphs: Whether steps were replayed as CUDA graphs, and why not; None where that was no question.
     """
 
     drafter: str = "none"
@@ -57,6 +58,7 @@ class SpeculationReport:
     drafter_error: str | None = None
     drafter_figures: dict[str, Any] = field(default_factory=dict)
     trace: Trace | None = field(default=None, repr=False)
+    cuda_graphs: str | None = None
 
     @property
     def tokens_per_pass(self) -> float:

@@ -125,7 +125,7 @@ class Sampler:
         """
         logits = self._begin(logits)
         if self.is_flat:
-            scores = self._process_flat(tree, logits)
+            scores = self.process_flat(tree, logits)
             picks = self.select(scores, tree, rows)
         else:
             scores = logits.clone() if self.keep_scores else logits
@@ -146,7 +146,7 @@ class Sampler:
             `[batch, nodes, vocab]`, float32; undefined at padding nodes.
         """
         logits = self._begin(logits)
-        scores = self._process_flat(tree, logits) if self.is_score_only else self._process_levels(tree, logits, rows)
+        scores = self.process_flat(tree, logits) if self.is_score_only else self._process_levels(tree, logits, rows)
         if self.keep_scores:
             self.logits, self.scores = logits, scores
         return scores
@@ -174,7 +174,7 @@ class Sampler:
             self.noise.begin(logits.shape[-1])
         return logits.to(self.sequences.device, torch.float32)
 
-    def _process_flat(self, tree: TokenTree, logits: Tensor) -> Tensor:
+    def process_flat(self, tree: TokenTree, logits: Tensor) -> Tensor:
         """Processes all nodes in one call."""
         if not self.processors:
             return logits

@@ -175,6 +175,9 @@ class TargetModel(ABC):
         if logits.device.type != "cpu":
             torch.get_device_module(logits.device).synchronize(logits.device)
 
+    def prepare_pass(self, tokens: Tensor, nodes: int) -> None:
+        """Does what the first pass of a size takes longer for; see `trial_pass`."""
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Ends all rows that are not listed (indices among the rows still in the cache)."""
         self._keep_rows(rows)
@@ -184,6 +187,9 @@ class TargetModel(ABC):
     @abstractmethod
     def _keep_rows(self, rows: Sequence[int]) -> None:
         """Ends rows in the kv cache."""
+
+    def close(self) -> None:
+        """Called at the end of the call, whatever has happened in it."""
 
     @abstractmethod
     def finish(self, sequences: Sequences, pad_token: int) -> Cache | None:
@@ -237,10 +243,13 @@ class TreeTarget(TargetModel):
         prompt = input_ids.shape[1] if embeds is None else embeds.shape[1]
         prompt += past if prompt <= past else 0  # input_ids hold all tokens, or only those behind the past
         new = min(self.generation_config.max_length - input_ids.shape[1], MAX_NEW_SLOTS)
-        self.cache = TreeCache(types, prompt + new + self.max_nodes, is_on_one_device(self.model))
+        self.cache = self._new_cache(types, prompt + new + self.max_nodes, len(input_ids))
         if past and self.past is not None:
             self.cache.load(self.past)
         return self.cache
+
+    def _new_cache(self, types: list[str], capacity: int, batch: int) -> TreeCache:
+        return TreeCache(types, capacity, is_on_one_device(self.model))
 
     def _end_prefill(self, input_ids: Tensor) -> None:
         batch = input_ids.shape[0]
@@ -308,13 +317,20 @@ class TreeTarget(TargetModel):
     def _keep_rows(self, rows: Sequence[int]) -> None:
         if self.keep_cache:
             for i in set(range(len(self.rows))) - set(rows):
-                row = self.cache.row(i)
+                row = self.cache.row(self._place_of(i))
                 # A clone only where more rows go on: the pools of the last ones are not written any more.
                 self.ended[self.rows[i]] = [p and (p[0].clone(), p[1].clone()) for p in row] if rows else row
         self.rows = [self.rows[i] for i in rows]
         if rows:
-            self.cache.keep_rows(rows)
-            self._select(self.rows)
+            self._drop_rows(rows)
+
+    def _place_of(self, row: int) -> int:
+        """Where in the cache a row is that goes on."""
+        return row
+
+    def _drop_rows(self, rows: Sequence[int]) -> None:
+        self.cache.keep_rows(rows)
+        self._select(self.rows)
 
     def _select(self, rows: Sequence[int]) -> None:
         """Takes mask and positions of some rows of the batch."""

@@ -110,6 +110,20 @@ class TokenTree:
         tree.__dict__.update(arrays, _has_arrays=True)
         return tree
 
+    @classmethod
+    def on_device(cls, tokens: Tensor, parents: Tensor, ancestor_mask: Tensor) -> TokenTree:
+        """A tree whose nodes' ancestors are known, so that nothing more is asked of the host.
+
+        Args:
+            tokens: `[batch, nodes]`.
+            parents: `[batch, nodes]`.
+            ancestor_mask: As the property of that name, `[batch, nodes, nodes]`, bool.
+        """
+        tree = cls(tokens, parents)
+        tree.__dict__["ancestor_mask"] = ancestor_mask
+        tree.__dict__["depths"] = ancestor_mask.sum(-1) - 1
+        return tree
+
     @property
     def num_nodes(self) -> int:
         """Width of the tree, root and padding included."""

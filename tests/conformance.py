@@ -330,6 +330,7 @@ def assert_identical(
     expected: Reference | None = None,
     capability: str = "auto",
     attention: AttentionLike = "auto",
+    cuda_graphs: Any = "auto",
     **kwargs: Any,
 ) -> SpeculationReport:
     """Asserts that speculation gives the tokens of plain decoding, and leaves the same generator state.
@@ -343,6 +344,7 @@ def assert_identical(
         expected: Plain decoding's result, when it is known already.
         capability: How to run the target.
         attention: What computes attention over trees.
+        cuda_graphs: As for `accelerate`.
         kwargs: Other arguments of `generate`.
 
     Returns:
@@ -352,7 +354,15 @@ def assert_identical(
     if callable(drafter):
         drafter = drafter(expected.answers)
     budget = budget or Budget(64, fixed=True)
-    fast = specdec.accelerate(model, drafter, strict=True, budget=budget, capability=capability, attention=attention)
+    fast = specdec.accelerate(
+        model,
+        drafter,
+        strict=True,
+        budget=budget,
+        capability=capability,
+        attention=attention,
+        cuda_graphs=cuda_graphs,
+    )
     torch.manual_seed(seed)
     ids = fast.generate(**inputs, **kwargs)
     assert ids.tolist() == expected.ids.tolist(), f"tokens differ from plain decoding's (seed {seed})"

@@ -26,13 +26,22 @@ class ExactVerifier(Verifier):
     guarantee = "token-identical"
 
     def verify(self, tree: TokenTree, logits: Tensor, sampler: Sampler, rows: Sequence[int]) -> Acceptance:
-        picks = sampler.pick(tree, logits, rows)  # [B, N]
-        if tree.num_nodes == 1:
-            none = picks.new_empty((len(picks), 0))
-            return Acceptance(none, picks, picks.new_zeros(len(picks)))
+        return follow(tree, sampler.pick(tree, logits, rows))
 
-        is_match = (picks.gather(1, tree.parents.clamp(min=0)) == tree.tokens) & tree.is_real
-        is_match[:, 0] = True
-        is_accepted = ~(tree.ancestor_mask & ~is_match[:, None]).any(-1)
-        last = (tree.depths * is_accepted).max(1).indices  # among equal siblings the first
-        return Acceptance.of_paths(tree, last, picks.gather(1, last[:, None])[:, 0])
+
+def follow(tree: TokenTree, picks: Tensor) -> Acceptance:
+    """Accepts the path along which each node's child holds the node's pick; tensors only, no value is read.
+
+    Args:
+        tree: `[batch, nodes]`.
+        picks: The target's token at each node, `[batch, nodes]`.
+    """
+    if tree.num_nodes == 1:
+        none = picks.new_empty((len(picks), 0))
+        return Acceptance(none, picks, picks.new_zeros(len(picks)))
+
+    is_match = (picks.gather(1, tree.parents.clamp(min=0)) == tree.tokens) & tree.is_real
+    is_match[:, 0] = True
+    is_accepted = ~(tree.ancestor_mask & ~is_match[:, None]).any(-1)
+    last = (tree.depths * is_accepted).max(1).indices  # among equal siblings the first
+    return Acceptance.of_paths(tree, last, picks.gather(1, last[:, None])[:, 0])
