@@ -18,6 +18,7 @@ from specdec.drafters.draft_loading import (
     tokenizer_of,
 )
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.draft_passes import warmed_up
 from specdec.drafters.draft_vocabulary import Use
 from specdec.drafters.judge_prompts import make_question
 from specdec.drafters.step_bounds import StepMarks, TextBytes
@@ -58,6 +59,7 @@ class SpecReasonDrafter(Drafter):
         max_entropy: A step of whose first token the draft model is less sure, in nats, is left to the target; 1.0 in
             "GlimpRouter". None for no limit.
         min_confidence: With the verifier `"exact"`, a draft ends where it is all right with less than this probability.
+        compiled: Compile the draft model's passes; see `DraftModelDrafter`.
         tokenizer: The draft model's, its folder or hub name; None for the one that lies beside its weights.
         target_tokenizer: The same for the target.
         vocabulary: How their tokens go together; see `DraftModelDrafter`. Steps that are judged go by text where the
@@ -77,6 +79,7 @@ class SpecReasonDrafter(Drafter):
     budget_text: str | None = None
     max_entropy: float | None = None
     min_confidence: float = 0.2
+    compiled: bool = False
     tokenizer: Any = None
     target_tokenizer: Any = None
     vocabulary: Use = "auto"
@@ -126,11 +129,12 @@ class SpecReasonDrafter(Drafter):
             )
         use: Use = "shared" if self.draft_model == SELF else self.vocabulary
         vocabularies = load_vocabularies(draft_model, model, use, self.tokenizer, self.target_tokenizer, is_named)
+        capability = capability_of(draft_model)
         text, end = TextBytes(token_text(tokenizer)), self.thinking_end
         forced = self.budget_text or (f"\n{end}\n\n" if end is not None else "")
         self._settings = StepSettings(
             model=draft_model,
-            capability=capability_of(draft_model),
+            capability=capability,
             vocabularies=vocabularies,
             draft_ends=_end_tokens(draft_model),
             draft_longest=longest_sequence(draft_model),
@@ -145,6 +149,7 @@ class SpecReasonDrafter(Drafter):
             max_entropy=self.max_entropy,
             min_confidence=self.min_confidence,
             has_inner=self._inner is not None,
+            compiled=warmed_up(draft_model, capability) if self.compiled else None,
         )
         self._tokenizer, self._model, self._target = tokenizer, draft_model, ref(model)
         for drafter in self._shared:
@@ -205,7 +210,7 @@ class SpecReasonDrafter(Drafter):
 
     def figures(self, context: DraftContext) -> dict[str, Any]:
         call = self._of_thread(context)
-        call.finish()
+        call.finish(context)
         inner = self._inner.figures(context) if self._inner is not None else {}
         return call.figures() | inner
 
@@ -243,6 +248,7 @@ class SpecReasonDrafter(Drafter):
             tokenizer=self.tokenizer,
             target_tokenizer=self.target_tokenizer,
             vocabulary=self.vocabulary,
+            compiled=self.compiled,
         )
         self._shared.append(drafter)
         return drafter

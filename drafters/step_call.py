@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from specdec.audit import StepAudit, StepRecord
 from specdec.capability import Capability
 from specdec.drafters.base import DraftContext, Step
+from specdec.drafters.draft_compiled import CompiledPass
 from specdec.drafters.draft_passes import ChainPasses, DraftPasses, TreePasses
 from specdec.drafters.draft_vocabulary import RowTexts, Vocabularies
 from specdec.drafters.judge_prompts import Question
@@ -50,6 +51,7 @@ class StepSettings:
         max_entropy: None for no limit.
         min_confidence: Of exact drafts.
         has_inner: The target's own steps are drafted for too.
+        compiled: Runs the draft model's passes, in its place.
     """
 
     model: Any
@@ -68,6 +70,7 @@ class StepSettings:
     max_entropy: float | None = None
     min_confidence: float = 0.0
     has_inner: bool = False
+    compiled: CompiledPass | None = None
 
 
 @dataclass
@@ -238,7 +241,7 @@ class StepCall:
             is_coupled=not context.is_judged and not texts.is_text,
             processes=context.is_judged,
         )
-        return StepWriter(kind(settings.model, settings.capability), texts, context, rules, size)
+        return StepWriter(kind(settings.model, settings.capability, settings.compiled), texts, context, rules, size)
 
     # --- the tree ---
 
@@ -312,11 +315,13 @@ class StepCall:
             steps.take(new, now)
         self.proposals = {}
 
-    def finish(self) -> None:
+    def finish(self, context: DraftContext) -> None:
         """Ends the steps at hand: the call is over."""
         now = time.perf_counter()
-        for steps in self.rows.values():
-            steps.close(now)
+        for row, ids, prompt in zip(context.rows, context.sequences, context.prompt_lengths, strict=True):
+            if (steps := self.rows.get(row)) is not None:
+                steps.take(ids[prompt + steps.num_taken :].tolist(), now)  # of steps in which drafting rested
+                steps.close(now)
 
     def figures(self) -> dict[str, Any]:
         """What to report."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from specdec.audit import StepAudit
+from specdec.budget import Budget
 from tests.conformance import OracleDrafter, answers_of, assert_identical, draft_of, lookahead, reference, spec_reason
 from tests.drafters.reasoning import NO_END, always, asking, by_length, check_audit, continued, counted, never, run
 from tests.tiny_models import EOS, PAD, new_model, prompts, tiny_model, tiny_tokenizer
@@ -64,6 +65,16 @@ def test_exact_steps_are_token_identical(inner: str, do_sample: bool) -> None:
         )
         check_audit(report)
         assert report.audit is not None and report.audit.num_judged == 0
+
+
+def test_tokens_of_steps_in_which_drafting_rested_are_listed_too() -> None:
+    budget = Budget(16)
+    budget.nodes_to_draft = lambda: 1  # type: ignore[method-assign]
+    report = assert_identical(
+        tiny_model(), spec_reason(drafter="recycling"), prompts(3, 11), budget=budget, max_new_tokens=20
+    )
+    assert report.num_drafts == 0
+    check_audit(report)
 
 
 @pytest.mark.parametrize("question", ["", "Score: "])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import specdec
-from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, SpecReasonDrafter
+from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, SpecReasonDrafter, draft_compiled
 from specdec.drafters.base import DrafterSwitchedOffWarning
 from specdec.generation import FallbackWarning
 from specdec.tree import TokenTree
@@ -305,6 +305,19 @@ def test_the_targets_own_first_layers_write_steps() -> None:
     drafter = SpecReasonDrafter("self", target_tokenizer=tiny_tokenizer(), max_step_tokens=6, **NO_END)
     result = run(prompts(7), drafter=drafter, eos_token_id=None)
     assert {record.author for record in result.records if record.tokens > 1} == {"draft"}
+
+
+def test_compiled_passes_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def uncompiled(function: Any, **_: Any) -> Any:
+        return lambda *args: calls.append(1) or function(*args)
+
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    monkeypatch.setattr(draft_compiled, "_PASSES", type(draft_compiled._PASSES)())
+    results = [run(prompts(3, 7), settings=NO_END | {"compiled": on}, eos_token_id=None) for on in (False, True)]
+    assert results[0].ids.tolist() == results[1].ids.tolist()
+    assert calls
 
 
 def test_as_transformers_own_hook() -> None:
