@@ -13,6 +13,7 @@ from specdec.drafters.self_draft import first_layers
 from specdec.drafters.token_text import check_tokenizer
 from specdec.drafters.vocabularies import same_vocabulary, vocabulary_map
 from specdec.limits import length_limit
+from specdec.ranks import check_whole
 from specdec.target import CausalLM, embedding_rows, input_device, unwrapped
 
 SELF = "self"
@@ -36,6 +37,7 @@ def load_draft_model(draft_model: Any, layers: int | None, target: CausalLM) -> 
             "'self' with layers=... for the target's own first layers"
         )
     if draft_model == SELF:
+        check_whole(target, "a target whose own layers draft")
         total = target.config.get_text_config(decoder=True).num_hidden_layers
         return first_layers(target, layers if layers is not None else max(1, total // 4))
     if isinstance(draft_model, str):
@@ -52,6 +54,7 @@ def load_draft_model(draft_model: Any, layers: int | None, target: CausalLM) -> 
             "draft_model is the target itself, so that a draft would take as long as the answer; pass a smaller model, "
             "or 'self' with layers=... for the target's own first layers"
         )
+    check_whole(draft_model, "a draft model")
     if not draft_model.can_generate():
         raise ValueError(f"draft_model is a {type(draft_model).__name__}, which cannot generate text; pass a causal LM")
     return draft_model

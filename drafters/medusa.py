@@ -17,6 +17,7 @@ from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.rank_tree import count_ranks, draft_rows
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.output_embedding import OutputEmbedding
+from specdec.ranks import check_whole
 from specdec.tree import TokenTree
 
 NUM_CLASSES = 16
@@ -70,6 +71,7 @@ class MedusaDrafter(Drafter):
         return values | {"heads": heads if heads is None or isinstance(heads, dict) else str(heads)}
 
     def bind(self, model: Any) -> None:
+        check_whole(model, "the target of Medusa heads")
         embedding = model.get_output_embeddings()
         with self._lock:
             if self._heads is not None and _uses(self._heads, embedding):

@@ -270,7 +270,7 @@ class Budget:
         times = self._times.get(_size(rows))
         return None if times is None or not times.seconds else times.known()
 
-    def measure(self, target: TargetModel, tokens: Tensor, room: int) -> None:
+    def measure(self, target: TargetModel, tokens: Tensor, room: int, in_full: bool = False) -> None:
         """Finds the step times at the current batch size and length; measures them the first time a model has these.
 
         Args:
@@ -278,16 +278,18 @@ class Budget:
             tokens: What to run, as many per row as the largest tree has nodes, `[batch, nodes]`, on the device of the
                 trees. A mixture of experts takes longer the more they differ, so they should be real text.
             room: Tokens that may still be generated; a chain is not run beyond.
+            in_full: Measure all there is to measure, however long it takes, as other processes do.
         """
         known = _TIMES.setdefault(target.model, {})
         size = _size(len(tokens))
         surroundings = size, self._length, f"{target.model.device} {target.model.dtype}"
-        if surroundings not in known or known[surroundings].buckets[-1] < self.max_nodes:
+        if in_full or surroundings not in known or known[surroundings].buckets[-1] < self.max_nodes:
             widest = min(self.max_nodes, room) if target.lockstep else self.max_nodes
             times = known[surroundings] = StepTimes(max(widest, 1))
             for nodes in times.buckets:
                 target.prepare_pass(tokens, nodes)
             patience = {"patience": PATIENCE_AT_LENGTH} if size in self._times else {}
+            patience |= {"patience": float("inf")} if in_full else {}
             times.measure(lambda nodes: target.trial_pass(tokens, nodes), **patience)
         self._times[size] = known[surroundings]
         self._lengths[size] = self._length

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec.budget import Budget
 from specdec.drafting import GuardedDrafter
+from specdec.ranks import Ranks
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
@@ -32,6 +33,7 @@ class Decoder:
     sequences: Sequences
     streamer: StreamFeeder
     report: SpeculationReport
+    ranks: Ranks | None = None
     rows: list[int] = field(default_factory=list)
     kept_scores: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
 
@@ -84,14 +86,20 @@ class Decoder:
         started = time.perf_counter()
         tree = self.drafter.propose(self.sequences, self.rows, self.budget.nodes_to_draft())
         spent = time.perf_counter() - started
+        is_ready = tree is None or tree.steps is not None or self.budget.is_ready(len(self.rows))
+        if self.ranks is not None:
+            is_ready = self.ranks.agree(is_ready)
+        if not is_ready:
+            with self.report.timed("calibrate"):
+                tokens = self.sequences.latest(self.rows, self.budget.max_nodes)
+                self.budget.measure(self.target, tokens, self._least_room(), self.ranks is not None)
+        if tree is not None:
+            tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent)
+        if self.ranks is not None:
+            tree = self.ranks.share(tree, len(self.rows), self.budget.max_nodes)
         if tree is None:
             self.report.count_pass([0] * len(self.rows))
             return TokenTree.root_only(self.sequences.roots(self.rows))
-        if tree.steps is None and not self.budget.is_ready(len(self.rows)):
-            with self.report.timed("calibrate"):
-                tokens = self.sequences.latest(self.rows, self.budget.max_nodes)
-                self.budget.measure(self.target, tokens, self._least_room())
-        tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent)
         self.report.count_pass(tree.num_drafted)
         return tree
 

@@ -28,6 +28,7 @@ from specdec.drafting import GuardedDrafter
 from specdec.hidden_states import HiddenStates
 from specdec.limits import length_limit
 from specdec.noise import NoiseQueue
+from specdec.ranks import Ranks, obstacle
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
@@ -143,6 +144,8 @@ class Speculation:
         )
         if synced_gpus:
             reason = "several processes must run the same number of passes (synced_gpus)"
+        draws = self.verifier.guarantee == "distribution" and generation_config.do_sample
+        reason = reason or obstacle(model, draws or self.verifier.judges_steps)
         capability = probe(model, self.capability, self.attention) if reason is None else Capability("plain", reason)
         keep_cache = _keeps_cache(generation_config, model_kwargs)
         longest = generation_config.max_length + self.budget.max_nodes
@@ -244,7 +247,9 @@ class Speculation:
         pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
         sampler = Sampler(processors, config.do_sample, sequences, noise, keep_scores)
         is_sampled_from = self.verifier.guarantee == "distribution" and config.do_sample
-        drafter = self._guarded_drafter(target, sampler, is_sampled_from)
+        ranks = Ranks.of(target.model) if self.drafter is not None else None
+        drafts = ranks is None or ranks.is_first
+        drafter = self._guarded_drafter(self.drafter if drafts else None, target, sampler, is_sampled_from)
         self.budget.begin(target.model, (drafter.kind(), config.do_sample))
         decoder = Decoder(
             target=target,
@@ -256,6 +261,7 @@ class Speculation:
             sequences=sequences,
             streamer=StreamFeeder(streamer, sequences, pad),
             report=report,
+            ranks=ranks,
         )
         try:
             with target.hidden_states.taken() if target.hidden_states else nullcontext():
@@ -278,13 +284,15 @@ class Speculation:
             fields |= {"logits": logits if config.output_logits else None}
         return GenerateDecoderOnlyOutput(**fields)
 
-    def _guarded_drafter(self, target: TargetModel, sampler: Sampler, is_sampled_from: bool) -> GuardedDrafter:
+    def _guarded_drafter(
+        self, drafter: Drafter | None, target: TargetModel, sampler: Sampler, is_sampled_from: bool
+    ) -> GuardedDrafter:
         """The drafter, with what it may know of the target."""
-        if self.drafter is not None and self.drafter.needs_hidden_states:
+        if drafter is not None and drafter.needs_hidden_states:
             target.hidden_states = HiddenStates(target.model)
         ends: Tensor | None = target.generation_config._eos_token_tensor
         return GuardedDrafter(
-            self.drafter,
+            drafter,
             embedding_rows(target.model),
             self.report,
             self.strict,

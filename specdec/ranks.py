@@ -1,0 +1,94 @@
+"""The processes of a tensor-parallel model: they must all run the same passes, or they wait for each other for ever."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from specdec.tree import TokenTree
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether each process holds a part of the model's weights (`tp_plan`)."""
+    return (getattr(model, "tp_size", None) or 1) > 1
+
+
+def obstacle(model: Any, needs_more: bool) -> str | None:
+    """Why a tensor-parallel model cannot be speculated on, or None.
+
+    Args:
+        model: The target.
+        needs_more: The verifier needs more of a draft than its tree: distributions that it was drawn from, or steps.
+    """
+    if not is_sharded(model):
+        return None
+    if model.tp_size != dist.get_world_size():
+        return f"the model is spread over {model.tp_size} of {dist.get_world_size()} processes, not over all"
+    return "of a draft, its tree alone is shared between processes (tp_plan)" if needs_more else None
+
+
+def check_whole(model: Any, what: str) -> None:
+    """Drafting is done by the first process alone, so what drafts cannot have its weights in all of them.
+
+    Raises:
+        ValueError: The model is tensor-parallel.
+    """
+    if is_sharded(model):
+        raise ValueError(
+            f"{what} cannot be spread over processes (tp_plan); use Lookahead, Token Recycling, or a draft model that "
+            "is loaded whole"
+        )
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What the first process decides is what all of them do.
+
+    How large a tree pays depends on measured times, and those differ from process to process. So the first one drafts,
+    and the others are told its trees.
+
+    Args:
+        device: Where the processes exchange tensors.
+    """
+
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: Any) -> Ranks | None:
+        """None for a model that one process runs alone."""
+        return cls(model.device) if is_sharded(model) else None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process decides."""
+        return dist.get_rank() == 0
+
+    def agree(self, decision: bool) -> bool:
+        """The first process's decision."""
+        told = torch.tensor([int(decision)], device=self.device)
+        dist.broadcast(told, 0)
+        return bool(told.item())
+
+    def share(self, tree: TokenTree | None, rows: int, max_nodes: int) -> TokenTree | None:
+        """The first process's tree, without scores in the other ones; None where it has no draft token.
+
+        Args:
+            tree: Of this process.
+            rows: Rows that still generate.
+            max_nodes: The largest number of nodes.
+        """
+        told = torch.full((2, rows, max_nodes + 1), -1)
+        if tree is not None:
+            told[:, :, 0] = tree.num_nodes
+            told[0, :, 1 : tree.num_nodes + 1] = tree.tokens.cpu()
+            told[1, :, 1 : tree.num_nodes + 1] = tree.parents.cpu()
+        told = told.to(self.device)
+        dist.broadcast(told, 0)
+        if self.is_first:
+            return tree
+        told = told.cpu()
+        nodes = int(told[0, 0, 0])
+        return None if nodes < 0 else TokenTree(told[0, :, 1 : nodes + 1], told[1, :, 1 : nodes + 1])
