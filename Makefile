@@ -17,7 +17,7 @@ INSTALLED = $(VENV)/.installed
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test slow lint format wheel check-wheel clean distclean
+.PHONY: help env demo test slow lint format docs wheel check-wheel clean distclean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -25,7 +25,7 @@ help: ## This list
 env: $(INSTALLED) ## The environment, .venv
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@.ci/create_env $(VENV) -e '.[dev]'
+	@.ci/create_env $(VENV) -e '.[dev,docs]'
 	@touch $@
 
 demo: $(INSTALLED) ## The demonstration: trained models of the package, plain against speculative decoding
@@ -46,6 +46,10 @@ format: $(INSTALLED) ## Formats the code and fixes what can be fixed
 	@$(VENV)/bin/ruff check --fix-only .
 	@$(VENV)/bin/ruff format .
 
+docs: $(INSTALLED) ## The site of the documentation, in site/
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet --site-dir site
+	@echo "site/index.html"
+
 wheel: $(INSTALLED) ## The sdist, and the wheel from it, in dist/
 	@rm -rf build dist *.egg-info
 	@echo "Building the sdist and the wheel in dist/ ..."
@@ -56,7 +60,7 @@ check-wheel: $(INSTALLED) ## Installs the wheel in an environment of its own and
 	@$(VENV)/bin/python .ci/check_wheel
 
 clean: ## Removes what was built and cached, not .venv
-	@rm -rf build dist build.log *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	@rm -rf build dist site build.log *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
 	@find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 distclean: clean ## Removes .venv too

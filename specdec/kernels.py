@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.core import event
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,6 +28,25 @@ def kernel(function: Function) -> Function:
 def kernel_part(function: Function) -> Function:
     """A function for kernels to call. Numba copies it into them: passing arrays on would count references each time."""
     return cast(Function, numba.njit(inline="always")(function))
+
+
+class _FirstCompilation(event.Listener):
+    """Calls something when Numba compiles for the first time; what it finds on the disk is not compiled."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.tell = tell
+
+    def on_start(self, event: Any) -> None:
+        tell, self.tell = self.tell, lambda: None
+        tell()
+
+    def on_end(self, event: Any) -> None:
+        """Nothing is told."""
+
+
+def tell_of_compiling(tell: Callable[[], None]) -> None:
+    """Has something called before the first kernel of this process that must be compiled, which takes its time."""
+    event.register("numba:compile", _FirstCompilation(tell))
 
 
 def host_array(tensor: Tensor) -> NDArray[Any]:

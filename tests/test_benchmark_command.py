@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from specdec import provenance
 from specdec.benchmark import load_results, read_benchmark_prompts
 from specdec.cli import app
 from tests.test_cli import PROMPT, save_model
-from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,13 +92,6 @@ def test_command_writes_tables_figures_and_the_readme(folder: Path, tmp_path: Pa
     assert str(provenance.versions()["transformers"]) in filled
     assert readme(filled, tmp_path) == filled
     assert "specdec bench --json benchmarks/results/tiny.json" in readme(text, tmp_path / "elsewhere")
-
-
-def test_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/benchmark.md").read_text(), re.DOTALL)
-    exec(block, {"model": tiny_model(), "tokenizer": tiny_tokenizer()})
-    assert (tmp_path / "results" / "results.md").exists()
 
 
 def test_interrupted_command_says_how_to_go_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
