@@ -1,7 +1,7 @@
 """What mkdocs builds beside docs/*.md, so that no page stands in the repository twice.
 
-README.md is the home page; CONTRIBUTING.md and CHANGELOG.md are pages; the reference is made of docstrings. Links between
-pages are made to fit. Links to other files of the repository have no page to go to: their text is kept.
+README.md is the home page; CONTRIBUTING.md and CHANGELOG.md are pages; the reference is made of docstrings.
+Links between pages are made to fit. Links to other files of the repository have no page to go to: their text is kept.
 """
 
 from __future__ import annotations

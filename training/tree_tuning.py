@@ -79,7 +79,7 @@ class PassTimer(Budget):
     def is_ready(self, rows: int) -> bool:
         return self.times is not None
 
-    def measure(self, target: TargetModel, tokens: Tensor, room: int) -> None:
+    def measure(self, target: TargetModel, tokens: Tensor, room: int, in_full: bool = False) -> None:
         self.times = StepTimes(max(1, min(self.max_nodes, room) if target.lockstep else self.max_nodes))
         self.times.measure(lambda nodes: target.trial_pass(tokens, nodes), patience=30.0)
 
