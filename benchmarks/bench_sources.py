@@ -1,0 +1,188 @@
+"""Measures every source of drafts, every pair, and "auto" on a mixture of prompts of four kinds, against drafting off.
+
+    python benchmarks/bench_sources.py greedy-1 sampled-1
+    python benchmarks/bench_sources.py greedy-4 greedy-8 sampled-4 sampled-8 --only auto
+    python benchmarks/bench_sources.py nodes-16
+
+A part is one interleaved run: on each prompt all settings run in turn, beginning with another one each time; prompts of
+the four kinds alternate. Each setting has one drafter, which goes on from prompt to prompt and meets each of them once;
+with `--repeats` all begin anew. `sampled-4` is temperature 1 in batches of four. In `nodes-16` every draft of up to 16
+nodes is verified whole, so that tokens per pass can be compared at one node count; its times mean nothing.
+
+Kinds: `completion`, held-out code; `edit`, held-out code whose beginning stands there once more, to be gone on with;
+`questions`, a few texts that come again with another question each time; `incompressible`, random ids gone on with at
+temperature 5 in every part. Parts are added to the results file as they end, in place of an earlier run of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from specdec.api import SpeculativeModel, accelerate
+from specdec.budget import Budget
+from specdec.drafters import AutoDrafter, Drafter, DraftModelDrafter, LookaheadDrafter, MergedDrafter, RecyclingDrafter
+from specdec.drafters.medusa import MedusaDrafter, own_heads
+from specdec.embedded import heldout_prompts, load_embedded
+from specdec.provenance import circumstances, write_json
+
+RESULTS = Path(__file__).parent / "results"
+KINDS = ("completion", "edit", "questions", "incompressible")
+OFF, AUTO, ALL = "off", "auto", "auto+draft"
+TEXTS_ASKED, HOT = 3, 5.0
+
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
+
+
+def texts_of(kind: str, count: int) -> list[str]:
+    """Prompts of a kind; for incompressible ones there is no text."""
+    heldout = [prompt.text for prompt in heldout_prompts()]
+    if kind == "completion":
+        return heldout[:count]
+    if kind == "edit":
+        chosen = heldout[len(heldout) // 3 :][:count]
+        return [f"{text}\n\n\n# The same once more\n{text[: len(text) // 4]}" for text in chosen]
+    asked = heldout[2 * len(heldout) // 3 :][:TEXTS_ASKED]
+    return [f"# Question {i}\n{asked[i % len(asked)]}" for i in range(count)]
+
+
+def prompts_of(kind: str, count: int, batch: int, tokenizer: Any, vocab: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of prompts, padded on the left, as keyword arguments of `generate`."""
+    if kind == "incompressible":
+        ids = np.random.default_rng(0).integers(2, vocab, (count, batch, 64))
+        return [{"input_ids": torch.from_numpy(rows), "attention_mask": torch.ones(batch, 64).long()} for rows in ids]
+    texts = texts_of(kind, count + batch - 1)
+    return [dict(tokenizer(texts[i : i + batch], return_tensors="pt", padding=True)) for i in range(count)]
+
+
+def settings_of(model: Any, draft_model: Any, only: str) -> dict[str, Callable[[], Drafter | None]]:
+    """Makers of drafters by name: off, every source, every pair, and what chooses by itself."""
+    sources: dict[str, Callable[[], Drafter]] = {
+        "lookahead": LookaheadDrafter,
+        "recycling": RecyclingDrafter,
+        "draft": lambda: DraftModelDrafter(draft_model),
+    }
+    if own_heads(model) is not None:
+        sources["medusa"] = MedusaDrafter
+    made: dict[str, Callable[[], Drafter | None]] = {OFF: lambda: None}
+    if only != AUTO:
+        made |= sources
+        for one, two in itertools.combinations(sources, 2):
+            made[f"{one}+{two}"] = lambda one=one, two=two: MergedDrafter([sources[one](), sources[two]()])
+    made[AUTO] = AutoDrafter
+    if only != AUTO:
+        made[ALL] = lambda: AutoDrafter(more=[DraftModelDrafter(draft_model)])
+    return made
+
+
+def run_part(
+    model: Any, tokenizer: Any, made: dict[str, Callable[[], Drafter | None]], part: str, count: int, new_tokens: int
+) -> list[dict[str, Any]]:
+    """Samples of one pass over all prompts with new drafters."""
+    mode, size = part.split("-")
+    batch = 1 if mode == "nodes" else int(size)
+    prompts = {kind: prompts_of(kind, count, batch, tokenizer, model.config.vocab_size) for kind in KINDS}
+    fast: dict[str, SpeculativeModel] = {}
+    for name, make in made.items():
+        budget = Budget(int(size), fixed=True) if mode == "nodes" else Budget(64, owner=(part, name))
+        fast[name] = accelerate(model, make(), budget=budget, strict=True)
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0} if mode == "sampled" else {"do_sample": False}
+        accelerate(model, make(), budget=budget).generate(
+            **prompts_of("completion", count + 1, batch, tokenizer, 0)[-1], max_new_tokens=new_tokens, **sampling
+        )
+    samples = []
+    for number, (i, kind) in enumerate(itertools.product(range(count), KINDS)):
+        how = {"do_sample": True, "temperature": HOT, "top_k": 0} if kind == "incompressible" else sampling
+        names = list(made)
+        turn = number % len(names)
+        outputs = {}
+        for name in names[turn:] + names[:turn]:
+            torch.manual_seed(number)
+            started = perf_counter()
+            outputs[name] = fast[name].generate(**prompts[kind][i], max_new_tokens=new_tokens, **how)
+            seconds = perf_counter() - started
+            report = fast[name].report
+            samples.append(
+                {
+                    "setting": name,
+                    "kind": kind,
+                    "number": i,
+                    "seconds": seconds,
+                    "tokens": report.num_generated_tokens,
+                    "passes": report.num_row_passes,
+                    "drafts": report.num_drafts,
+                    "calibrate": report.seconds["calibrate"],
+                }
+            )
+        for name in names:
+            if not torch.equal(outputs[name], outputs[OFF]):
+                raise SystemExit(f"{part}, {kind} {i}: {name} gave other tokens than {OFF}")
+    return samples
+
+
+def summary(runs: list[list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """By kind and setting: speed-up over drafting off, tokens per pass, share of passes with a draft."""
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    names = list(dict.fromkeys(sample["setting"] for sample in runs[0]))
+    for kind in (*KINDS, "mixture"):
+        taken = {}
+        for name in names:
+            chosen = [
+                [s for s in samples if s["setting"] == name and kind in (s["kind"], "mixture")] for samples in runs
+            ]
+            seconds = sum(median(again) for again in zip(*([s["seconds"] for s in run] for run in chosen), strict=True))
+            tokens, passes, drafts = (sum(s[key] for s in chosen[0]) for key in ("tokens", "passes", "drafts"))
+            taken[name] = {"tokens_per_second": tokens / seconds, "tokens_per_pass": tokens / passes}
+            taken[name]["drafted_passes"] = drafts / passes
+        for figures in taken.values():
+            figures["speedup"] = figures["tokens_per_second"] / taken[OFF]["tokens_per_second"]
+        out[kind] = {name: {key: round(value, 4) for key, value in row.items()} for name, row in taken.items()}
+    return out
+
+
+def table(results: dict[str, dict[str, dict[str, float]]], part: str) -> Table:
+    figure = "tokens_per_pass" if part.startswith("nodes") else "speedup"
+    out = Table("setting", *results, title=f"{part}: {figure.replace('_', ' ')}", title_justify="left")
+    for name in results["mixture"]:
+        out.add_row(name, *(f"{results[kind][name][figure]:.2f}" for kind in results))
+    return out
+
+
+@app.command(help=__doc__)
+def main(
+    parts: Annotated[list[str], typer.Argument(help="greedy-N or sampled-N with N rows, or nodes-N.")],
+    count: Annotated[int, typer.Option(min=1, help="Prompts, or batches of them, of each kind.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 96,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each part.")] = 1,
+    only: Annotated[str, typer.Option(help="auto: no single sources and pairs.")] = "",
+    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "sources.json",
+) -> None:
+    """Measures parts, prints them and adds them to the results."""
+    console = Console()
+    model, tokenizer = load_embedded()
+    tokenizer.padding_side = "left"
+    made = settings_of(model, load_embedded("draft")[0], only)
+    for part in parts:
+        runs = [run_part(model, tokenizer, made, part, count, new_tokens) for _ in range(repeats)]
+        results = summary(runs)
+        console.print(table(results, part))
+        known = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+        settings = {"count": count, "new_tokens": new_tokens, "repeats": repeats}
+        known[part] = {**circumstances(), "settings": settings, "results": results, "runs": runs}
+        write_json(output, known)
+    console.print(f"written to {output.name}")
+
+
+if __name__ == "__main__":
+    app()
