@@ -158,6 +158,13 @@ class Drafter(ABC):
         """
         return [(self.name,)] * len(path)
 
+    def knowledge(self) -> dict[str, Any]:
+        """What was learned of the bound model and is worth keeping for a new process, ready for JSON; no texts."""
+        return {}
+
+    def learn(self, knowledge: dict[str, Any]) -> None:
+        """Takes up, once bound to a model, what a drafter of the same settings has told as its `knowledge`."""
+
     def settings(self) -> dict[str, Any]:
         """Hyper-parameters by name, for reports."""
         return {}

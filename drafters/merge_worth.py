@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from math import inf
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SURENESS = (0.5, 1.5, 4.0)
 """Draft tokens per row that are expected of the other sources: a source's worth is learned apart between these."""
@@ -57,6 +57,23 @@ class Worth:
         self.step_seconds: deque[float] = deque(maxlen=STEPS)
         self.usual_step = inf
         """Seconds of a step, as it usually is."""
+
+    def knowledge(self) -> dict[str, Any]:
+        """What was measured, ready for JSON."""
+        usual = self.usual_step if self.step_seconds else None
+        worth = {"seconds": self.seconds, "tokens_above_cost": self.tokens_above_cost}
+        return worth | {"tokens_per_step": self.tokens_per_step, "usual_step": usual}
+
+    @classmethod
+    def of_knowledge(cls, known: dict[str, Any]) -> Worth:
+        """Of what `knowledge` has told."""
+        worth = cls(len(known["seconds"]))
+        worth.seconds, worth.tokens_above_cost = known["seconds"], known["tokens_above_cost"]
+        worth.tokens_per_step = known["tokens_per_step"]
+        if known["usual_step"] is not None:
+            worth.usual_step = known["usual_step"]
+            worth.step_seconds.extend([worth.usual_step] * STEPS)
+        return worth
 
     def is_dear(self, source: int) -> bool:
         """Whether a source takes a part of a step that matters."""

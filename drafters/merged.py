@@ -113,6 +113,22 @@ class MergedDrafter(Drafter):
                 self._forget()
         _compile_kernels()
 
+    def knowledge(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                "tried": self._tried.tolist(),
+                "hit": self._hit.tolist(),
+                "worths": [[size, worth.knowledge()] for size, worth in self._worths.items()],
+                "sources": [source.knowledge() for source in self.sources],
+            }
+
+    def learn(self, knowledge: dict[str, Any]) -> None:
+        with self._lock:
+            self._tried[:], self._hit[:] = knowledge["tried"], knowledge["hit"]
+            self._worths = {int(size): Worth.of_knowledge(known) for size, known in knowledge["worths"]}
+        for source, known in zip(self.sources, knowledge["sources"], strict=True):
+            source.learn(known)
+
     # --- a call ---
 
     def start(self, context: DraftContext) -> None:

@@ -77,6 +77,14 @@ class RecyclingDrafter(Drafter):
                 self._target = ref(model)
         _compile_kernels()
 
+    def knowledge(self) -> dict[str, Any]:
+        with self._lock:
+            return {"tried": self._tried.tolist(), "hit": self._hit.tolist()}
+
+    def learn(self, knowledge: dict[str, Any]) -> None:
+        with self._lock:
+            self._tried[:], self._hit[:] = knowledge["tried"], knowledge["hit"]
+
     def clear(self) -> None:
         """Forgets all lists, and how good they were."""
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from specdec.drafters import DRAFTERS, AutoDrafter, DraftModelDrafter, MergedDra
 from specdec.drafters.base import Drafter
 from specdec.explaining import explain
 from specdec.generation import Speculation
+from specdec.profiles import Tuning, load_profile, save_profile, tune
 from specdec.report import SpeculationReport
 from specdec.target import unwrapped
 from specdec.verifiers import VERIFIERS
@@ -232,6 +234,37 @@ class SpeculativeModel:
     def explain(self) -> None:
         """Prints what is used, at what size and why, and what each source of drafts has earned in the last call."""
         print(explain(self.speculation))
+
+    def tune(self, prompts: Sequence[Any], max_new_tokens: int = 64, **kwargs: Any) -> Tuning:
+        """Measures on prompts of one's own, with and without drafts in turn, and keeps what is learned.
+
+        Args:
+            prompts: Token ids, or what a tokenizer returns, as many as there is time for; each may be a batch.
+            max_new_tokens: Tokens generated of each.
+            kwargs: Other arguments of `generate`, as later calls will have them.
+
+        Returns:
+            Tokens and seconds with and without drafts. The random generators are left as they were.
+        """
+        plain = accelerate(self.model, None, capability=self.speculation.capability)
+        return tune(self, plain, prompts, max_new_tokens, **kwargs)
+
+    def save_profile(self, path: str | os.PathLike[str], text: str = "") -> None:
+        """Writes step times, costs of sources and acceptance counts to a file, so that a new process starts with them.
+
+        Args:
+            path: JSON file; one for each kind of text is best.
+            text: What kind of text it was.
+        """
+        save_profile(self.speculation, self.model, path, text)
+
+    def load_profile(self, path: str | os.PathLike[str]) -> str:
+        """Takes up what `save_profile` has written; returns the kind of text.
+
+        Raises:
+            ValueError: The file is damaged, or of another model, device, or drafter.
+        """
+        return load_profile(self.speculation, self.model, path)
 
     def generate(self, *args: Any, trace: bool = False, **kwargs: Any) -> Any:
         """`model.generate` with the same arguments and the same result, sooner.

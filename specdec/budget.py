@@ -245,6 +245,11 @@ class Budget:
         """Those among them that were accepted, `[bins]`."""
         return self.learned.hit
 
+    def forget_times(self) -> None:
+        """Takes the step times anew from what is known of the model, which has changed."""
+        self._times.clear()
+        self._lengths.clear()
+
     def nodes_to_draft(self) -> int:
         """How large a tree the drafter is asked for now: one node while drafting rests, because it does not pay.
 
