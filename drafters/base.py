@@ -96,6 +96,8 @@ class Drafter(ABC):
     name: str = "drafter"
     needs_hidden_states: bool = False
     needs_step_seconds: bool = False
+    is_stateless: bool = False
+    """Proposals depend on the context alone: `propose` may be asked about a context that will never come to be."""
     num_top_tokens: int = 0
     """How many of the target's likeliest tokens `Step.top_tokens` is to have per node; 0 for none."""
 
@@ -133,6 +135,19 @@ class Drafter(ABC):
             A tree with one row per active row. A row with nothing to propose has its root only.
         """
 
+    def extend(self, context: DraftContext, paths: Sequence[NDArray[np.int32]], max_nodes: int) -> TokenTree | None:
+        """Goes on behind drafts of other drafters, as if they had been committed. Nothing of it may be remembered.
+
+        Args:
+            context: The active rows, as `propose` was last called with.
+            paths: Per row the draft tokens to go on from; a row without any needs no proposal.
+            max_nodes: Upper bound of the tree's width.
+
+        Returns:
+            A tree whose roots are the paths' last tokens; None if this drafter cannot do so.
+        """
+        return self.propose(supposed(context, paths), max_nodes) if self.is_stateless else None
+
     def observe(self, context: DraftContext, step: Step) -> None:
         """Called after each target pass, with the context as it is after the step."""
 
@@ -168,6 +183,18 @@ class Drafter(ABC):
     def settings(self) -> dict[str, Any]:
         """Hyper-parameters by name, for reports."""
         return {}
+
+
+def supposed(context: DraftContext, paths: Sequence[NDArray[np.int32]]) -> DraftContext:
+    """The context as it would be if the tokens of these paths had been committed."""
+    return DraftContext(
+        rows=context.rows,
+        sequences=[np.concatenate([ids, path]) for ids, path in zip(context.sequences, paths, strict=True)],
+        prompt_lengths=context.prompt_lengths,
+        max_depth=[depth - len(path) for depth, path in zip(context.max_depth, paths, strict=True)],
+        device=context.device,
+        strict=context.strict,
+    )
 
 
 def check_proposal(tree: TokenTree, context: DraftContext, max_nodes: int, vocab_size: int) -> None:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -131,6 +132,16 @@ class LookaheadDrafter(Drafter):
         if call is None or not call.catch_up(context):
             self.start(context)
             call = self._thread.call
+        return self._trees(call, context, max_nodes, None)
+
+    def extend(self, context: DraftContext, paths: Sequence[IntArray], max_nodes: int) -> TokenTree | None:
+        call: CallIndexes | None = getattr(self._thread, "call", None)
+        return None if call is None else self._trees(call, context, max_nodes, paths)
+
+    def _trees(
+        self, call: CallIndexes, context: DraftContext, max_nodes: int, paths: Sequence[IntArray] | None
+    ) -> TokenTree:
+        """One tree per row, behind its last token or behind a path that is supposed to follow it."""
         rows, width = len(context.rows), max(1, min(max_nodes, self.max_nodes))
         tokens = np.zeros((rows, width), np.int64)
         parents = np.empty((rows, width), np.int64)
@@ -140,8 +151,16 @@ class LookaheadDrafter(Drafter):
         for i, row in enumerate(context.rows):
             tokens[i, 0] = context.sequences[i][-1]
             depth = min(context.max_depth[i], self.max_depth)
+            if paths is not None and len(paths[i]) == 0:
+                continue
+            if paths is not None:
+                tokens[i, 0] = paths[i][-1]
+                depth -= len(paths[i])
+                call.requests[row].extend(paths[i])
             if width > 1 and depth > 0:
                 used = max(used, self._grow(call, row, depth, tokens[i], parents[i], scores[i]))
+            if paths is not None:
+                call.requests[row].retract(len(paths[i]))
         if used < width:
             tokens, parents, scores = tokens[:, :used], parents[:, :used], scores[:, :used]
         return TokenTree.of_arrays(tokens, parents, scores)
@@ -322,6 +341,7 @@ def _compile_kernels() -> None:
     """Compiles what `propose` runs, or loads it from Numba's cache, so that no draft has to wait for it."""
     index = NgramIndex((1,), capacity=8, slots=1)
     index.add_document(np.zeros(4, np.int32))
+    index.retract(1)
     ids = np.zeros((2, 2), np.int64)
     draft_row(
         (index.links,) * 5,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from specdec.drafters.base import DraftContext, Drafter
+from specdec.drafters.merge_chain import Chained
 from specdec.drafters.merge_growth import CandidateStore, candidates_in, child_with
 from specdec.kernels import Ints
 from specdec.tree import TokenTree
@@ -59,6 +60,7 @@ class PendingStep:
         started: When the step began, in seconds.
         nodes: What all sources named.
         max_depths: Largest depth of a node, `[rows]`.
+        chained: What was continued; None where nothing was.
         proposals: By source, of those that were asked.
         alone: The source whose tree was taken as it is, None for a merged tree.
     """
@@ -69,7 +71,12 @@ class PendingStep:
     nodes: CandidateStore
     max_depths: Ints
     proposals: dict[int, Proposal] = field(default_factory=dict)
+    chained: Chained | None = None
     alone: int | None = None
+
+    def room(self) -> int:
+        """Candidates that every row has room for."""
+        return self.nodes.shape[1] - int(self.nodes.counts.max())
 
     def known(self, context: DraftContext) -> tuple[Ints, Ints]:
         """The tokens committed since, `[rows, tokens]`, and how many they are, `[rows]`."""
@@ -111,7 +118,7 @@ class MergedCall:
 
     def candidates(self, roots: Ints, width: int) -> CandidateStore:
         """The roots `[rows]` alone, with room for a tree of some width from each source."""
-        capacity = 1 + (width - 1) * len(self.sources)
+        capacity = 1 + (width - 1) * (len(self.sources) + 1)  # one for what is continued
         if self.nodes is None or self.nodes.shape != (len(roots), capacity):
             self.nodes = CandidateStore.of_roots(roots, capacity)
         else:

@@ -126,6 +126,7 @@ def add_tree(
     max_depths: Ints,
     vocab_size: int,
     node_of: Ints,
+    num_given: Ints,
 ) -> int:
     """Adds a source's tree to the candidates.
 
@@ -141,6 +142,7 @@ def add_tree(
         max_depths: Largest depth of a node, `[rows]`: what is deeper is left out.
         vocab_size: Tokens must be below.
         node_of: Written: each node's place among the candidates, -1 where it is left out, `[rows, nodes]`.
+        num_given: Nodes in front that are candidates already and not the source's own, the root included, `[rows]`.
 
     Returns:
         How many draft tokens were taken, over all rows; -1 where the tree is not valid, and nothing has changed then.
@@ -163,6 +165,9 @@ def add_tree(
                 continue
             score = min(float(scores[row, node]), MOST_SURE) if scores[row, node] > 0.0 else 0.0
             found = child_with(nodes, row, above, tokens[row, node])
+            if node < num_given[row]:
+                node_of[row, node] = found
+                continue
             if found < 0:
                 found = nodes.counts[row]
                 nodes.counts[row] += 1

@@ -20,6 +20,7 @@ IDLE_DECAY = 0.98
 """What is left, per step in which it is not asked, of the belief that a source does not pay: one good try is enough."""
 TRIAL_SHARE = 0.01
 """Share of the time that goes into asking a source that does not pay, to see when it does again."""
+CHAIN_TRIAL_SHARE = 0.002
 STEPS = 9
 """Steps over which the usual time of one is taken."""
 
@@ -84,6 +85,14 @@ class Worth:
         """The sources, cheap ones first, and those last that have not been asked yet."""
         seconds = [inf if taken is None else taken for taken in self.seconds]
         return sorted(sources, key=seconds.__getitem__)
+
+    def pays(self, source: int, now: float) -> bool:
+        """Whether something that is done on top, under a number of its own, is worth its time, however short."""
+        worth, seconds = self.tokens_above_cost[source], self.seconds[source]
+        if seconds is None or worth[0] >= 0.0:
+            return True
+        worth[0] *= IDLE_DECAY
+        return (now - self.asked_at[source]) * CHAIN_TRIAL_SHARE >= seconds
 
     def is_asked(self, source: int, sureness: int, now: float) -> bool:
         """Whether a source is to be asked.

@@ -17,6 +17,7 @@ import torch
 
 from specdec.drafters.base import DraftContext, Drafter, DrafterSwitchedOffWarning, Step, check_proposal
 from specdec.drafters.merge_call import MergedCall, PendingStep, Proposal, distinct_names
+from specdec.drafters.merge_chain import MOST_NODES, Chained, grafted, leaves_of
 from specdec.drafters.merge_growth import (
     DEPTH_CLASSES,
     SCORE_BINS,
@@ -58,6 +59,7 @@ class MergedDrafter(Drafter):
         max_nodes: Largest tree, the root included.
         prior_weight: How many counted nodes the sources' own scores are worth.
         memory: Steps after which a count is worth 1/e.
+        chained: Let sources go on behind what other ones have named, while it pays.
     """
 
     name = "merged"
@@ -66,6 +68,7 @@ class MergedDrafter(Drafter):
     max_nodes: int = 64
     prior_weight: float = 6.0
     memory: float = 60.0
+    chained: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("max_nodes", 1), ("prior_weight", 0.01), ("memory", 1)):
@@ -156,7 +159,10 @@ class MergedDrafter(Drafter):
             if tree is not None and tree.draft_probs is not None:
                 call.drawing = pending.alone = source
                 return tree
-        return self._grow(nodes, width)[0]
+        tree = self._grow(nodes, width)[0]
+        if 1 < tree.num_nodes < width and self._is_chaining(call) and worth.pays(len(self.sources), self._clock()):
+            return self._continued(call, context, tree, roots, width)
+        return tree
 
     def observe(self, context: DraftContext, step: Step) -> None:
         call = self._of_thread(context)
@@ -172,6 +178,8 @@ class MergedDrafter(Drafter):
             counted = self._decay, self._tried, self._hit
             tokens = follow_merged(pending.nodes, known, counts, *counted, call.credits, own, gains)
             asked = {s: Asked(p.seconds, p.sureness, int(gains[s])) for s, p in pending.proposals.items()}
+            if pending.chained is not None:
+                asked[len(self.sources)] = Asked(pending.chained.seconds, 0, pending.chained.gain(known, counts))
             self._worth(len(counts)).observe(asked, len(counts), tokens, pending.started, self._clock())
         verified = None
         for source in tuple(call.active):
@@ -211,7 +219,7 @@ class MergedDrafter(Drafter):
         """Batch sizes are told apart by powers of two."""
         size = 1 << (rows - 1).bit_length()
         if size not in self._worths:
-            self._worths[size] = Worth(len(self.sources))
+            self._worths[size] = Worth(len(self.sources) + 1)  # the last place is that of continuing
         return self._worths[size]
 
     def _order(self, call: MergedCall, worth: Worth) -> list[int]:
@@ -237,7 +245,44 @@ class MergedDrafter(Drafter):
         tree: TokenTree | None = self._guarded(call, source, "propose", context, ask)
         return tree
 
-    def _add(self, call: MergedCall, source: int, context: DraftContext, tree: TokenTree, width: int) -> Ints | None:
+    def _is_chaining(self, call: MergedCall) -> bool:
+        return self.chained and call.drawing is None and len(call.active) > 1
+
+    def _continued(
+        self, call: MergedCall, context: DraftContext, tree: TokenTree, roots: Ints, width: int
+    ) -> TokenTree:
+        """The merged tree, gone on with behind each row's likeliest leaf by all sources that can."""
+        assert call.pending is not None
+        started, paths = self._clock(), leaves_of(tree)
+        if paths is None:
+            return tree
+        most = min(MOST_NODES, width - tree.num_nodes + 1)
+        is_longer = False
+        for source in tuple(call.active):
+
+            def extend(source: int = source) -> bool:
+                more = self.sources[source].extend(context, paths, most)
+                if more is None or more.num_nodes == 1 or more.num_nodes > most:
+                    return False
+                whole, given = grafted(more, roots, paths)
+                self._add(call, source, context, whole, whole.num_nodes, given)
+                return True
+
+            if call.pending.room() >= most:
+                is_longer |= bool(self._guarded(call, source, "extend", context, extend))
+        tree = self._grow(call.pending.nodes, width)[0] if is_longer else tree
+        call.pending.chained = Chained(paths, self._clock() - started)
+        return tree
+
+    def _add(
+        self,
+        call: MergedCall,
+        source: int,
+        context: DraftContext,
+        tree: TokenTree,
+        width: int,
+        num_given: Ints | None = None,
+    ) -> Ints | None:
         """Adds a tree to the candidates; each node's place there, or None for a tree that is not to be merged.
 
         Raises:
@@ -251,10 +296,11 @@ class MergedDrafter(Drafter):
         if tree.num_nodes == 1 or tree.draft_probs is not None:
             return None
         node_of = np.empty(tree.tokens.shape, np.int64)
+        given = np.ones(len(node_of), np.int64) if num_given is None else num_given
         scores = np.full(node_of.shape, UNKNOWN_SCORE, np.float32) if tree.host_scores is None else tree.host_scores
         pending = call.pending
         arrays = tree.host_tokens, tree.host_parents, scores, pending.max_depths
-        taken = add_tree(pending.nodes, source, *arrays, self._vocab_size, node_of)
+        taken = add_tree(pending.nodes, source, *arrays, self._vocab_size, node_of, given)
         if taken < 0:
             check_proposal(tree, context, width, self._vocab_size)
         call.records[source].proposed += taken
@@ -326,7 +372,8 @@ def _compile_kernels() -> None:
     ids, table = np.zeros((1, 2), np.int64), np.zeros((2, DEPTH_CLASSES, SCORE_BINS))
     parents, scores = np.array([[-1, 0]]), np.zeros((1, 2), np.float32)
     nodes = CandidateStore.of_roots(ids[0, :1].copy(), 2)
-    add_tree(nodes, 0, ids, parents, scores, ids[0, :1].copy(), 1, ids.copy())
+    add_tree(nodes, 0, ids, parents, scores, ids[0, :1].copy(), 1, ids.copy(), np.ones(1, np.int64))
+    leaves_of(TokenTree.of_arrays(ids, parents, scores))
     grow_merged(nodes, table, table.copy(), 1.0, ids.copy(), ids.copy(), scores)
     counts = np.ones(1, np.int64)
     follow_merged(nodes, ids, counts, 1.0, table, table.copy(), ids[0].copy(), ids[:, :1].copy(), counts.copy())

@@ -72,6 +72,22 @@ def append_tokens(links: Links, position: int, tokens: IntArray) -> None:
                 head[k, slot] = here
 
 
+@kernel
+def remove_tokens(links: Links, position: int, count: int) -> None:
+    """Takes back the last `count` tokens, which end before `position`."""
+    text, prev, head, orders = links
+    slot_mask = head.shape[1] - 1
+    for here in range(position - 1, position - count - 1, -1):
+        value = _HASH_SEED
+        length = 0
+        for k in range(orders.shape[0]):
+            while length < orders[k] and text[here - length] >= 0:
+                value = mix_hash(value, int(text[here - length]))
+                length += 1
+            if length == orders[k]:
+                head[k, value & slot_mask] = prev[here, k]
+
+
 @kernel_part
 def match_length(text: IntArray, position: int, query: IntArray) -> int:
     """How many tokens up to and with `position` equal the last ones of `query`."""
@@ -234,6 +250,12 @@ class NgramIndex:
         self._reserve(len(tokens))
         append_tokens(self.links, self.length, tokens)
         self.length += len(tokens)
+        self.links[0][self.length] = SEPARATOR
+
+    def retract(self, count: int) -> None:
+        """Takes back the last tokens that `extend` has appended."""
+        remove_tokens(self.links, self.length, count)
+        self.length -= count
         self.links[0][self.length] = SEPARATOR
 
     def _reserve(self, more: int) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 from weakref import ref
 
 import numpy as np
+from numpy.typing import NDArray
 
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.recycled_lists import LAST, Lists, count_listed, grow_recycled, keep_lists
@@ -99,14 +101,22 @@ class RecyclingDrafter(Drafter):
         self._thread.lengths[context.rows] = [len(sequence) for sequence in context.sequences]
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        return self._trees(context, self._last(context), np.array([ids[-1] for ids in context.sequences]), 0, max_nodes)
+
+    def extend(self, context: DraftContext, paths: Sequence[NDArray[np.int32]], max_nodes: int) -> TokenTree | None:
+        roots = np.array([ids[-1] for ids in (path if len(path) else [0] for path in paths)])
+        nothing = np.full((len(paths), self.top_k), -1, np.int32)
+        return self._trees(context, nothing, roots, np.array([len(path) for path in paths]), max_nodes)
+
+    def _trees(self, context: DraftContext, last: Lists, roots: Any, depths: Any, max_nodes: int) -> TokenTree:
+        """Trees behind some tokens `[rows]`, which are to stand at these depths."""
         table, rows = self._bound_table(), len(context.rows)
         width = max(1, min(max_nodes, self.max_nodes))
         tokens = np.zeros((rows, width), np.int64)
-        tokens[:, 0] = [sequence[-1] for sequence in context.sequences]
+        tokens[:, 0] = roots
         parents = np.full((rows, width), -1, np.int64)
         scores = np.zeros((rows, width), np.float32)
-        max_depths = np.array(context.max_depth, np.int64).clip(0, self.max_depth)
-        last = self._last(context)
+        max_depths = (np.array(context.max_depth, np.int64) - depths).clip(0, self.max_depth)
         with self._lock:
             rates = (self._hit + self._prior) / (self._tried + self.prior_weight)
             if not self.last_list:
