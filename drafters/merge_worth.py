@@ -47,13 +47,13 @@ class Worth:
     themselves and for those in which they are not.
 
     Args:
-        num_sources: How many there are.
+        num_sources: How many there are. The number after theirs is that of going on behind leaves.
     """
 
     def __init__(self, num_sources: int) -> None:
-        self.seconds: list[float | None] = [None] * num_sources
-        self.tokens_above_cost = [[FIRST_WORTH] * (len(SURENESS) + 1) for _ in range(num_sources)]
-        self.asked_at = [0.0] * num_sources
+        self.seconds: list[float | None] = [None] * (num_sources + 1)
+        self.tokens_above_cost = [[FIRST_WORTH] * (len(SURENESS) + 1) for _ in range(num_sources + 1)]
+        self.asked_at = [0.0] * (num_sources + 1)
         self.tokens_per_step = 1.0
         self.step_seconds: deque[float] = deque(maxlen=STEPS)
         self.usual_step = inf
@@ -68,7 +68,7 @@ class Worth:
     @classmethod
     def of_knowledge(cls, known: dict[str, Any]) -> Worth:
         """Of what `knowledge` has told."""
-        worth = cls(len(known["seconds"]))
+        worth = cls(len(known["seconds"]) - 1)
         worth.seconds, worth.tokens_above_cost = known["seconds"], known["tokens_above_cost"]
         worth.tokens_per_step = known["tokens_per_step"]
         if known["usual_step"] is not None:

@@ -219,7 +219,7 @@ class MergedDrafter(Drafter):
         """Batch sizes are told apart by powers of two."""
         size = 1 << (rows - 1).bit_length()
         if size not in self._worths:
-            self._worths[size] = Worth(len(self.sources) + 1)  # the last place is that of continuing
+            self._worths[size] = Worth(len(self.sources))
         return self._worths[size]
 
     def _order(self, call: MergedCall, worth: Worth) -> list[int]:
