@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specdec.capture.call import CapturedCall
+from specdec.capture.fingerprint import hooked, module_state
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.rank_tree import count_ranks, draft_rows
 from specdec.heads.medusa import MedusaHeads
@@ -45,6 +48,7 @@ class MedusaDrafter(Drafter):
             the tuned tree where the heads have one.
         prior_weight: How many counted lists the heads' own probabilities (or calibrated accuracies) are worth.
         memory: Lists after which a count is worth 1/e.
+        cuda_graphs: On a GPU, replay the heads' pass as a CUDA graph.
     """
 
     name = "medusa"
@@ -56,6 +60,7 @@ class MedusaDrafter(Drafter):
     dynamic: bool = True
     prior_weight: float = 10.0
     memory: float = 500.0
+    cuda_graphs: bool = True
     _heads: MedusaHeads | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
@@ -64,6 +69,7 @@ class MedusaDrafter(Drafter):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         self._lock = threading.Lock()
         self._thread = threading.local()
+        self._state: tuple[int, int] | None = None  # what graphs take for granted in this call
 
     def settings(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -74,6 +80,7 @@ class MedusaDrafter(Drafter):
         check_whole(model, "the target of Medusa heads")
         embedding = model.get_output_embeddings()
         with self._lock:
+            self._state = None
             if self._heads is not None and _uses(self._heads, embedding):
                 return
             heads = self._load(model).bind(model)
@@ -159,14 +166,33 @@ class MedusaDrafter(Drafter):
     @torch.no_grad()
     def _lists(self, heads: MedusaHeads, hidden: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Each head's best tokens and their probabilities, `[rows, heads, ranks]`, with one transfer to the host."""
-        logits = heads(hidden.to(heads.device)).float()  # [heads, rows, V]
-        best, places = logits.topk(min(self._num_ranks, logits.shape[-1]), dim=-1)
-        probs = (best - logits.logsumexp(-1, keepdim=True)).exp().transpose(0, 1).contiguous()
-        tokens = heads.tokens(places).transpose(0, 1).contiguous()
+        hidden = hidden.to(heads.device)
+        embedding = heads.output_embedding.module
+        if self.cuda_graphs and hooked(embedding) is None:
+            if self._state is None:
+                self._state = module_state(heads), module_state(embedding)
+            tokens, probs = self._captured(heads)(hidden, key=(self._state, self._num_ranks))
+        else:
+            tokens, probs = self._best(heads, hidden)
         if tokens.device.type == "cpu":
             return tokens.numpy(), probs.numpy()
         packed = torch.stack([tokens.int(), probs.view(torch.int32)]).cpu().numpy()
         return packed[0].astype(np.int64), packed[1].view(np.float32)
+
+    def _best(self, heads: MedusaHeads, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Each head's best tokens and their probabilities, `[rows, heads, ranks]`, on the device."""
+        logits = heads(hidden).float()  # [heads, rows, V]
+        best, places = logits.topk(min(self._num_ranks, logits.shape[-1]), dim=-1)
+        probs = (best - logits.logsumexp(-1, keepdim=True)).exp().transpose(0, 1).contiguous()
+        return heads.tokens(places).transpose(0, 1).contiguous(), probs
+
+    def _captured(self, heads: MedusaHeads) -> CapturedCall:
+        """The thread's own graphs of these heads."""
+        of, call = getattr(self._thread, "captured", (None, None))
+        if of is not heads or call is None:
+            call = CapturedCall(partial(self._best, heads), heads.device)
+            self._thread.captured = heads, call
+        return call
 
     def _fill_tuned(
         self,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.capture.fingerprint import quiet
+
 
 class HiddenStates:
     """What the target's output embedding is given, kept for the node from which each row goes on.
@@ -38,6 +40,7 @@ class HiddenStates:
             hook.remove()
             self.last_pass = self.of_rows = None
 
+    @quiet
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.last_pass = next(iter((*args, *kwargs.values())))
 

@@ -50,7 +50,8 @@ def _of_first_batch(results: BenchmarkResults, rows: dict[str, list[Row]]) -> di
     return {name: of for name, of in rows.items() if parts[name].batch_size == first or parts[name].is_random}
 
 
-def _new_figure(size: tuple[float, float]) -> Figure:
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure, `size` in inches."""
     from matplotlib.figure import Figure  # an optional dependency
 
     return Figure(figsize=size, layout="constrained")
@@ -94,7 +95,7 @@ def _speedup(rows: dict[str, list[Row]]) -> Figure:
         series[part] = [None if row is None else (row.speedup, *row.speedup_spread) for row in bars]
     approximate = {row.method for of_part in rows.values() for row in of_part if row.guarantee == "approximate"}
     names = [f"{method} (approximate)" if method in approximate else method for method in methods]
-    figure = _new_figure((8, 1.2 + 0.28 * len(methods) * max(len(series), 2)))
+    figure = new_figure((8, 1.2 + 0.28 * len(methods) * max(len(series), 2)))
     axes = figure.subplots()
     _grouped(axes, names, series)
     axes.axvline(1, color="#444444", linewidth=0.8)
@@ -108,7 +109,7 @@ def _acceptance(rows: dict[str, list[Row]]) -> Figure | None:
     shown = {part: of_part for part, of_part in shown.items() if of_part}
     if not shown:
         return None
-    figure = _new_figure((4 * len(shown) + 2, 3.4))
+    figure = new_figure((4 * len(shown) + 2, 3.4))
     all_axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     methods = list(dict.fromkeys(row.method for of_part in shown.values() for row in of_part))
     for axes, (part, of_part) in zip(all_axes, shown.items(), strict=True):
@@ -137,7 +138,7 @@ def _phases(rows: dict[str, list[Row]]) -> Figure | None:
     if not shown:
         return None
     num_methods = max(len(of_part) for of_part in shown.values())
-    figure = _new_figure((4.2 * len(shown) + 1.4, 1.6 + 0.35 * num_methods))
+    figure = new_figure((4.2 * len(shown) + 1.4, 1.6 + 0.35 * num_methods))
     all_axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (part, of_part) in zip(all_axes, shown.items(), strict=True):
         names = [row.method for row in of_part]
@@ -166,7 +167,7 @@ def _batches(results: BenchmarkResults, rows: dict[str, list[Row]]) -> Figure | 
     if len(results.settings.batch_sizes) < 2:
         return None
     temperatures = results.settings.temperatures
-    figure = _new_figure((4 * len(temperatures) + 2, 3.4))
+    figure = new_figure((4 * len(temperatures) + 2, 3.4))
     all_axes = figure.subplots(1, len(temperatures), sharey=True, squeeze=False)[0]
     methods = list(dict.fromkeys(row.method for of_part in rows.values() for row in of_part))
     for axes, temperature in zip(all_axes, temperatures, strict=True):
@@ -197,7 +198,7 @@ def _categories(rows: dict[str, list[Row]]) -> Figure | None:
     series: dict[str, list[tuple[float, float, float] | None]] = {
         row.method: [(row.speedup_by_category[c],) * 3 for c in categories] for row in part[1:]
     }
-    figure = _new_figure((8, 1.2 + 0.2 * len(categories) * len(series)))
+    figure = new_figure((8, 1.2 + 0.2 * len(categories) * len(series)))
     axes = figure.subplots()
     _grouped(axes, categories, series)
     axes.axvline(1, color="#444444", linewidth=0.8)

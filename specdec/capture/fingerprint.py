@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 OUTPUTS = "transformers.utils.output_capturing"
@@ -31,12 +31,18 @@ def fingerprint(model: Any) -> int:
     were switched, hooks that were added, attention that was changed. So whatever modules and configs hold counts: plain
     values by value, tensors by address, the rest by identity.
     """
-    parts: list[Any] = list(_switches())
-    for module in model.modules():
-        parts += [id(module), id(type(module).forward)]
-        parts += _values(module.__dict__)
+    parts: list[Any] = [module_state(model)]
     for config in (model.config, model.config.get_text_config(decoder=True)):
         parts += _values(config.__dict__)
+    return hash(tuple(parts))
+
+
+def module_state(module: nn.Module) -> int:
+    """The same of any module, its configs left out."""
+    parts: list[Any] = list(_switches())
+    for part in module.modules():
+        parts += [id(part), id(type(part).forward)]
+        parts += _values(part.__dict__)
     return hash(tuple(parts))
 
 

@@ -5,6 +5,7 @@ COMMANDS = (
     "generate",
     "trace",
     "bench",
+    "roofline",
     "replay",
     "distill",
     "train-medusa",

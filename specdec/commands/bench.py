@@ -51,6 +51,9 @@ def run(
     random: Annotated[
         bool, typer.Option("--random", help="Measure on random tokens too, where there is nothing to gain.")
     ] = False,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Set the target's steps against what the device could do, too.")
+    ] = False,
     chat: Annotated[
         bool | None, typer.Option(help="Apply the chat template. Default: to prompts that are turns.")
     ] = None,
@@ -112,6 +115,21 @@ def run(
     if results.models["draft"] is not None:
         results.models["draft"]["name"] = draft_name
     _show(console, results, output, json_file)
+    if roofline:
+        _roofline(console, target, model, output)
+
+
+def _roofline(console: Console, target: Any, name: str, output: Path | None) -> None:
+    from specdec.provenance import circumstances, model_info, write_json
+    from specdec.roofline.measure import measure_roofline
+    from specdec.roofline.report import roofline_tables
+
+    with user_errors(ValueError, OSError):
+        found = measure_roofline(target)
+        console.print(roofline_tables(found))
+        if output is not None:
+            told = circumstances() | {"model": model_info(name, target)} | found.to_dict()
+            write_json(output / "roofline.json", told)
 
 
 @contextmanager
