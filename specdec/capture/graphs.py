@@ -39,6 +39,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.index = device.index
         self.pool: Any = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
 
@@ -52,14 +53,20 @@ class CudaRecorder:
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.device)
+        generator = torch.cuda.default_generators[torch.cuda.current_device() if self.index is None else self.index]
+        before = generator.clone_state()
         try:
             with (
                 torch.cuda.device(self.device),
                 torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
             ):
                 function()
+        except BaseException:
+            # A capture that fails leaves the generator waiting for its end, and refusing to draw.
+            generator.graphsafe_set_state(before)
+            raise
         finally:
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind as the current one
+            torch.cuda.set_stream(current)  # ... and its own stream behind as the current one
         return graph.replay
 
 

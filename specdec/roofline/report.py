@@ -85,7 +85,7 @@ def roofline_figure(found: Roofline) -> Figure:
     times.set(xscale="log", yscale="log", xlabel="nodes of the tree", ylabel="ms", title="time of a step")
     sizes = sorted({entry.nodes for entry in found.times})
     times.set_xticks(sizes, [str(size) for size in sizes])
-    times.minorticks_off()
+    times.set_xticks([], minor=True)
     times.legend(fontsize=7)
     names = list(found.shares)[::-1]
     shares.barh(names, [100 * found.shares[name] for name in names], color=COLOURS[0])

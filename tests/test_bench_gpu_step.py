@@ -1,0 +1,48 @@
+"""The benchmark of the GPU's step runs anywhere, and its model and drafts are what they are said to be."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("bench_gpu_step")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_counts(module: ModuleType, dtype: torch.dtype) -> None:
+    preset = module.PRESETS["tiny"]
+    model = module.counting_model(preset, torch.device("cpu")).to(dtype)
+    ids = module.prompt(2, 20, 512, torch.device("cpu"))
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+    assert torch.equal(out[:, 20:], (ids[:, -1:] + torch.arange(1, 31)) % 512)
+
+
+def test_all_parts(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What transformers compiles has no place in a test.
+    monkeypatch.setattr(module, "hf_compiled", lambda model: module.hf_generate(model))
+    arguments = ["--preset", "tiny", "--device", "cpu", "--cuda-graphs", "eager", "--output", str(tmp_path)]
+    result = CliRunner().invoke(module.app, arguments)
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "gpu_step_tiny.json").read_text())
+    assert {"commit", "hardware", "versions", "limits", *module.PARTS} <= set(written)
+    for row in written["accept"]:
+        assert not any("failed" in of for of in row["methods"].values()), row
+        for wanted, reached in row["tokens_per_pass"].items():
+            # The prefill's pass gives one token, and the last pass may be cut short.
+            assert float(wanted) * 0.6 < reached <= float(wanted), (wanted, reached)
+    for row in written["off"]:
+        assert set(row["methods"]) == {"specdec off", "HF generate", "HF compiled"}
+        assert all(of["of_copy_bandwidth"] > 0 for of in row["methods"].values())
+    assert [row["batch"] for row in written["batches"]] == [1, 2]
