@@ -20,6 +20,8 @@ def explain(speculation: Speculation) -> str:
     if report.num_row_passes == 0:
         return "\n".join([*lines, "last call: none yet; the rest is known after the first generate()"])
     lines.append(_last_call(report))
+    if report.cuda_graphs is not None:
+        lines.append(f"CUDA graphs: {report.cuda_graphs}")
     if report.drafter_error is not None:
         lines.append(f"the drafter was switched off: {report.drafter_error}")
     if speculation.drafter is not None:

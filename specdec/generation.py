@@ -190,7 +190,8 @@ class Speculation:
         )  # fmt: skip
         store = acquire(model, self.cuda_graphs, device)
         if isinstance(store, str):
-            self.report.cuda_graphs = f"none, because {store}"
+            if (self.cuda_graphs, device.type) != ("auto", "cpu"):  # where nobody expects them nothing is said
+                self.report.cuda_graphs = f"none, because {store}"
             return TreeTarget(*arguments)
         return StaticTarget(*arguments, store)
 
