@@ -162,7 +162,7 @@ class Speculation:
             return self._plain(capability.reason, *prepared, synced_gpus, streamer, model_kwargs)
         self.report = self._new_report()
         self.report.capability = capability.mode
-        target = self._target(model, generation_config, model_kwargs, capability, keep_cache, input_ids.device)
+        target = self.target_for(model, generation_config, model_kwargs, capability, keep_cache, input_ids.device)
         try:
             is_traced = trace or self.is_traced
             return self._speculate(target, input_ids, logits_processor, stopping_criteria, streamer, is_traced)
@@ -171,7 +171,7 @@ class Speculation:
         finally:
             target.close()
 
-    def _target(
+    def target_for(
         self,
         model: CausalLM,
         config: GenerationConfig,

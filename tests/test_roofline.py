@@ -83,7 +83,7 @@ def test_tables_name_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    save_model(tmp_path / "model")
+    save_model(tmp_path / "model", layers=1, seed=0)
     file, plot = tmp_path / "out.json", tmp_path / "figures" / "out.png"
     sizes = ["--nodes", "1", "--nodes", "2", "--context", "8", "--drafter", "lookahead", "--device", "cpu"]
     files = ["--json", str(file), "--plot", str(plot)]

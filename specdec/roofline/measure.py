@@ -143,7 +143,7 @@ def stepping(
     model: Any, context: int, batch: int, max_nodes: int, cuda_graphs: GraphMode
 ) -> Iterator[tuple[Step, SpeculationReport]]:
     """A step in mid-generation, behind a random prompt of `context` tokens per row."""
-    speculation = Speculation(None, ExactVerifier(), Budget(64), True, "tree", cuda_graphs=cuda_graphs)
+    speculation = Speculation(None, ExactVerifier(), Budget(64), True, "auto", cuda_graphs=cuda_graphs)
     found: list[tuple[Any, ...]] = []
 
     def inside(
@@ -172,7 +172,7 @@ def stepping(
         capability = speculation.capability_of(model)
         if capability.mask_format is None:
             raise ValueError(f"{type(model).__name__} cannot be measured on trees: {capability.reason}")
-        target = speculation._target(model, config, kwargs, capability, False, device)
+        target = speculation.target_for(model, config, kwargs, capability, False, device)
         try:
             sequences = Sequences(input_ids, None, config.max_length)
             sampler = Sampler(LogitsProcessorList(), False, sequences)

@@ -17,11 +17,12 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "gpu_pair" / "train.py"
 def test_a_tiny_pair(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for number in range(40):
-        body = "\n".join(f"    total += values[{i}] * {i + number}" for i in range(12))
-        (source / f"module_{number}.py").write_text(FUNCTION.format(name=f"add_{number}", start=number, body=body))
+    for number in range(50):
+        body = "\n".join(f"    total += values[{i}] * weight_{number}" for i in range(60))
+        text = "".join(FUNCTION.format(name=f"add_{number}_{part}", start=part, body=body) for part in range(2))
+        (source / f"module_{number}.py").write_text(text)
     command = [sys.executable, str(SCRIPT), "--tiny", "--work", str(tmp_path / "pair"), "--source", str(source)]
-    command += ["--target-tokens", "2048", "--draft-tokens", "2048", "--batch", "4", "--window", "64"]
+    command += ["--target-tokens", "1024", "--draft-tokens", "1024", "--batch", "4", "--window", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     target, draft = (
