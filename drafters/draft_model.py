@@ -21,6 +21,7 @@ from specdec.drafters.draft_growth import (
     least_product,
     write_trees,
 )
+from specdec.drafters.draft_learning import Learned, learned
 from specdec.drafters.draft_lists import DraftLists, Kind
 from specdec.drafters.draft_loading import SELF, capability_of, load_draft_model, load_vocabularies, longest_sequence
 from specdec.drafters.draft_passes import ChainPasses, DraftPasses, TreePasses, warmed_up
@@ -129,8 +130,8 @@ class DraftModelDrafter(Drafter):
         self._decay = float(np.exp(-1.0 / self.memory))
         middles = (np.arange(NUM_CLASSES) + 0.5) / NUM_CLASSES
         self._prior = np.tile(middles**2, (NUM_RANK_CLASSES, 1))
-        self._counts: dict[Kind, tuple[Floats, Floats]] = {}
-        self._paces: dict[int, Pace] = {}
+        self._learned = Learned()
+        self._drawn_counts: dict[Kind, tuple[Floats, Floats]] = {}
 
     def settings(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -159,7 +160,8 @@ class DraftModelDrafter(Drafter):
             self._target_size = embedding_rows(model)
             self._vocabularies = vocabularies
             self._longest = longest_sequence(draft_model)
-            self._counts, self._paces = {}, {}
+            self._learned = learned(draft_model, model, self.settings())
+            self._drawn_counts = {}
             self._model, self._target = draft_model, ref(model)
         compile_kernels()
         if self.growth == "paced":
@@ -207,7 +209,7 @@ class DraftModelDrafter(Drafter):
         target = float(np.interp(step.tree.num_nodes, sizes, seconds))
         rows, accepted = len(step.rows), sum(step.accepted)
         with self._lock:
-            self._pace(rows).observe_step(rows, accepted, spent, target, float(seconds[0]))
+            self._pace(context).observe_step(rows, accepted, spent, target, float(seconds[0]))
 
     def figures(self, context: DraftContext) -> dict[str, Any]:
         windows = self._windows()
@@ -304,7 +306,7 @@ class DraftModelDrafter(Drafter):
     def _automatic(self, call: DraftCall, context: DraftContext, growth: Growth, size: int) -> Growth:
         """Growth as long as it pays; a try of all widths while nothing is known of the times."""
         is_chain = isinstance(call.passes, ChainPasses)
-        pace = self._pace(len(context.rows))
+        pace = self._pace(context)
         step_seconds = context.step_seconds
         widths = WIDTHS[:1] if is_chain else WIDTHS
         levels = 0
@@ -338,12 +340,16 @@ class DraftModelDrafter(Drafter):
     def _least_product(self, num_nodes: int, max_depth: int) -> float:
         return _least_product(tuple(self.acceptances), num_nodes, max_depth)
 
-    def _pace(self, rows: int) -> Pace:
-        """Batch sizes are told apart by powers of two."""
-        return self._paces.setdefault(1 << (rows - 1).bit_length(), Pace())
+    def _pace(self, context: DraftContext) -> Pace:
+        """Batch sizes are told apart by powers of two, and so are calls that sample from those that do not."""
+        size = 1 << (len(context.rows) - 1).bit_length()
+        is_sampled = context.sampler is not None and context.sampler.noise is not None
+        return self._learned.paces.setdefault((size, is_sampled), Pace())
 
     def _counts_of(self, kind: Kind) -> tuple[Floats, Floats]:
-        return self._counts.setdefault(kind, (np.zeros_like(self._prior), np.zeros_like(self._prior)))
+        # Draws at random have another outcome for each different growth: a new drafter repeats them.
+        counts = self._drawn_counts if kind == "drawn" else self._learned.counts
+        return counts.setdefault(kind, (np.zeros_like(self._prior), np.zeros_like(self._prior)))
 
     def _rates(self, kind: Kind) -> Floats:
         """P(accepted | parent accepted) by class of rank and of probability."""

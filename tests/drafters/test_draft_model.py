@@ -307,7 +307,7 @@ def test_trees_come_best_first() -> None:
 def test_hits_are_counted_and_change_the_scores() -> None:
     drafter = drafter_of("dynamic")
     assert_identical(tiny_model(), drafter, prompts(9, 5), max_new_tokens=32)
-    tried, hit = drafter._counts["likeliest"]
+    tried, hit = drafter._learned.counts["likeliest"]
     assert tried.sum() > 0
     assert 0 < hit.sum() < tried.sum()
     assert (hit <= tried).all()
@@ -327,3 +327,15 @@ def test_padded_vocabularies(size: int, growth: str, distribution: bool) -> None
     for tree in recorded(drafter_of(growth, draft), prompts(9), **kwargs):
         assert tree.tokens.max() < VOCAB
         assert tree.draft_probs is None or tree.draft_probs.shape[-1] == VOCAB
+
+
+def test_what_one_drafter_has_learned_the_next_one_knows() -> None:
+    target, draft = new_model("llama"), draft_of("llama")
+    first, same, other = (drafter_of("auto", draft, top_k=k) for k in (6, 6, 5))
+    assert_identical(target, first, prompts(12), max_new_tokens=16)
+    for drafter in (same, other):
+        drafter.bind(target)
+    assert same._learned is first._learned is not other._learned
+    assert {is_sampled for _, is_sampled in first._learned.paces} == {False}
+    assert_identical(target, same, prompts(12), max_new_tokens=16, do_sample=True)
+    assert {is_sampled for _, is_sampled in first._learned.paces} == {False, True}
