@@ -54,12 +54,14 @@ class Pair:
         target: The target.
         draft: The draft model.
         assisted: What HF's assisted generation needs besides.
+        compiled: Growths that are measured with the draft model compiled too.
         runs: Ours by method, in the order of the runs, the warm-up's first; their reports stay with them.
     """
 
     target: Any
     draft: Any
     assisted: dict[str, Any]
+    compiled: Sequence[str] = ()
     runs: dict[str, list[SpeculativeModel]] = field(default_factory=lambda: defaultdict(list))
 
     def ours(self, name: str, verifier: str = "exact", **settings: Any) -> Method:
@@ -85,6 +87,7 @@ class Pair:
     def exact_methods(self, is_sampled: bool) -> list[Method]:
         """Each growth; under sampling without the target's noise too."""
         methods = [self.ours(f"draft model, {growth}", growth=growth) for growth in GROWTHS]
+        methods += [self.ours(f"{growth}, compiled", growth=growth, compiled=True) for growth in self.compiled]
         if is_sampled:
             methods += [self.ours(f"{growth}, uncoupled", growth=growth, coupled=False) for growth in ("chain", "auto")]
         return methods
@@ -170,9 +173,9 @@ def profile_table(profiles: dict[str, dict[str, Any]], title: str) -> Table:
     return table
 
 
-def growing(growth: str) -> Callable[[Any], DraftModelDrafter]:
+def growing(growth: str, compiled: bool = False) -> Callable[[Any], DraftModelDrafter]:
     """Makes a drafter of this growth for a draft model."""
-    return lambda draft: DraftModelDrafter(draft, growth=growth)  # type: ignore[arg-type]
+    return lambda draft: DraftModelDrafter(draft, growth=growth, compiled=compiled)  # type: ignore[arg-type]
 
 
 def run_part(
@@ -199,7 +202,9 @@ def run_part(
     console.print(f"{BEST}: {setting_of(best)}", highlight=False, soft_wrap=True)
     acceptance = pair.acceptance([*exact, *loose])
     console.print(acceptance_table(acceptance, f"{part}, acceptance by depth"))
-    profiles = {g: profile(growing(g), pair.draft, pair.target, prompts, settings) for g in GROWTHS}
+    makers = {growth: growing(growth) for growth in GROWTHS}
+    makers |= {f"{growth}, compiled": growing(growth, compiled=True) for growth in pair.compiled}
+    profiles = {name: profile(make, pair.draft, pair.target, prompts, settings) for name, make in makers.items()}
     console.print(profile_table(profiles, f"{part}, where the drafting time goes"))
     return {
         "parts": {name: of_part.to_dict() for name, of_part in parts.items()},
@@ -227,6 +232,9 @@ def main(
     tuning_prompts: Annotated[int, typer.Option(min=1, help="Further ones, to find HF's best setting.")] = 4,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per completion.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Runs per prompt and method.")] = 1,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Measure the draft model compiled too; some minutes of warm-up.")
+    ] = False,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -246,7 +254,7 @@ def main(
     encoded = encode_prompts(chosen, tokenizer, target.device)
     tuning = [encoded[i * len(encoded) // tuning_prompts] for i in range(tuning_prompts)]
     measured = [prompt for prompt in encoded if prompt.id not in {p.id for p in tuning}]
-    pair = Pair(target, draft, assisted_kwargs(tokenizer, draft_tokenizer))
+    pair = Pair(target, draft, assisted_kwargs(tokenizer, draft_tokenizer), GROWTHS if compiled else ())
     figures: dict[str, Any] = defaultdict(dict)
     for part, settings in {
         "greedy": Settings.of(tokens),

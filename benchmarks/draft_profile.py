@@ -15,7 +15,7 @@ import torch
 
 from specdec.api import accelerate
 from specdec.budget import Budget
-from specdec.drafters import draft_call, draft_model
+from specdec.drafters import draft_call, draft_compiled, draft_model
 from specdec.drafters.draft_depth import Pace
 from specdec.drafters.draft_lists import DraftLists
 from specdec.drafters.draft_model import DraftModelDrafter
@@ -122,8 +122,10 @@ def profile(
     """
     split = Split(draft.device)
     twin = copy.copy(draft)  # shares all weights
-    twin.forward = split.timed(FORWARDS, draft.forward)
     drafter = make(twin)
+    forwards: tuple[Any, str] = (twin, "forward")
+    if drafter.compiled:  # wrappers inside would be compiled too
+        forwards = (draft_compiled.CompiledPass, "__call__")
     # Only "auto" decides by itself how much to draft; the others draft at each step, whether it pays or not.
     fast = accelerate(target, drafter, budget=Budget(fixed=drafter.growth != "auto"))
     method = Method("profile", lambda: fast)
@@ -131,7 +133,8 @@ def profile(
     split.seconds.clear()
     split.calls.clear()
     drafts = 0
-    with split.installed():
+    timed = patch.object(*forwards, split.timed(FORWARDS, getattr(*forwards)))
+    with timed, split.installed():
         for number, prompt in enumerate(prompts[:-1]):
             run_once(method, fast, prompt, target, settings, number)
             drafts += fast.report.num_drafts

@@ -29,13 +29,20 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleT
     return module
 
 
+@pytest.fixture(autouse=True)
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be compiled runs as it is."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("growth", ["chain", "static", "dynamic", "auto"])
-def test_split_of_the_drafting_time(benchmark_module: ModuleType, growth: str) -> None:
+def test_split_of_the_drafting_time(benchmark_module: ModuleType, growth: str, compiled: bool) -> None:
     draft = draft_of("llama")
     untouched = (DraftModelDrafter.propose, DraftLists.make, vars(draft).get("forward"))
     encoded = [EncodedPrompt(str(i), prompts(9, seed=i)["input_ids"]) for i in range(2)]
     split = benchmark_module.profile(
-        benchmark_module.growing(growth), draft, tiny_model(), encoded, Settings.of(16, do_sample=True)
+        benchmark_module.growing(growth, compiled), draft, tiny_model(), encoded, Settings.of(16, do_sample=True)
     )
     assert (DraftModelDrafter.propose, DraftLists.make, vars(draft).get("forward")) == untouched
     assert sum(split["share"].values()) == pytest.approx(1.0)
@@ -71,18 +78,20 @@ def test_benchmark_writes_all_its_tables(benchmark_module: ModuleType, tmp_path:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{PROMPT} + {i}"}) + "\n" for i in range(3)))
     args = ["--model", target, "--draft-model", draft, "--prompt-file", file, "--prompts", 1, "--tuning-prompts", 1]
-    result = CliRunner().invoke(benchmark_module.app, [str(arg) for arg in [*args, "--tokens", 6]])
+    result = CliRunner().invoke(benchmark_module.app, [str(arg) for arg in [*args, "--tokens", 6, "--compile"]])
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "draft_model.json").read_text())
     assert set(written["parts"]) == {"greedy", "sampled", "distribution"}
     rows = {part: {row["method"]: row for row in figures["methods"]} for part, figures in written["parts"].items()}
     exact = {"draft model, chain", "draft model, static", "draft model, dynamic", "draft model, auto"}
+    exact |= {f"{growth}, compiled" for growth in benchmark_module.GROWTHS}
     assert exact | {"HF generate", "HF assisted", "HF assisted, best setting"} < set(rows["greedy"])
     assert exact | {"chain, uncoupled", "auto, uncoupled"} < set(rows["sampled"])
     for part in ("greedy", "sampled"):
         assert all(row["num_identical"] == row["num_runs"] for name, row in rows[part].items() if "HF" not in name)
         assert written["hf_assisted_settings"][part]["best"]["num_assistant_tokens"] in benchmark_module.ASSISTED_TOKENS
-        assert set(written["profile"][part]) == set(benchmark_module.GROWTHS)
+        growths = set(benchmark_module.GROWTHS)
+        assert set(written["profile"][part]) == growths | {f"{growth}, compiled" for growth in growths}
     assert set(rows["distribution"]) == {
         "HF generate", "chain, block", "static, traversal", "dynamic, traversal", "auto, traversal",
     }  # fmt: skip
