@@ -37,7 +37,7 @@ It continues Python code in the manner of the standard library; it is not fit fo
 | data | source of the Python {python} standard library with its tests (licence PSF-2.0), {train_tokens:,} tokens |
 | shape | hidden {hidden}, {layers} layers, {heads} heads, {kv_heads} key-value heads, vocabulary {vocab} |
 | training | {steps:,} steps, {tokens:,} tokens: {phases} |
-| training loss | {train_loss:.3f} nats a token, mean of the last 100 steps |
+| {train_label} | {train_loss:.3f} nats a token, mean of the last 100 steps |
 | held-out loss | {held_out_loss:.3f} nats a token, perplexity {perplexity:.2f}, on {held_out_tokens:,} other tokens |
 
 The weights are stored in bfloat16 and load as float32, which a CPU computes faster.
@@ -181,6 +181,7 @@ def _card(
         tokens=state["tokens"],
         phases=_phases(state),
         commands="\n".join(_commands(which, state)),
+        train_label="KL divergence from the target" if state["phases"][-1].get("teacher") else "training loss",
         train_loss=float(np.mean(state["losses"][-100:])),
         held_out_loss=loss,
         perplexity=math.exp(loss),

@@ -189,8 +189,8 @@ def prompts_command(
 @app.command("answers")
 def answers_command(
     work: WorkOption = WORK,
-    per_file: Annotated[int, typer.Option(min=1, help="Functions and classes of a file at most.")] = 8,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 192,
+    per_file: Annotated[int, typer.Option(min=1, help="Functions and classes of a file at most.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 160,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     """Let the shipped target continue prompts from the training files, for `train draft --answers`."""
