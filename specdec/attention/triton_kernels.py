@@ -1,4 +1,4 @@
-"""Triton kernels of tree attention. Imported where triton is installed only."""
+"""Triton kernels: tree attention and the commit of a path. Imported where triton is installed only."""
 
 from __future__ import annotations
 
@@ -160,3 +160,44 @@ def merge_parts(  # type: ignore[no-untyped-def]
     batch = row // nodes // heads
     place = ((batch * nodes + node) * heads + head) * VALUE + v
     tl.store(out + place, merged.to(out.dtype.element_ty), mask=v < VALUE)
+
+
+@triton.jit
+def move_path(  # type: ignore[no-untyped-def]
+    keys,  # [layers, batch, heads, slots, KEY]
+    values,  # [layers, batch, heads, slots, VALUE]
+    rows,  # [rows], int64
+    source,  # [rows, count], int64
+    target,  # [rows, count], int64: ascending, none behind its source
+    key_layer,
+    key_row,
+    key_head,
+    key_slot,
+    value_layer,
+    value_row,
+    value_head,
+    value_slot,
+    heads,
+    count,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Moves the slots of one row, layer and head, one after another: a target may be a later one's source."""
+    layer = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    moved = tl.program_id(1)
+    row = tl.load(rows + moved)
+    keys += layer * key_layer + row * key_row + head * key_head
+    values += layer * value_layer + row * value_row + head * value_head
+    d = tl.arange(0, BLOCK)
+    for i in range(0, count):
+        old = tl.load(source + moved * count + i)
+        new = tl.load(target + moved * count + i)
+        if old != new:
+            key = tl.load(keys + old * key_slot + d, mask=d < KEY, other=0.0)
+            value = tl.load(values + old * value_slot + d, mask=d < VALUE, other=0.0)
+            tl.debug_barrier()  # all threads have read what one of them may overwrite next
+            tl.store(keys + new * key_slot + d, key, mask=d < KEY)
+            tl.store(values + new * value_slot + d, value, mask=d < VALUE)
+            tl.debug_barrier()
