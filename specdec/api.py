@@ -20,6 +20,7 @@ from specdec.drafters import DRAFTERS, AutoDrafter, DraftModelDrafter, MergedDra
 from specdec.drafters.base import Drafter
 from specdec.explaining import explain
 from specdec.generation import Speculation
+from specdec.near_ties import check_guard
 from specdec.profiles import Tuning, load_profile, save_profile, tune
 from specdec.report import SpeculationReport
 from specdec.target import unwrapped
@@ -39,6 +40,7 @@ def accelerate(
     max_nodes: int = 64,
     capability: str = "auto",
     attention: AttentionLike = "auto",
+    near_tie_guard: bool | float = False,
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
 ) -> SpeculativeModel:
@@ -54,6 +56,9 @@ def accelerate(
         capability: `"auto"` to find out by a probe how the model can be run ahead, or `"tree"`, `"chain"`, `"plain"`.
         attention: What computes attention over trees: `"auto"` (on a GPU the fastest that is installed, elsewhere the
             model's own), `"model"`, `"sdpa"`, `"flex"`, or a list of names to choose of by measurement.
+        near_tie_guard: Let a pass over one token decide where the two best tokens are closer than a wide pass rounds:
+            for bfloat16 and float16, see docs/exactness.md. True: closer than what was measured on this model; a number
+            is the gap of logits.
         budget: Takes the place of the budget that `max_nodes` would make.
         cuda_graphs: Replay whole steps as CUDA graphs: `"auto"` where that is possible, True to demand it, False for
             never. `"eager"` runs the same step of static shapes without capturing it, on any device, for tests.
@@ -66,7 +71,9 @@ def accelerate(
         ValueError: A name or a setting is not known, or the model cannot generate.
     """
     _check_model(model)
-    speculation = _speculation(drafter, verifier, strict, max_nodes, capability, attention, budget, cuda_graphs)
+    speculation = _speculation(
+        drafter, verifier, strict, max_nodes, capability, attention, near_tie_guard, budget, cuda_graphs
+    )
     fast = SpeculativeModel(model, speculation)
     fast.speculation.bind(unwrapped(model))
     return fast
@@ -80,6 +87,7 @@ def speculate(
     max_nodes: int = 64,
     capability: str = "auto",
     attention: AttentionLike = "auto",
+    near_tie_guard: bool | float = False,
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
     streamer: Any = None,
@@ -97,7 +105,9 @@ def speculate(
         A callable to pass as `custom_generate`. Keep it and pass it again to let the drafter remember; `.report` tells
         about its last call.
     """
-    speculation = _speculation(drafter, verifier, strict, max_nodes, capability, attention, budget, cuda_graphs)
+    speculation = _speculation(
+        drafter, verifier, strict, max_nodes, capability, attention, near_tie_guard, budget, cuda_graphs
+    )
     speculation.streamer, speculation.is_traced = streamer, trace
     return speculation
 
@@ -109,6 +119,7 @@ def _speculation(
     max_nodes: int,
     capability: str,
     attention: AttentionLike,
+    near_tie_guard: bool | float,
     budget: Budget | None,
     cuda_graphs: GraphMode,
 ) -> Speculation:
@@ -116,7 +127,9 @@ def _speculation(
     check_attention(attention)
     check_graph_mode(cuda_graphs)
     drafter, verifier = resolve_drafter(drafter), resolve_verifier(verifier)
-    return Speculation(drafter, verifier, budget or Budget(max_nodes), strict, capability, attention, cuda_graphs)
+    check_guard(near_tie_guard, verifier)
+    budget = budget or Budget(max_nodes)
+    return Speculation(drafter, verifier, budget, strict, capability, attention, near_tie_guard, cuda_graphs)
 
 
 def resolve_drafter(drafter: Any) -> Drafter | None:

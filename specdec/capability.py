@@ -36,6 +36,7 @@ class Capability:
         mask_format: How the model takes tree masks; None unless `mode` is `"tree"`.
         attention: Backends that compute tree attention rightly for this model; of several the fastest is used.
         rejected: Backends that were tried too, and why they are not used.
+        rounding: How far the logits of a wide pass were from those of passes over one token; None where not tried.
         cuda_graphs: Whether steps are replayed as CUDA graphs, and why not, in words; empty where it is not told.
     """
 
@@ -44,6 +45,7 @@ class Capability:
     mask_format: MaskFormat | None = None
     attention: tuple[str, ...] = ("model",)
     rejected: Mapping[str, str] = field(default_factory=dict)
+    rounding: float | None = None
     cuda_graphs: str = ""
 
     def __str__(self) -> str:
@@ -183,6 +185,7 @@ class _Trial:
     input_ids: Tensor
     generation_config: GenerationConfig
     model_kwargs: dict[str, Any]
+    rounding: float = 0.0
 
     def fresh_kwargs(self) -> dict[str, Any]:
         config = self.model.config.get_text_config(decoder=True)
@@ -205,6 +208,7 @@ class _Trial:
 
     def differs(self, mine: Tensor, reference: Tensor) -> bool:
         """Whether logits differ by more than rounding."""
+        self.rounding = max(self.rounding, float((mine.float() - reference).abs().max()))
         return differ(mine, reference, self.model.dtype)
 
 
@@ -225,22 +229,25 @@ def _compare(trial: _Trial, names: tuple[str, ...]) -> Capability:
     reference = [trial.plain(torch.tensor(run, device=device)) for run in runs]
     formats, problem = _mask_formats(trial.model)
     for mask_format in formats:
-        problems = {}
+        problems, rounding = {}, 0.0
         for name in names:
+            trial.rounding = 0.0
             attention = None if name == "model" else choice_for(trial.model, (name,))
             kwargs = trial.fresh_kwargs()
             target = TreeTarget(trial.model, trial.generation_config, kwargs, mask_format, attention=attention)
             problems[name] = _first_problem(_branching(target, trial, first, second, reference), trial)
+            rounding = rounding if problems[name] else max(rounding, trial.rounding)
         right = tuple(name for name in names if problems[name] is None)
         if right:
             rejected = {name: why for name, why in problems.items() if why is not None}
             reason = "a branching tree gives the logits of plain decoding"
-            return Capability("tree", reason, mask_format, right, rejected)
+            return Capability("tree", reason, mask_format, right, rejected, rounding)
         problem = "; ".join(f"{name}: {why}" if len(names) > 1 else str(why) for name, why in problems.items())
+    trial.rounding = 0.0
     chain = ChainTarget(trial.model, trial.generation_config, trial.fresh_kwargs())
     chain_problem = _first_problem(_chain(chain, trial, [r, a, c], [x, y], reference), trial)
     if chain_problem is None:
-        return Capability("chain", f"no branching trees: {problem}")
+        return Capability("chain", f"no branching trees: {problem}", rounding=trial.rounding)
     return Capability("plain", f"no branching trees: {problem}; no chains: {chain_problem}")
 
 

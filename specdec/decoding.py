@@ -36,6 +36,7 @@ class Decoder:
     ranks: Ranks | None = None
     rows: list[int] = field(default_factory=list)
     kept_scores: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    is_undecided: bool = False
 
     def run(self, input_ids: Tensor) -> None:
         """Generates until every row is finished; the tokens are then in `sequences`.
@@ -82,6 +83,10 @@ class Decoder:
 
     def _propose(self) -> TokenTree:
         """The next tree: the drafter's, cut to what is worth verifying, or the roots alone."""
+        if self.is_undecided:
+            self.report.num_guard_passes += 1
+            self.report.count_pass([0] * len(self.rows))
+            return TokenTree.root_only(self.sequences.roots(self.rows))
         self.budget.set_length(max(self.sequences.lengths[row] for row in self.rows))
         started = time.perf_counter()
         tree = self.drafter.propose(self.sequences, self.rows, self.budget.nodes_to_draft())
@@ -125,8 +130,11 @@ class Decoder:
             paths.append([0, *outcome.accepted[i]][: counts[i]])
             if self.sampler.keep_scores:
                 self.kept_scores[row] += self.sampler.kept(i, paths[i])
+        self.is_undecided = outcome.is_undecided
+        if outcome.near_ties is not None:
+            self.report.count_near_ties([row[:count] for row, count in zip(outcome.near_ties, counts, strict=True)])
         if not is_in_cache:
-            for path in paths:
+            for path in filter(None, paths):
                 self.report.count_accepted(len(path) - 1)
             self.target.commit(paths, unfinished)
         if self.report.trace is not None:

@@ -27,6 +27,7 @@ from specdec.drafters.base import Drafter
 from specdec.drafting import GuardedDrafter
 from specdec.hidden_states import HiddenStates
 from specdec.limits import length_limit
+from specdec.near_ties import HALF, NearTies, gap_of
 from specdec.noise import NoiseQueue
 from specdec.ranks import Ranks, obstacle
 from specdec.report import SpeculationReport
@@ -63,6 +64,7 @@ class Speculation:
         strict: Raise a drafter's errors.
         capability: `"auto"`, or how to run the target.
         attention: `"auto"`, or what computes attention over trees.
+        near_tie_guard: Let passes over one token decide near-ties; a number is the gap of one.
         cuda_graphs: See `accelerate`.
     """
 
@@ -74,6 +76,7 @@ class Speculation:
         strict: bool,
         capability: str,
         attention: AttentionLike = "auto",
+        near_tie_guard: bool | float = False,
         cuda_graphs: GraphMode = "auto",
     ) -> None:
         self.drafter = drafter
@@ -82,6 +85,7 @@ class Speculation:
         self.strict = strict
         self.capability = capability
         self.attention = attention
+        self.near_tie_guard = near_tie_guard
         self.cuda_graphs = cuda_graphs
         self.streamer: Any = None
         self.is_traced = False
@@ -248,6 +252,8 @@ class Speculation:
         pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
         sampler = Sampler(processors, config.do_sample, sequences, noise, keep_scores)
         is_sampled_from = self.verifier.guarantee == "distribution" and config.do_sample
+        near_ties = self._near_ties(target)
+        sampler.keeps_margins = near_ties is not None
         ranks = Ranks.of(target.model) if self.drafter is not None else None
         drafts = ranks is None or ranks.is_first
         drafter = self._guarded_drafter(self.drafter if drafts else None, target, sampler, is_sampled_from)
@@ -255,7 +261,7 @@ class Speculation:
         decoder = Decoder(
             target=target,
             drafter=drafter,
-            step=step_for(target, self.verifier, sampler, drafter, report),
+            step=step_for(target, self.verifier, sampler, drafter, report, near_ties),
             sampler=sampler,
             stop=StopRule(criteria, sequences),
             budget=self.budget,
@@ -284,6 +290,22 @@ class Speculation:
             fields |= {"scores": scores if config.output_scores else None}
             fields |= {"logits": logits if config.output_logits else None}
         return GenerateDecoderOnlyOutput(**fields)
+
+    def _near_ties(self, target: TargetModel) -> NearTies | None:
+        """What a near-tie is in this call; None where none are looked for."""
+        is_wanted = self.near_tie_guard is not False or target.model.dtype in HALF
+        if not is_wanted or self.verifier.guarantee != "token-identical":
+            return None
+        config = target.generation_config
+        temperature = (config.temperature or 1.0) if config.do_sample else 1.0
+        gap = self.near_tie_guard
+        if isinstance(gap, bool):
+            # Where a mode is demanded nothing was tried.
+            rounding = self.capability_of(target.model).rounding or probe(target.model).rounding
+            gap = gap_of(rounding or 0.0)
+        gap /= temperature
+        self.report.near_tie_gap = gap
+        return NearTies(gap, self.near_tie_guard is not False)
 
     def _guarded_drafter(
         self, drafter: Drafter | None, target: TargetModel, sampler: Sampler, is_sampled_from: bool

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, DynamicSlidingWindowLayer
 
+from specdec.cache_commit import move_slots
+
 ATTENTION_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 GROWTH = 256
 """Slots added at least when a cache must grow; growing copies it once."""
@@ -270,8 +272,7 @@ class TreeCache(Cache):
         """
         for pool in self._pools:
             if pool.keys.device == source.device:
-                for tensor in (pool.keys, pool.values):
-                    tensor[:, rows, :, target] = tensor[:, rows, :, source]
+                move_slots(pool.keys, pool.values, rows, source, target)
 
     def addresses(self) -> tuple[int, ...]:
         """Where keys and values are."""

@@ -34,6 +34,10 @@ class SpeculationReport:
         num_target_passes: Forwards of the target, the prefill included.
         num_row_passes: The same, counted per row.
         num_generated_tokens: Tokens returned, over all rows.
+        num_near_ties: Tokens whose two best scores were so close that another rounding could have swapped them; None
+            where that was not looked at, as in float32.
+        near_tie_gap: Closer than this is a near-tie.
+        num_guard_passes: Passes over one token that decided a near-tie of a wider pass (`near_tie_guard`).
         seconds: Wall time per phase.
         fallback: Why the model's own `generate` did the work; None when specdec did.
         drafter_error: What the drafter raised before it was switched off; None when it did not.
@@ -53,6 +57,9 @@ class SpeculationReport:
     num_target_passes: int = 0
     num_row_passes: int = 0
     num_generated_tokens: int = 0
+    num_near_ties: int | None = None
+    near_tie_gap: float | None = None
+    num_guard_passes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     fallback: str | None = None
     drafter_error: str | None = None
@@ -101,6 +108,10 @@ class SpeculationReport:
         self.num_accepted_tokens_per_pos += [0] * missing
         for depth in range(accepted):
             self.num_accepted_tokens_per_pos[depth] += 1
+
+    def count_near_ties(self, rows: list[list[bool]]) -> None:
+        """Counts the near-ties among the tokens that rows have kept."""
+        self.num_near_ties = (self.num_near_ties or 0) + sum(map(sum, rows))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but the trace, and derived figures, ready for JSON."""

@@ -110,6 +110,25 @@ class Sampler:
         self.is_flat = self.is_score_only and not (sequences.device.type == "cpu" and kinds & SORTING)
         self.scores: Tensor | None = None  # [B, N, V] of the last call, rows of unvisited nodes undefined
         self.logits: Tensor | None = None
+        self.keeps_margins = False
+        self._margins: Tensor | None = None  # [B, N] of the last call, or what to make them of:
+        self._values: Tensor | None = None  # [B, N, V], of which the highest was picked
+
+    def margins_at(self, nodes: Tensor) -> Tensor:
+        """How far the picks of the last call were ahead of the second best; needs `keeps_margins` before the call.
+
+        Args:
+            nodes: `[batch, count]`, on the path that was picked.
+
+        Returns:
+            Difference of scores, or of log probabilities minus the logarithms of the draws, `[batch, count]`.
+        """
+        if self._values is None:
+            assert self._margins is not None
+            return self._margins.gather(1, nodes)
+        rows = torch.arange(len(nodes), device=nodes.device)[:, None]
+        values = self._values[rows, nodes]
+        return margins(values if self.noise is None else values.log())
 
     def pick(self, tree: TokenTree, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """The target's token at each node.
@@ -124,6 +143,7 @@ class Sampler:
             target's own path are computed; the others are -1 (equal to no token).
         """
         logits = self._begin(logits)
+        self._values = None
         if self.is_flat:
             scores = self.process_flat(tree, logits)
             picks = self.select(scores, tree, rows)
@@ -154,6 +174,7 @@ class Sampler:
     def select(self, scores: Tensor, tree: TokenTree, rows: Sequence[int]) -> Tensor:
         """The target's token at every node by its processed scores `[batch, nodes, vocab]`."""
         if self.noise is None:
+            self._values = scores if self.keeps_margins else None
             return scores.argmax(-1)
         probs = torch.softmax(scores, dim=-1)
         depths = tree.depths
@@ -161,7 +182,9 @@ class Sampler:
         for i, row in enumerate(rows):
             first = self.sequences.num_generated(row)
             noise = torch.stack([self.noise.at(first + depth, row) for depth in range(tree.deepest + 1)])
-            picks[i] = (probs[i] / noise[depths[i]]).argmax(-1)
+            probs[i] /= noise[depths[i]]
+            picks[i] = probs[i].argmax(-1)
+        self._values = probs if self.keeps_margins else None
         return picks
 
     def kept(self, i: int, path: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -205,6 +228,7 @@ class Sampler:
     def _walk(self, tree: TokenTree, logits: Tensor, scores: Tensor, rows: Sequence[int]) -> Tensor:
         """Picks from the root down the target's own path, one node per row and depth."""
         picks = torch.full_like(tree.tokens, -1)
+        self._margins = torch.full(picks.shape, torch.inf, device=logits.device) if self.keeps_margins else None
         tokens, parents = tree.tokens.cpu().numpy(), tree.parents.cpu().numpy()
         node = dict.fromkeys(range(len(rows)), 0)
         paths: dict[int, list[int]] = {i: [] for i in node}
@@ -216,7 +240,10 @@ class Sampler:
                 processed = processors(ids, logits[group, nodes])
                 if self.keep_scores:
                     scores[group, nodes] = processed
-                for i, at, token in zip(group, nodes, self._one_each(processed, rows, group, paths), strict=True):
+                values = self._values_of(processed, rows, group, paths)
+                if self._margins is not None:
+                    self._margins[group, nodes] = margins(values if self.noise is None else values.log())
+                for i, at, token in zip(group, nodes, values.argmax(-1).tolist(), strict=True):
                     picks[i, at] = token
                     children = ((parents[i] == at) & (tokens[i] == token)).nonzero()[0]
                     if len(children):
@@ -233,12 +260,16 @@ class Sampler:
             groups[self.sequences.lengths[rows[i]] + len(paths[i])].append(i)
         return list(groups.values())
 
-    def _one_each(
-        self, scores: Tensor, rows: Sequence[int], group: list[int], paths: dict[int, list[int]]
-    ) -> list[int]:
-        """Picks one token per row of a group. `scores`: `[group, vocab]`."""
+    def _values_of(self, scores: Tensor, rows: Sequence[int], group: list[int], paths: dict[int, list[int]]) -> Tensor:
+        """What the highest is picked of, one per row of a group, `[group, vocab]`, from `scores` of that shape."""
         if self.noise is None:
-            return scores.argmax(-1).tolist()
+            return scores
         positions = [self.sequences.num_generated(rows[i]) + len(paths[i]) for i in group]
         noise = torch.stack([self.noise.at(at, rows[i]) for at, i in zip(positions, group, strict=True)])
-        return (torch.softmax(scores, dim=-1) / noise).argmax(-1).tolist()
+        return torch.softmax(scores, dim=-1) / noise
+
+
+def margins(values: Tensor) -> Tensor:
+    """How far the highest is ahead of the second, `[..., vocab] -> [...]`."""
+    best = values.topk(2).values
+    return best[..., 0] - best[..., 1]

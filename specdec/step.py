@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.drafting import GuardedDrafter
 from specdec.kernels import Ints
+from specdec.near_ties import NearTies
 from specdec.reasoning import Verdict
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
@@ -27,12 +28,28 @@ class Outcome:
         tokens: Per row the accepted tokens and then the next one.
         top_tokens: What the target holds likeliest behind each node, `[rows, nodes, count]`; see `Drafter`.
         verdicts: Per row what was said of its step, None where there was none to judge; None for no row.
+        near_ties: Per row and token whether it was a near-tie; None where they are not looked for.
+        is_undecided: Some row ends before a near-tie, which a pass over one token is to decide.
     """
 
     accepted: list[list[int]]
     tokens: list[list[int]]
     top_tokens: Ints
     verdicts: Sequence[Verdict | None] | None = None
+    near_ties: list[list[bool]] | None = None
+    is_undecided: bool = False
+
+    def before_near_ties(self) -> Outcome:
+        """The outcome up to each row's first near-tie; a row may end up without a token."""
+        assert self.near_ties is not None
+        counts = [row.index(True) if True in row else len(row) for row in self.near_ties]
+        return replace(
+            self,
+            accepted=[nodes[: max(count - 1, 0)] for nodes, count in zip(self.accepted, counts, strict=True)],
+            tokens=[tokens[:count] for tokens, count in zip(self.tokens, counts, strict=True)],
+            near_ties=[row[:count] for row, count in zip(self.near_ties, counts, strict=True)],
+            is_undecided=any(count < len(row) for row, count in zip(self.near_ties, counts, strict=True)),
+        )
 
 
 @dataclass
@@ -45,6 +62,7 @@ class Step:
         sampler: Picks the target's tokens.
         drafter: Tells how many of the target's likeliest tokens it wants to know.
         report: Takes the time.
+        near_ties: What a near-tie is; None: they are not looked for.
     """
 
     target: TargetModel
@@ -52,6 +70,7 @@ class Step:
     sampler: Sampler
     drafter: GuardedDrafter
     report: SpeculationReport
+    near_ties: NearTies | None = None
 
     def run(self, tree: TokenTree, rows: Sequence[int]) -> Outcome:
         """Target pass and verification.
@@ -78,22 +97,32 @@ class Step:
         acceptance = self.verifier.verify(tree, logits, self.sampler, rows)
         top_tokens = self.drafter.top_tokens(logits)  # [B, N, count]
         parts = [acceptance.num_accepted[:, None], acceptance.nodes, acceptance.tokens, top_tokens.flatten(1)]
+        if self.near_ties is not None:
+            parts.append(self.near_ties.find(self.sampler, acceptance))
         packed: Ints = torch.cat([part.to(acceptance.nodes.device) for part in parts], 1).cpu().numpy()
-        outcome = unpack(packed, acceptance.nodes.shape[1], tree.num_nodes, num_nodes)
+        outcome = unpack(packed, acceptance.nodes.shape[1], tree.num_nodes, num_nodes, self.near_ties is not None)
+        if self.near_ties is not None and self.near_ties.guards and tree.num_nodes > 1:
+            outcome = outcome.before_near_ties()
         return replace(outcome, verdicts=acceptance.verdicts) if acceptance.verdicts is not None else outcome
 
 
-def unpack(packed: Ints, depth: int, width: int, num_nodes: int | None = None) -> Outcome:
-    """An outcome from one array: how many were accepted, nodes, tokens, and top tokens of each node.
+def unpack(packed: Ints, depth: int, width: int, num_nodes: int | None = None, has_near_ties: bool = False) -> Outcome:
+    """An outcome from one array: how many were accepted, nodes, tokens, top tokens of each node, near-ties.
 
     Args:
-        packed: `[rows, 2 + 2 * depth + width * count]`.
+        packed: `[rows, 2 + 2 * depth + width * count]`, with near-ties `1 + depth` columns more.
         depth: Places for accepted nodes.
         width: Nodes of the tree, padding included.
         num_nodes: Nodes whose top tokens matter; None: all.
+        has_near_ties: Whether near-ties are there.
     """
+    end = packed.shape[1] - (1 + depth if has_near_ties else 0)
     rows = packed[:, : 2 + 2 * depth].tolist()
     nodes = [row[1 : 1 + row[0]] for row in rows]
     tokens = [row[1 + depth : 2 + depth + row[0]] for row in rows]
-    top_tokens = packed[:, 2 + 2 * depth :].reshape(len(packed), width, -1)
-    return Outcome(nodes, tokens, top_tokens[:, :num_nodes])
+    top_tokens = packed[:, 2 + 2 * depth : end].reshape(len(packed), width, -1)
+    near_ties = None
+    if has_near_ties:
+        marks = packed[:, end:].astype(bool).tolist()
+        near_ties = [row[: len(kept)] for row, kept in zip(marks, tokens, strict=True)]
+    return Outcome(nodes, tokens, top_tokens[:, :num_nodes], near_ties=near_ties)

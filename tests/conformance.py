@@ -330,6 +330,7 @@ def assert_identical(
     expected: Reference | None = None,
     capability: str = "auto",
     attention: AttentionLike = "auto",
+    near_tie_guard: bool | float = False,
     cuda_graphs: Any = "auto",
     **kwargs: Any,
 ) -> SpeculationReport:
@@ -344,6 +345,7 @@ def assert_identical(
         expected: Plain decoding's result, when it is known already.
         capability: How to run the target.
         attention: What computes attention over trees.
+        near_tie_guard: Which near-ties a pass over one token decides.
         cuda_graphs: As for `accelerate`.
         kwargs: Other arguments of `generate`.
 
@@ -361,6 +363,7 @@ def assert_identical(
         budget=budget,
         capability=capability,
         attention=attention,
+        near_tie_guard=near_tie_guard,
         cuda_graphs=cuda_graphs,
     )
     torch.manual_seed(seed)

@@ -191,7 +191,7 @@ def move_path(  # type: ignore[no-untyped-def]
     keys += layer * key_layer + row * key_row + head * key_head
     values += layer * value_layer + row * value_row + head * value_head
     d = tl.arange(0, BLOCK)
-    for i in range(0, count):
+    for i in range(count):
         old = tl.load(source + moved * count + i)
         new = tl.load(target + moved * count + i)
         if old != new:

@@ -14,6 +14,7 @@ from specdec.capture.store import StaticStore
 from specdec.capture.target import StaticTarget
 from specdec.capture.transfers import Download
 from specdec.drafting import GuardedDrafter
+from specdec.near_ties import NearTies
 from specdec.report import SpeculationReport
 from specdec.sampling import SCORE_ONLY, Sampler
 from specdec.step import Outcome, Step, unpack
@@ -34,6 +35,8 @@ def not_whole(step: Step) -> str | None:
     """Why verification must come after the captured target pass, instead of being captured with it; or None."""
     if type(step.verifier) is not ExactVerifier or not getattr(step.verifier, "capturable", True):
         return f"the verifier {step.verifier.name!r} is none of a fixed sequence of launches"
+    if step.near_ties is not None and step.near_ties.guards:
+        return "near-ties are guarded"
     if step.sampler.keep_scores:
         return "scores or logits are wanted"
     if others := [type(p).__name__ for p in step.sampler.processors if type(p) not in CAPTURABLE]:
@@ -48,10 +51,14 @@ class Selection:
         store: Buffers.
         target: Whose cache is committed in.
         sampler: Processors and noise.
+        near_ties: What a near-tie is; None: they are not looked for.
     """
 
-    def __init__(self, store: StaticStore, target: StaticTarget, sampler: Sampler) -> None:
+    def __init__(
+        self, store: StaticStore, target: StaticTarget, sampler: Sampler, near_ties: NearTies | None = None
+    ) -> None:
         self.store = store
+        self.near_ties = near_ties
         self.target = target
         self.sampler = sampler
         self.levels = 1
@@ -60,7 +67,7 @@ class Selection:
         self._settings = _settings(sampler.processors)
 
     def key(self) -> Hashable:
-        return self.sampler.noise is not None, self.levels, self.num_top_tokens, self._settings
+        return self.sampler.noise is not None, self.levels, self.num_top_tokens, self._settings, self.near_ties
 
     def kept(self) -> Any:
         return self.sampler.processors
@@ -70,9 +77,10 @@ class Selection:
         return [self.packed(batch, nodes)] + ([] if evidence is None else [evidence])
 
     def packed(self, batch: int, nodes: int) -> Tensor:
-        """How many nodes were accepted, these nodes, the tokens, and top tokens per node, `[batch, columns]`."""
+        """See `unpack`; `[batch, columns]`."""
         depth = nodes if nodes > 1 else 0
-        return self.store.buffer("packed", (batch, 2 + 2 * depth + nodes * self.num_top_tokens))
+        near_ties = 0 if self.near_ties is None else 1 + depth
+        return self.store.buffer("packed", (batch, 2 + 2 * depth + nodes * self.num_top_tokens + near_ties))
 
     def noise(self, batch: int) -> Tensor:
         """The draws of each row's next positions, `[batch, levels, vocab]`."""
@@ -85,15 +93,15 @@ class Selection:
         # A wrong step may pick the right tokens; some of the logits tell.
         self.store.keep("evidence", (batch, nodes), logits[..., :: -(-logits.shape[-1] // EVIDENCE)])
         scores = self.sampler.process_flat(tree, logits.float())
-        if self.sampler.noise is None:
-            picks = scores.argmax(-1)
-        else:
+        if self.sampler.noise is not None:
             rows = self.store.counting(batch)[:, None]
-            picks = (torch.softmax(scores, dim=-1) / self.noise(batch)[rows, tree.depths]).argmax(-1)
-        acceptance = follow(tree, picks)
+            scores = torch.softmax(scores, dim=-1) / self.noise(batch)[rows, tree.depths]
+        acceptance = follow(tree, scores.argmax(-1))
         parts = [acceptance.num_accepted[:, None], acceptance.nodes, acceptance.tokens]
         if self.num_top_tokens:
             parts.append(logits.topk(self.num_top_tokens).indices.flatten(1))
+        if self.near_ties is not None:
+            parts.append(self.near_ties.find_among(scores, acceptance, self.sampler.noise is not None))
         self.packed(batch, nodes).copy_(torch.cat(parts, 1))
         self._commit(acceptance.nodes[:, : min(nodes, self.levels) - 1], lengths)
 
@@ -136,7 +144,7 @@ class CapturedStep(Step):
 
     def __post_init__(self) -> None:
         if not_whole(self) is None:
-            self.selection = self.target.tail = Selection(self.target.store, self.target, self.sampler)
+            self.selection = self.target.tail = Selection(self.target.store, self.target, self.sampler, self.near_ties)
 
     def run(self, tree: TokenTree, rows: Sequence[int]) -> Outcome:
         started, self._ahead = self._ahead, None
@@ -154,7 +162,7 @@ class CapturedStep(Step):
             packed = started.download.wait()[self.target.places]
         self.target.is_committed = True
         depth = started.num_nodes if started.num_nodes > 1 else 0
-        return unpack(packed, depth, started.num_nodes, tree.num_nodes)
+        return unpack(packed, depth, started.num_nodes, tree.num_nodes, self.near_ties is not None)
 
     def _may_run_ahead(self, tree: TokenTree, rows: Sequence[int]) -> bool:
         sequences, cache = self.sampler.sequences, self.target.cache
@@ -204,12 +212,17 @@ class CapturedStep(Step):
 
 
 def step_for(
-    target: TargetModel, verifier: Verifier, sampler: Sampler, drafter: GuardedDrafter, report: SpeculationReport
+    target: TargetModel,
+    verifier: Verifier,
+    sampler: Sampler,
+    drafter: GuardedDrafter,
+    report: SpeculationReport,
+    near_ties: NearTies | None = None,
 ) -> Step:
     """The step for a target: captured where its passes are static."""
     if isinstance(target, StaticTarget):
-        return CapturedStep(target, verifier, sampler, drafter, report)
-    return Step(target, verifier, sampler, drafter, report)
+        return CapturedStep(target, verifier, sampler, drafter, report, near_ties=near_ties)
+    return Step(target, verifier, sampler, drafter, report, near_ties)
 
 
 def _settings(processors: Any) -> Hashable:

@@ -1,0 +1,141 @@
+"""Near-ties: how they are found and counted, and the guard that lets one-token passes decide them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.generation.logits_process import LogitsProcessorList, TopPLogitsWarper
+
+import specdec
+from specdec.near_ties import NearTies
+from specdec.noise import NoiseQueue
+from specdec.sampling import Sampler
+from specdec.sequences import Sequences
+from specdec.tree import TokenTree
+from specdec.verifiers import ExactVerifier
+from tests.conformance import DRAFTERS, Answers, OracleDrafter, RandomTreeDrafter, assert_identical
+from tests.tiny_models import new_model, prompts, tiny_model
+
+ALL = 1e9
+"""A gap below which every pick is."""
+
+
+@pytest.mark.parametrize("top_p", [None, 0.9], ids=["flat", "walked"])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_margins_are_those_between_the_two_best(do_sample: bool, top_p: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 11, generator=generator)
+    sequences = Sequences(torch.zeros(2, 3, dtype=torch.int64), None, 100)
+    processors = LogitsProcessorList([TopPLogitsWarper(top_p)] if top_p else [])
+    torch.manual_seed(1)
+    sampler = Sampler(processors, do_sample, sequences, NoiseQueue(2, torch.device("cpu")) if do_sample else None)
+    sampler.keeps_margins = True
+    scores = TopPLogitsWarper(top_p)(torch.zeros(0), logits.view(8, 11).clone()).view(2, 4, 11) if top_p else logits
+    values = scores
+    if do_sample:
+        torch.manual_seed(1)
+        noise = torch.stack([torch.empty(2, 11).exponential_() for _ in range(2)])  # [depth, B, V]
+        values = scores.log_softmax(-1) - noise[[0, 1, 1, 1]].transpose(0, 1).log()
+    best = values.topk(2)
+    margin = best.values[..., 0] - best.values[..., 1]
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    tokens[:, 2] = best.indices[:, 0, 0]  # node 2 is right
+    tokens[:, [1, 3]] = (tokens[:, [2]] + torch.tensor([[1, 2]])) % 11
+    tree = TokenTree(tokens, torch.tensor([[-1, 0, 0, 0]] * 2))
+
+    torch.manual_seed(1)
+    acceptance = ExactVerifier().verify(tree, logits, sampler, [0, 1])
+    assert acceptance.num_accepted.tolist() == [1, 1]
+    expected = margin[:, [0, 2]]
+    torch.testing.assert_close(sampler.margins_at(torch.tensor([[0, 2]] * 2)), expected)
+    for gap in expected.flatten().tolist():
+        found = NearTies(gap * 1.001).find(sampler, acceptance)
+        assert found[:, :2].tolist() == (expected < gap * 1.001).long().tolist()
+        assert not found[:, 2:].any()
+
+
+@pytest.mark.parametrize("kwargs", [{"do_sample": False}, {"do_sample": True}, {"do_sample": True, "top_p": 0.9}])
+@pytest.mark.parametrize("drafter", ["oracle", "random-tree", "medusa", "lookahead"])
+@pytest.mark.parametrize("capability", ["tree", "chain"])
+def test_a_guard_of_everything_decides_everything_alone(capability: str, drafter: str, kwargs: dict[str, Any]) -> None:
+    report = assert_identical(
+        tiny_model(),
+        DRAFTERS[drafter],
+        prompts(12, 3, 9),
+        capability=capability,
+        near_tie_guard=ALL,
+        max_new_tokens=20,
+        **kwargs,
+    )
+    assert report.num_near_ties is not None
+    if "top_p" in kwargs:  # which may leave one token only
+        assert 0.8 * report.num_generated_tokens < report.num_near_ties <= report.num_generated_tokens
+    else:
+        assert report.num_near_ties == report.num_generated_tokens
+    assert report.num_guard_passes > 0
+    assert report.num_accepted_tokens == 0
+
+
+@pytest.mark.parametrize("capability", ["tree", "chain"])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_guard_cuts_paths_in_the_middle(do_sample: bool, capability: str) -> None:
+    inputs = prompts(12, 3, 9) if capability == "tree" else prompts(12)  # a chain's rows wait for each other
+    kwargs: dict[str, Any] = {"do_sample": do_sample, "max_new_tokens": 40, "capability": capability}
+    gap = 0.5 if do_sample else 2.0
+
+    def drafter(answers: Answers) -> OracleDrafter:
+        return OracleDrafter(answers, decoys=capability == "tree")
+
+    report = assert_identical(tiny_model(), drafter, inputs, near_tie_guard=gap, **kwargs)
+    free = assert_identical(tiny_model(), drafter, inputs, **kwargs)
+    assert 0 < report.num_guard_passes < report.num_target_passes / 2
+    assert 0 < report.num_accepted_tokens < free.num_accepted_tokens
+    assert report.num_near_ties and report.num_near_ties >= report.num_guard_passes
+    assert report.near_tie_gap == gap
+    assert (free.num_near_ties, free.near_tie_gap, free.num_guard_passes) == (None, None, 0)
+
+
+def test_half_precision_counts_without_being_asked() -> None:
+    model = new_model("llama").to(torch.bfloat16)
+    fast = specdec.accelerate(model, "lookahead")
+    fast.generate(**prompts(12), max_new_tokens=20)
+    assert fast.report.num_near_ties is not None
+    assert fast.report.near_tie_gap == 2 * fast.capability.rounding > 0
+    fast.generate(**prompts(12), max_new_tokens=20, do_sample=True, temperature=0.5)
+    assert fast.report.near_tie_gap == 4 * fast.capability.rounding
+    assert "num_near_ties" in str(fast.report)
+    demanded = specdec.accelerate(model, "lookahead", capability="tree")
+    demanded.generate(**prompts(12), max_new_tokens=20)
+    assert demanded.report.near_tie_gap == 2 * fast.capability.rounding
+    fast = specdec.accelerate(model, "lookahead", verifier="typical")
+    fast.generate(**prompts(12), max_new_tokens=20, do_sample=True)
+    assert fast.report.num_near_ties is None
+
+
+def test_what_cannot_be_guarded_is_refused() -> None:
+    for guard, error, match in (
+        ("yes", TypeError, "near_tie_guard='yes' must be True, False or a gap"),
+        (None, TypeError, "near_tie_guard=None"),
+        (-0.1, ValueError, r"near_tie_guard=-0\.1 must not be negative"),
+        (float("nan"), ValueError, "near_tie_guard=nan"),
+    ):
+        with pytest.raises(error, match=match):
+            specdec.accelerate(tiny_model(), near_tie_guard=guard)
+    with pytest.raises(ValueError, match="which verifier='block' does not promise; use verifier='exact'"):
+        specdec.speculate(verifier="block", near_tie_guard=True)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_static_step_counts_the_same(do_sample: bool) -> None:
+    model = new_model("llama").to(torch.bfloat16)
+    counts = []
+    for graphs in (False, "eager"):
+        torch.manual_seed(0)
+        drafter = RandomTreeDrafter([[5] * 60])
+        fast = specdec.accelerate(model, drafter, cuda_graphs=graphs, budget=Budget(16, fixed=True))
+        fast.generate(**prompts(12), max_new_tokens=60, do_sample=do_sample)
+        counts.append((fast.report.num_near_ties, fast.report.num_generated_tokens))
+    assert counts[0] == counts[1]
+    assert counts[0][0]
