@@ -9,11 +9,16 @@ import pytest
 import torch
 
 import specdec
+from specdec.attention.base import TreeAttention
+from specdec.attention.choice import BACKENDS, AttentionChoice
 from specdec.budget import Budget
+from specdec.cache_commit import move_slots
 from specdec.capture.graphs import MAX_GRAPHS
 from specdec.capture.store import store_of
 from specdec.target import TreeTarget
 from specdec.tree import NODE_BUCKETS
+from tests.attention.reference import SHAPES, Shape, call_of
+from tests.attention.reference import reference as attention_by_definition
 from tests.conformance import DRAFTERS, OracleDrafter, answers_of, assert_identical, eos_ids, reference
 from tests.tiny_models import new_model, prompts
 
@@ -149,3 +154,90 @@ def test_a_capture_that_fails_costs_no_token(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(torch.cuda.get_rng_state(), state)
     assert "none, because" in str(report.cuda_graphs)
     assert torch.cuda.current_stream() == stream
+
+
+def installed(name: str) -> TreeAttention:
+    backend = BACKENDS[name]()
+    if missing := backend.missing():
+        pytest.skip(missing)
+    return backend
+
+
+def lacks(name: str, shape: Shape, dtype: torch.dtype) -> bool:
+    """Whether a backend refuses a shape by its documentation."""
+    return (
+        (name == "sdpa" and shape.softcap is not None)
+        or (name == "flash" and (shape.chunk is not None or dtype == torch.float32))
+        or (name == "flash" and (shape.sizes[0] % 8 != 0 or shape.sizes[0] < shape.sizes[1]))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_attention_is_that_of_the_definition(name: str, shape: str, dtype: torch.dtype) -> None:
+    if lacks(name, SHAPES[shape], dtype):
+        pytest.skip("refused by its documentation")
+    call = call_of(SHAPES[shape], dtype, device="cuda")
+    out = installed(name).attend(call).double().cpu()
+    tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    assert (out - attention_by_definition(call, SHAPES[shape])).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", ["sdpa", "triton"])
+def test_attention_can_be_captured_and_follows_the_lengths(name: str) -> None:
+    backend, shape = installed(name), Shape(nodes=16, lengths=(60, 40), spare=20)
+    call = call_of(shape, device="cuda")
+    backend.attend(call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call.plan._made.clear()  # made again inside, from the static lengths
+        out = backend.attend(call)
+    shorter = Shape(nodes=16, lengths=(31, 52), spare=28)
+    call.plan.lengths.copy_(torch.tensor(shorter.lengths))
+    graph.replay()
+    assert (out.double().cpu() - attention_by_definition(call, shorter)).abs().max() < 1e-5
+
+
+def test_the_fastest_attention_is_measured() -> None:
+    backends = {name: BACKENDS[name]() for name in ("triton", "sdpa")}
+    attention = AttentionChoice({name: b for name, b in backends.items() if b.missing() is None})
+    shape = Shape(nodes=32, lengths=(500,), heads=(8, 2), sizes=(64, 64))
+    call = call_of(shape, device="cuda")
+    assert (attention.attend(call).double().cpu() - attention_by_definition(call, shape)).abs().max() < 1e-5
+    if len(attention.backends) > 1:
+        (seconds,) = attention.seconds.values()
+        assert set(seconds) == set(attention.backends)
+        assert not attention.dropped
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3-mixed-windows", "gemma2-softcap"])
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "triton"])
+def test_tokens_through_each_attention_are_those_of_generate(attention: str, name: str) -> None:
+    installed(attention)
+    if attention == "sdpa" and name == "gemma2-softcap":
+        pytest.skip("refused by its documentation")
+    model = new_model(name).cuda()
+    assert_identical(model, DRAFTERS["random-tree"], on_gpu(12, 3, 9), attention=attention, max_new_tokens=32)
+
+
+def test_paths_move_by_the_kernel_as_by_torch() -> None:
+    installed("triton")
+    keys, values = (torch.randn(3, 4, 2, 64, size, device="cuda") for size in (128, 80))
+    rows = torch.tensor([[2], [0]], device="cuda")
+    source = torch.tensor([[10, 12, 13, 20], [30, 33, 34, 35]], device="cuda")
+    target = source[:, :1] + torch.arange(4, device="cuda")
+    expected = keys.clone(), values.clone()
+    move_slots(*expected, rows, source, target, kernel=False)
+    move_slots(keys, values, rows, source, target, kernel=True)
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_bf16_counts_near_ties(guard: bool) -> None:
+    fast = specdec.accelerate(new_model("llama").to("cuda", torch.bfloat16), "lookahead", near_tie_guard=guard)
+    fast.generate(**on_gpu(12, 5), max_new_tokens=64)
+    assert fast.report.num_near_ties is not None
+    assert fast.report.near_tie_gap

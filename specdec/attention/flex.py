@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from specdec.attention.base import AttentionCall, TreeAttention
+from specdec.attention.base import AttentionCall, TreeAttention, UnsupportedAttentionError
 from specdec.attention.plan import TreePlan
 
 
@@ -37,6 +37,8 @@ class FlexTreeAttention(TreeAttention):
 
     def attend(self, call: AttentionCall) -> Tensor:
         plan, kind = call.plan, call.layer_type
+        if not plan.is_left_padded:
+            raise UnsupportedAttentionError("'flex' takes padding on the left only; use attention='sdpa'")
         compiles = call.query.is_cuda if self.compiles is None else self.compiles
         attention: Any = self._compiled if compiles else flex_attention
         out: Tensor = attention(

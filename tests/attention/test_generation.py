@@ -113,10 +113,11 @@ def test_the_prompt_goes_through_what_the_model_was_loaded_with(monkeypatch: pyt
     assert set(widths) == {1}
 
 
-def test_a_model_with_padding_inside_its_rows_is_refused_by_name() -> None:
+@pytest.mark.parametrize("attention", ["flash", "flex", pytest.param("triton", marks=needs_triton)])
+def test_padding_inside_rows_is_refused_by_name(attention: str) -> None:
     inputs = prompts(12, 12)
     inputs["attention_mask"][1, 4:6] = 0
-    fast = specdec.accelerate(tiny_model(), "lookahead", attention="flash")
+    fast = specdec.accelerate(tiny_model(), "lookahead", attention=attention)
     with pytest.raises(UnsupportedAttentionError, match="padding on the left only; use attention='sdpa'"):
         fast.generate(**inputs, max_new_tokens=8)
-    assert_identical(tiny_model(), "lookahead", inputs, attention=["flash", "sdpa"], max_new_tokens=8)
+    assert_identical(tiny_model(), "lookahead", inputs, attention=[attention, "sdpa"], max_new_tokens=8)
