@@ -5,13 +5,14 @@
     python benchmarks/bench_sources.py nodes-16
 
 A part is one interleaved run: on each prompt all settings run in turn, beginning with another one each time; prompts of
-the four kinds alternate. Each setting has one drafter, which goes on from prompt to prompt and meets each of them once;
-with `--repeats` all begin anew. `sampled-4` is temperature 1 in batches of four. In `nodes-16` every draft of up to 16
-nodes is verified whole, so that tokens per pass can be compared at one node count; its times mean nothing.
+the four kinds alternate. Each setting has one drafter, which goes on from prompt to prompt and meets each of them once.
+Running a part again adds a run over the next prompts, with new drafters; figures are of all runs together. `sampled-4`
+is temperature 1 in batches of four. In `nodes-16` every draft of up to 16 nodes is verified whole, so that tokens per
+pass can be compared at one node count; its times mean nothing.
 
 Kinds: `completion`, held-out code; `edit`, held-out code whose beginning stands there once more, to be gone on with;
 `questions`, a few texts that come again with another question each time; `incompressible`, random ids gone on with at
-temperature 5 in every part. Parts are added to the results file as they end, in place of an earlier run of them.
+temperature 5 in every part. Runs are added to the results file as they end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -45,24 +45,26 @@ TEXTS_ASKED, HOT = 3, 5.0
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
 
-def texts_of(kind: str, count: int) -> list[str]:
+def texts_of(kind: str, first: int, count: int) -> list[str]:
     """Prompts of a kind; for incompressible ones there is no text."""
     heldout = [prompt.text for prompt in heldout_prompts()]
     if kind == "completion":
-        return heldout[:count]
+        return [heldout[i % len(heldout)] for i in range(first, first + count)]
     if kind == "edit":
-        chosen = heldout[len(heldout) // 3 :][:count]
+        chosen = [heldout[-1 - i % len(heldout)] for i in range(first, first + count)]
         return [f"{text}\n\n\n# The same once more\n{text[: len(text) // 4]}" for text in chosen]
-    asked = heldout[2 * len(heldout) // 3 :][:TEXTS_ASKED]
+    asked = [heldout[(len(heldout) // 2 + first + i) % len(heldout)] for i in range(min(TEXTS_ASKED, -(-count // 2)))]
     return [f"# Question {i}\n{asked[i % len(asked)]}" for i in range(count)]
 
 
-def prompts_of(kind: str, count: int, batch: int, tokenizer: Any, vocab: int) -> list[dict[str, torch.Tensor]]:
+def prompts_of(
+    kind: str, first: int, count: int, batch: int, tokenizer: Any, vocab: int
+) -> list[dict[str, torch.Tensor]]:
     """Batches of prompts, padded on the left, as keyword arguments of `generate`."""
     if kind == "incompressible":
-        ids = np.random.default_rng(0).integers(2, vocab, (count, batch, 64))
+        ids = np.random.default_rng(first).integers(2, vocab, (count, batch, 64))
         return [{"input_ids": torch.from_numpy(rows), "attention_mask": torch.ones(batch, 64).long()} for rows in ids]
-    texts = texts_of(kind, count + batch - 1)
+    texts = texts_of(kind, first, count + batch - 1)
     return [dict(tokenizer(texts[i : i + batch], return_tensors="pt", padding=True)) for i in range(count)]
 
 
@@ -87,19 +89,27 @@ def settings_of(model: Any, draft_model: Any, only: str) -> dict[str, Callable[[
 
 
 def run_part(
-    model: Any, tokenizer: Any, made: dict[str, Callable[[], Drafter | None]], part: str, count: int, new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    made: dict[str, Callable[[], Drafter | None]],
+    part: str,
+    first: int,
+    count: int,
+    new_tokens: int,
 ) -> list[dict[str, Any]]:
-    """Samples of one pass over all prompts with new drafters."""
+    """Samples of one run over `count` prompts of each kind, from the `first` one on, with new drafters."""
     mode, size = part.split("-")
     batch = 1 if mode == "nodes" else int(size)
-    prompts = {kind: prompts_of(kind, count, batch, tokenizer, model.config.vocab_size) for kind in KINDS}
+    prompts = {kind: prompts_of(kind, first, count, batch, tokenizer, model.config.vocab_size) for kind in KINDS}
     fast: dict[str, SpeculativeModel] = {}
     for name, make in made.items():
         budget = Budget(int(size), fixed=True) if mode == "nodes" else Budget(64, owner=(part, name))
         fast[name] = accelerate(model, make(), budget=budget, strict=True)
         sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0} if mode == "sampled" else {"do_sample": False}
         accelerate(model, make(), budget=budget).generate(
-            **prompts_of("completion", count + 1, batch, tokenizer, 0)[-1], max_new_tokens=new_tokens, **sampling
+            **prompts_of("completion", first + count, 1, batch, tokenizer, 0)[0],
+            max_new_tokens=new_tokens // 2,
+            **sampling,
         )
     samples = []
     for number, (i, kind) in enumerate(itertools.product(range(count), KINDS)):
@@ -118,11 +128,11 @@ def run_part(
                     "setting": name,
                     "kind": kind,
                     "number": i,
-                    "seconds": seconds,
+                    "seconds": round(seconds, 5),
                     "tokens": report.num_generated_tokens,
                     "passes": report.num_row_passes,
                     "drafts": report.num_drafts,
-                    "calibrate": report.seconds["calibrate"],
+                    "calibrate": round(report.seconds["calibrate"], 5),
                 }
             )
         for name in names:
@@ -138,11 +148,10 @@ def summary(runs: list[list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, f
     for kind in (*KINDS, "mixture"):
         taken = {}
         for name in names:
-            chosen = [
-                [s for s in samples if s["setting"] == name and kind in (s["kind"], "mixture")] for samples in runs
-            ]
-            seconds = sum(median(again) for again in zip(*([s["seconds"] for s in run] for run in chosen), strict=True))
-            tokens, passes, drafts = (sum(s[key] for s in chosen[0]) for key in ("tokens", "passes", "drafts"))
+            chosen = [s for s in itertools.chain(*runs) if s["setting"] == name and kind in (s["kind"], "mixture")]
+            seconds, tokens, passes, drafts = (
+                sum(s[key] for s in chosen) for key in ("seconds", "tokens", "passes", "drafts")
+            )
             taken[name] = {"tokens_per_second": tokens / seconds, "tokens_per_pass": tokens / passes}
             taken[name]["drafted_passes"] = drafts / passes
         for figures in taken.values():
@@ -162,9 +171,8 @@ def table(results: dict[str, dict[str, dict[str, float]]], part: str) -> Table:
 @app.command(help=__doc__)
 def main(
     parts: Annotated[list[str], typer.Argument(help="greedy-N or sampled-N with N rows, or nodes-N.")],
-    count: Annotated[int, typer.Option(min=1, help="Prompts, or batches of them, of each kind.")] = 8,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 96,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each part.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="Prompts, or batches of them, of each kind.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 64,
     only: Annotated[str, typer.Option(help="auto: no single sources and pairs.")] = "",
     output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "sources.json",
 ) -> None:
@@ -174,11 +182,12 @@ def main(
     tokenizer.padding_side = "left"
     made = settings_of(model, load_embedded("draft")[0], only)
     for part in parts:
-        runs = [run_part(model, tokenizer, made, part, count, new_tokens) for _ in range(repeats)]
-        results = summary(runs)
-        console.print(table(results, part))
         known = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-        settings = {"count": count, "new_tokens": new_tokens, "repeats": repeats}
+        runs = known.get(part, {}).get("runs", [])
+        runs.append(run_part(model, tokenizer, made, part, len(runs) * count, count, new_tokens))
+        results = summary(runs)
+        console.print(table(results, f"{part}, {len(runs)} runs"))
+        settings = {"count": count, "new_tokens": new_tokens}
         known[part] = {**circumstances(), "settings": settings, "results": results, "runs": runs}
         write_json(output, known)
     console.print(f"written to {output.name}")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from specdec.budget import Budget
-from tests.test_budget import CPU, LINEAR, chain, with_times
+from tests.test_budget import CPU, LINEAR, chain, fan, with_times
 
 H200 = {1: 8.0, 2: 8.0, 4: 8.0, 8: 8.0, 16: 8.1, 32: 8.3, 64: 8.8}
 STEPPED = {1: 10.0, 2: 10.0, 4: 10.0, 8: 10.0, 16: 30.0, 32: 30.0, 64: 30.0}
@@ -63,3 +63,40 @@ def test_drafting_that_never_pays_is_never_done() -> None:
     budget = simulate(STEEP, rate=0.3, draft_seconds=3.0, steps=1000)
     assert budget.num_rests > 450
     assert budget.sizes.total() - budget.sizes[1] <= 5, "a size that seemed dear is tried again now and then"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "draft_seconds", "depths"),
+    [
+        pytest.param(H200, 0.0, range(16, 64), id="flat-free-drafts"),
+        pytest.param(H200, 4.0, range(8, 64), id="flat-dear-drafts"),
+        pytest.param(STEPPED, 0.0, range(7, 8), id="stepped"),
+        pytest.param(STEEP, 0.0, range(2), id="steep"),
+        pytest.param(LINEAR, 0.0, range(1), id="linear"),
+    ],
+)
+def test_controller_finds_the_depth_for_the_device(
+    seconds: dict[int, float], draft_seconds: float, depths: range
+) -> None:
+    """Chains of which each token is right four times out of five: how deep they are cut is what the device decides."""
+    budget = simulate(seconds, rate=0.8, draft_seconds=draft_seconds)
+    depth = {size: size - 1 for size in budget.sizes}
+    assert sum(count for size, count in budget.sizes.items() if depth[size] in depths) > 0.8 * budget.sizes.total()
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.85, 8), (0.2, 1)])
+def test_broad_trees_and_deep_chains_are_cut_by_what_they_promise(rate: float, expected: int) -> None:
+    """Of a chain and a fan of the same scores a flat device takes all that counts, a steep one nothing."""
+    chains, fans = chain(rate, nodes=8), fan(rate / 8, nodes=8)
+    assert with_times(H200).choose(chains).num_nodes >= with_times(CPU).choose(chains).num_nodes
+    assert with_times(CPU).choose(chains).num_nodes == expected
+    assert with_times(LINEAR).choose(chains).num_nodes == with_times(LINEAR).choose(fans).num_nodes == 1
+
+
+@pytest.mark.parametrize("seconds", [CPU, STEEP, LINEAR, STEPPED, H200], ids=["cpu", "steep", "linear", "step", "flat"])
+def test_a_dear_drafter_that_is_never_right_is_left_alone_on_any_device(seconds: dict[int, float]) -> None:
+    budget = simulate(seconds, rate=0.0, draft_seconds=0.3 * seconds[1], steps=1000)
+    drafts = budget.sizes.total()
+    assert drafts <= 25, "trials alone"
+    lost = drafts * 0.3 * seconds[1] + sum(n * (seconds[size] - seconds[1]) for size, n in budget.sizes.items())
+    assert lost < 0.02 * 500 * seconds[1], "two hundredths of the time at most"

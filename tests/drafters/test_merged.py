@@ -203,6 +203,21 @@ def test_what_has_changed_is_learned_anew() -> None:
     assert needed <= 25
 
 
+@pytest.mark.parametrize("memory", [30.0, 60.0, 120.0])
+def test_steps_that_a_change_of_topic_takes(memory: float) -> None:
+    """However long the topic before was: the counts hold no more than `memory` steps."""
+    needed = []
+    for before in (60, 300, 3000):
+        sources = [ScriptedDrafter(lambda _, token=token: paths_tree(9, {(token,): 0.6})) for token in (1, 2)]
+        drafter = merging(*sources, memory=memory)
+        steps(drafter, [1, 4], before)
+        needed.append(0)
+        while next(iter(paths_of(steps(drafter, [2, 4], 1)))) != (2,):
+            needed[-1] += 1
+    assert max(needed) <= 0.45 * memory
+    assert needed[2] - needed[1] <= 1, "a long past weighs no more than a short one"
+
+
 def test_nodes_left_out_of_the_tree_are_learned_from_too() -> None:
     """What was cut off for being unlikely, but was right, is found out."""
     wrong = {(token,): 0.5 for token in range(20, 40)}
