@@ -32,7 +32,7 @@ LEAST_TRUST, MOST_TRUST = 0.7, 1.1
 TRUST_PRIOR = 50.0
 """Draft tokens, promised and accepted, that the factor of 1 is worth."""
 TRUST_DECAY = 0.99
-TRIAL_SHARE = 0.005
+TRIAL_SHARE = 0.0075
 """Share of the time that goes into drafts while drafting does not pay, to see when it does again."""
 LONGEST_REST = 64
 DRIFT = 0.0005
@@ -233,7 +233,8 @@ class Budget:
         """
         if self.fixed:
             return
-        self.learned = _LEARNED.setdefault(model, {}).setdefault((self.owner, kind), Learned())
+        learned = self.learned = _LEARNED.setdefault(model, {}).setdefault((self.owner, kind), Learned())
+        learned.rest, learned.losses = 0, min(learned.losses, PATIENCE - 1)  # another prompt is worth one try
 
     @property
     def tried(self) -> Floats:

@@ -401,3 +401,18 @@ def test_budgets_of_two_owners_learn_apart() -> None:
     for budget in (mine, same, other):
         budget.begin(model, "greedy")
     assert mine.tried is same.tried is not other.tried
+
+
+def test_a_new_call_is_not_slept_through() -> None:
+    """The rest that one prompt has led to says little of the next one."""
+    model, budget, tree = new_model("llama"), Budget(8), chain(0.02, nodes=8)
+    budget._times[1] = with_times(CPU)._times[1]
+    budget.begin(model, "greedy")
+    for _ in range(8):
+        budget.nodes_to_draft()
+        budget.choose(tree, spent=40.0)
+    assert budget.nodes_to_draft() == 1
+    budget.begin(model, "greedy")
+    assert budget.nodes_to_draft() == 8
+    budget.choose(tree, spent=40.0)
+    assert budget.nodes_to_draft() == 1, "one try, not as many as in the first call"

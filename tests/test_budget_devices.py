@@ -68,7 +68,7 @@ def test_drafting_that_never_pays_is_never_done() -> None:
 @pytest.mark.parametrize(
     ("seconds", "draft_seconds", "depths"),
     [
-        pytest.param(H200, 0.0, range(16, 64), id="flat-free-drafts"),
+        pytest.param(H200, 0.0, range(15, 32), id="flat-free-drafts"),
         pytest.param(H200, 4.0, range(8, 64), id="flat-dear-drafts"),
         pytest.param(STEPPED, 0.0, range(7, 8), id="stepped"),
         pytest.param(STEEP, 0.0, range(2), id="steep"),
