@@ -76,7 +76,9 @@ class Pair:
 
     def hf_assisted(self, name: str = HF_ASSISTED, tokens: int | None = None, threshold: float = 0.0) -> Method:
         """HF's assisted generation: as it comes, or with so many draft tokens at most and this confidence threshold."""
-        draft = copy.copy(self.draft)  # shares all weights; what HF writes into its settings stays with this method
+        # A copy shares all weights; what HF writes into its settings stays with this method. With another tokenizer it
+        # writes into the model itself.
+        draft = copy.deepcopy(self.draft) if self.assisted else copy.copy(self.draft)
         draft.generation_config = copy.deepcopy(self.draft.generation_config)
         if tokens is not None:
             draft.generation_config.num_assistant_tokens = tokens

@@ -34,7 +34,7 @@ TRUST_PRIOR = 50.0
 TRUST_DECAY = 0.99
 TRIAL_SHARE = 0.0075
 """Share of the time that goes into drafts while drafting does not pay, to see when it does again."""
-LONGEST_REST = 64
+LONGEST_REST = 128
 DRIFT = 0.0005
 """Share per step by which a size that seems dear comes nearer to one in use, so that it is tried again."""
 UPDATES_PER_LOOK = 8
@@ -322,7 +322,7 @@ class Budget:
         )
         learned.losses = 0 if tokens * plain > LEAST_PROMISE * rows * (taken + spent) else learned.losses + 1
         if learned.losses >= PATIENCE:
-            learned.rest = min(int(spent / (TRIAL_SHARE * plain)), LONGEST_REST)
+            learned.rest = min(int((spent + taken - plain) / (TRIAL_SHARE * plain)), LONGEST_REST)
         if best == 1:
             learned.forget(IDLE_DECAY)
         self._promise = (tokens - rows) / trust

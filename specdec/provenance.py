@@ -20,7 +20,7 @@ def circumstances() -> dict[str, Any]:
     """What a figure depends on besides the settings: time, command, hardware, versions, commit."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name.replace("__main__.py", "specdec"), *sys.argv[1:]]),
         "hardware": hardware(),
         "versions": versions(),
         "commit": commit(),
