@@ -150,6 +150,7 @@ class Measurement:
         samples: In the order of the runs.
         failed: Reason by name of each optional method that could not run.
         guarantees: What each method promises; token-identical where it is not named.
+        setup_seconds: What a method took to get ready before the first run, such as compiling; not in its times.
     """
 
     reference: str
@@ -157,6 +158,7 @@ class Measurement:
     samples: list[Sample] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     guarantees: dict[str, str] = field(default_factory=dict)
+    setup_seconds: dict[str, float] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
         """One summary per method, in the order in which they were given.
@@ -216,6 +218,7 @@ class Measurement:
             "settings": asdict(self.settings),
             "methods": [asdict(row) for row in self.rows()],
             "failed": self.failed,
+            "setup_seconds": self.setup_seconds,
             "samples": [asdict(sample) for sample in self.samples],
         }
 

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import CompileConfig
 
 from specdec import measuring
-from specdec.benchmark import BenchmarkResults, BenchmarkSettings, Contender, runner
+from specdec.benchmark import BenchmarkResults, BenchmarkSettings, Contender, figures, runner
 from specdec.benchmark.comparison import compare, comparison_tables, interval
 from specdec.benchmark.differences import first_difference
 from specdec.benchmark.prompts import batches
@@ -187,6 +189,33 @@ def test_every_setting_is_measured_and_methods_of_each_guarantee_apart() -> None
     titles = {table.title.partition("; ")[2]: [row[0] for row in table.rows] for table in text_tables(results)}
     assert titles["approximate: the output may differ"] == ["HF generate", "typical"]
     assert "typical" not in titles["exact: the tokens of HF generate"]
+
+
+def test_sizes_of_the_tree_and_a_compiled_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.benchmark.compiled.CompileConfig", lambda: CompileConfig(backend="eager"))
+    settings = replace(GREEDY, max_nodes=(4, 16), compiled=True)
+    results = measured(["lookahead"], settings)
+    measurement = results.parts["greedy"].measurement
+    rows = {row.method: row for row in measurement.rows()}
+    assert list(rows)[:2] == ["HF generate", "HF generate, compiled"]
+    assert list(rows)[-2:] == ["specdec lookahead, 4 nodes", "specdec lookahead, 16 nodes"]
+    assert rows["HF generate, compiled"].num_identical == 3
+    assert measurement.setup_seconds["HF generate, compiled"] > 0
+    assert any("to compile and run once, not counted" in note for note in text_tables(results)[0].notes)
+    (axes,) = figures(results)["tree_sizes"].axes
+    lines = {line.get_label(): np.asarray(line.get_xdata()).tolist() for line in axes.get_lines()}
+    assert lines["specdec lookahead"] == lines["HF prompt lookup"] == [4, 16]
+    with pytest.raises(ValueError, match=r"max_nodes=\(3,\) is not allowed; give distinct values out of 1, 2"):
+        replace(GREEDY, max_nodes=(3,))
+
+
+def test_compiled_generate_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("specdec.benchmark.compiled.CompileConfig", fail)
+    measurement = measured([], replace(GREEDY, compiled=True)).parts["greedy"].measurement
+    assert measurement.failed == {"HF generate, compiled": "RuntimeError: no compiler"}
 
 
 def untimed(results: BenchmarkResults) -> Any:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import runpy
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from typer.testing import CliRunner
 
 from specdec import provenance
 from specdec.benchmark import load_results, read_benchmark_prompts
+from specdec.benchmark.prompts import answers_of, read_benchmark_questions
 from specdec.cli import app
 from tests.test_cli import PROMPT, save_model
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import EOS, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,10 +40,44 @@ def test_prompts_of_each_layout(tmp_path: Path) -> None:
     (tmp_path / "plain.jsonl").write_text('{"prompt": "abc"}\n\n{"id": "x", "category": "c", "prompt": "d"}\n')
     found = read_benchmark_prompts(str(tmp_path / "plain.jsonl"), tokenizer)
     assert [(p.id, p.category) for p in found] == [("plain.jsonl:1", None), ("x", "c")]
+    rows = [
+        {"question_id": f"q{i}", "category": "c", "sub_category": "s", "turns": ["ab", "cd"], "multiturn": True}
+        for i in range(3)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")  # as SPEED-Bench's files are
+    found = read_benchmark_prompts(str(tmp_path / "test.parquet"), tokenizer, limit=2)
+    assert [(p.id, p.category) for p in found] == [("q0", "c"), ("q1", "c")]
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
+    assert len(read_benchmark_prompts(str(tmp_path / "saved"), tokenizer, split="test")) == 3
     (tmp_path / "text.txt").write_text("one text\n")
     assert [p.id for p in read_benchmark_prompts(str(tmp_path / "text.txt"), tokenizer)] == ["text.txt"]
     with pytest.raises(ValueError, match="chat=True needs a chat template"):
         read_benchmark_prompts("embedded", tokenizer, chat=True)
+
+
+def test_later_turns_hold_the_target_s_own_answers(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 7, "category": "c", "turns": ["abc", "de", "f"]}))
+    answer = answers_of(tiny_model(), 6)
+    ((first, second, third),) = read_benchmark_questions(
+        str(tmp_path / "q.jsonl"), tokenizer, num_turns=3, answer=answer
+    )
+    assert [p.id for p in (first, second, third)] == ["7", "7:2", "7:3"]
+    output = tiny_model().generate(first.input_ids, max_new_tokens=6, do_sample=False)[0].tolist()
+    output = [token for token in output if token != EOS]
+    text = tokenizer.decode(second.input_ids[0])
+    assert second.input_ids[0, : len(output)].tolist() == output
+    assert text.startswith("abc") and text.endswith("de" + tokenizer.decode(tokenizer("\n").input_ids))
+    assert third.input_ids[0, : second.input_ids.shape[1]].tolist() == second.input_ids[0].tolist()
+
+    chat: Any = copy.deepcopy(tokenizer)
+    chat.chat_template = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }};{% endfor %}"
+    ((_, second),) = read_benchmark_questions(
+        str(tmp_path / "q.jsonl"), chat, num_turns=2, answer=lambda ids: tokenizer("xyz").input_ids
+    )
+    assert tokenizer.decode(second.input_ids[0]) == "uabc;axyz;ude;"
+    with pytest.raises(ValueError, match="needs answers"):
+        read_benchmark_questions(str(tmp_path / "q.jsonl"), tokenizer, num_turns=2)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +92,15 @@ def test_command_writes_tables_figures_and_the_readme(folder: Path, tmp_path: Pa
     )
     json_file, output = tmp_path / "tiny.json", tmp_path / "out"
     args = ["bench", "--model", folder, "--prompts", prompts, "--limit", 2, "--tokens", 6, "--random"]
-    args += ["--drafter", "lookahead max_depth=4", "--drafter", "lookahead verifier=typical", "--json", json_file]
+    args += [
+        "--no-compiled",
+        "--drafter",
+        "lookahead max_depth=4",
+        "--drafter",
+        "lookahead verifier=typical",
+        "--json",
+        json_file,
+    ]
     result = call(*args, "--output", output)
     assert result.exit_code == 0, result.output
     assert "specdec lookahead max_depth=4" in result.output
@@ -131,7 +176,7 @@ def test_error_is_one_line_with_the_remedy(name: str, folder: Path, tmp_path: Pa
         (tmp_path / file).write_text(text)
         args = [str(arg).replace(f"{{{key}}}", str(tmp_path / file)) for arg in args]
         message = message.replace(f"{{{key}}}", str(tmp_path / file))
-    result = call("bench", "--model", folder, "--tokens", 4, *args)
+    result = call("bench", "--model", folder, "--tokens", 4, "--no-compiled", *args)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert result.stderr.startswith("Error: ")

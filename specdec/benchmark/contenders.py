@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from specdec.api import DrafterLike, SpeculativeModel, accelerate, resolve_drafter, resolve_verifier
+from specdec.benchmark.compiled import COMPILED, CompiledGenerate
 from specdec.benchmark.settings import Part
 from specdec.budget import Budget
 from specdec.commands.contenders import HF_GENERATE, OFF, hf_methods
@@ -15,6 +16,9 @@ from specdec.drafters import DRAFTERS
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.measuring import Method
 from specdec.verifiers.base import Verifier
+
+AT_SIZE = ", {} nodes"
+"""Behind a contender's name, where it is measured at several sizes of the tree."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def as_contenders(drafters: Sequence[str | Contender] | None, draft_model: Any) 
     """
     if drafters is None:
         return all_that_apply(draft_model)
-    contenders = []
+    contenders: list[Contender] = []
     for drafter in drafters:
         if isinstance(drafter, str):
             drafter = Contender.named(drafter, draft_model)
@@ -120,12 +124,24 @@ def as_contenders(drafters: Sequence[str | Contender] | None, draft_model: Any) 
     return contenders
 
 
+def at_sizes(contenders: Sequence[Contender], max_nodes: Sequence[int]) -> list[Contender]:
+    """Each contender at each size of the tree; named after it where there are several."""
+    if len(max_nodes) < 2:
+        return [
+            replace(contender, max_nodes=nodes)
+            for contender in contenders
+            for nodes in max_nodes or (contender.max_nodes,)
+        ]
+    return [replace(c, name=f"{c.name}{AT_SIZE.format(n)}", max_nodes=n) for c in contenders for n in max_nodes]
+
+
 def methods_of(
     model: Any,
     contenders: Sequence[Contender],
     part: Part,
     draft_model: Any = None,
     assisted_kwargs: dict[str, Any] | None = None,
+    compiled: CompiledGenerate | None = None,
 ) -> list[Method]:
     """All methods of a part; plain `generate`, which the others are compared with, is the first.
 
@@ -136,10 +152,13 @@ def methods_of(
             tokens.
         draft_model: For transformers' assisted generation.
         assisted_kwargs: What that needs besides.
+        compiled: The model's own `generate` at its fastest; None to leave it out.
     """
     theirs = [
         replace(method, guarantee="distribution") if part.temperature > 0 and method.name != HF_GENERATE else method
         for method in hf_methods(model, draft_model, assisted_kwargs)
     ]
+    if compiled is not None:
+        theirs.insert(1, Method(COMPILED, compiled.prepare, optional=True))
     off = Contender(OFF, lambda: None)
     return [*theirs, *(contender.method(model, part.name) for contender in [off, *contenders])]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specdec.benchmark.contenders import AT_SIZE
 from specdec.report import PHASES
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ COLOURS = (
 )  # fmt: skip
 """Okabe and Ito's, which can be told apart without red and green, and two more."""
 BAR = 0.8
+Lines = dict[str, list[tuple[int, float]]]
+"""Points by method."""
 
 
 def figures(results: BenchmarkResults) -> dict[str, Figure]:
@@ -29,6 +32,7 @@ def figures(results: BenchmarkResults) -> dict[str, Figure]:
         "acceptance": _acceptance(_of_first_batch(results, rows)),
         "phases": _phases(_of_first_batch(results, rows)),
         "batches": _batches(results, rows),
+        "tree_sizes": _tree_sizes(results, rows),
         "categories": _categories(rows),
     }
     return {name: figure for name, figure in made.items() if figure is not None}
@@ -164,29 +168,64 @@ def _phase_ms(row: Row, phase: str) -> float:
 
 
 def _batches(results: BenchmarkResults, rows: dict[str, list[Row]]) -> Figure | None:
-    if len(results.settings.batch_sizes) < 2:
+    sizes = results.settings.batch_sizes
+    if len(sizes) < 2:
         return None
-    temperatures = results.settings.temperatures
-    figure = new_figure((4 * len(temperatures) + 2, 3.4))
-    all_axes = figure.subplots(1, len(temperatures), sharey=True, squeeze=False)[0]
-    methods = list(dict.fromkeys(row.method for of_part in rows.values() for row in of_part))
-    for axes, temperature in zip(all_axes, temperatures, strict=True):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for name, part in results.parts.items():
-            if part.part.temperature == temperature and not part.part.is_random:
-                for row in rows[name][1:]:
-                    lines.setdefault(row.method, []).append((part.part.batch_size, row.speedup))
+    found: dict[float, Lines] = {}
+    for name, part in results.parts.items():
+        if not part.part.is_random:
+            lines = found.setdefault(part.part.temperature, {})
+            for row in rows[name][1:]:
+                lines.setdefault(row.method, []).append((part.part.batch_size, row.speedup))
+    return _line_figure(found, "batch size", sizes, next(iter(rows.values()))[0].method)
+
+
+def _tree_sizes(results: BenchmarkResults, rows: dict[str, list[Row]]) -> Figure | None:
+    """Of the first batch size; methods without a tree are level lines."""
+    sizes = results.settings.max_nodes
+    if len(sizes) < 2:
+        return None
+    found: dict[float, Lines] = {}
+    for name, of_part in rows.items():
+        part = results.parts[name].part
+        if part.is_random or part.batch_size != results.settings.batch_sizes[0]:
+            continue
+        lines = found.setdefault(part.temperature, {})
+        for row in of_part[1:]:
+            family, nodes = _family(row.method, sizes)
+            lines.setdefault(family, []).extend((n, row.speedup) for n in ([nodes] if nodes else sizes))
+    return _line_figure(found, "largest tree, nodes", sizes, next(iter(rows.values()))[0].method)
+
+
+def _family(method: str, sizes: Sequence[int]) -> tuple[str, int | None]:
+    """A method's name without its tree size, and the size."""
+    for nodes in sizes:
+        if method.endswith(AT_SIZE.format(nodes)):
+            return method.removesuffix(AT_SIZE.format(nodes)), nodes
+    return method, None
+
+
+def _line_figure(found: dict[float, Lines], label: str, ticks: Sequence[int], reference: str) -> Figure:
+    """Speed-ups against something, a panel per temperature."""
+    figure = new_figure((4 * len(found) + 2, 3.4))
+    all_axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    methods = list(dict.fromkeys(method for lines in found.values() for method in lines))
+    for axes, (temperature, lines) in zip(all_axes, found.items(), strict=True):
         for method, points in lines.items():
-            x, y = zip(*points, strict=True)
+            x, y = zip(*sorted(points), strict=True)
             axes.plot(x, y, "o-", markersize=4, color=COLOURS[methods.index(method) % len(COLOURS)], label=method)
         axes.axhline(1, color="#444444", linewidth=0.8)
         axes.set_title("greedy" if temperature == 0 else f"T={temperature:g}")
-        axes.set_xlabel("batch size")
+        axes.set_xlabel(label)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(results.settings.batch_sizes, [str(size) for size in results.settings.batch_sizes])
+        axes.set_xticks(ticks, [str(size) for size in ticks])
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
-    all_axes[0].set_ylabel(f"speed-up against {next(iter(rows.values()))[0].method}")
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    all_axes[0].set_ylabel(f"speed-up against {reference}")
+    handles: dict[str, Any] = {}
+    for axes in all_axes:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

@@ -3,34 +3,55 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from specdec.embedded import Prompt, heldout_prompts
-from specdec.measuring import EncodedPrompt
+from specdec.embedded import heldout_prompts
+from specdec.measuring import EncodedPrompt, end_tokens
+from specdec.training.records import TEXT_SUFFIXES, read_records
 
 EMBEDDED_PROMPTS = "embedded"
 RANDOM_PROMPT_TOKENS = 128
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked for before it is encoded.
+
+    Args:
+        id: For tables.
+        texts: A text to complete, or a user's turns.
+        category: The kind of task.
+        is_chat: Whether they are turns.
+    """
+
+    id: str
+    texts: Sequence[str]
+    category: str | None = None
+    is_chat: bool = False
+
+
 def read_benchmark_prompts(
-    source: str, tokenizer: Any, limit: int | None = None, chat: bool | None = None
+    source: str, tokenizer: Any, limit: int | None = None, chat: bool | None = None, split: str = "train"
 ) -> list[EncodedPrompt]:
-    """Reads prompts.
+    """Reads prompts; of questions of several turns, the first ones.
 
     Args:
         source: `"embedded"` for those of the package; a JSONL file with one `{"prompt": ...}` a line, perhaps with
-            `id` and `category`, or in the layout of Spec-Bench and SPEED-Bench: `question_id`, `category` and `turns`,
-            of which the first one is taken; a text file, which is one prompt; anything else is read as
-            `specdec distill` reads it: a folder, or the name of a data set.
+            `id` and `category`, or in the layout of Spec-Bench and SPEED-Bench: `question_id`, `category` and `turns`;
+            a text file, which is one prompt; anything else is read as `specdec distill` reads it: a folder, a table, or
+            the name of a data set, `name:configuration`.
         tokenizer: The target's.
-        limit: So many prompts at most, spread over all of them, and so over all categories.
+        limit: So many questions at most, spread over all of them, and so over all categories.
         chat: Whether a prompt is a user's turn, which the chat template is applied to; if None, those in `turns` are,
             where there is a template.
+        split: Of a data set.
 
     Returns:
         Prompts of one row each, on the CPU.
@@ -39,69 +60,157 @@ def read_benchmark_prompts(
         ValueError: The source has no known form, or no prompt; or there is no chat template.
         FileNotFoundError: A file is missing.
     """
+    return [turns[0] for turns in read_benchmark_questions(source, tokenizer, limit, chat, split)]
+
+
+def read_benchmark_questions(
+    source: str,
+    tokenizer: Any,
+    limit: int | None = None,
+    chat: bool | None = None,
+    split: str = "train",
+    num_turns: int = 1,
+    answer: Callable[[Tensor], Sequence[int]] | None = None,
+) -> list[list[EncodedPrompt]]:
+    """Reads prompts, those of one question together; see `read_benchmark_prompts`.
+
+    A later turn is a prompt that holds the turns before it and the answers that the target gives to them: one and the
+    same text for all methods, whatever they would have answered themselves.
+
+    Args:
+        source: See `read_benchmark_prompts`.
+        tokenizer: See there.
+        limit: See there.
+        chat: See there.
+        split: See there.
+        num_turns: So many turns of a question at most.
+        answer: Completes a prompt `[1, tokens]`; returns the new token ids. Needed for more than one turn.
+    """
     if chat and not tokenizer.chat_template:
         raise ValueError("chat=True needs a chat template, and the tokenizer has none; use a chat model, or chat=False")
+    if num_turns > 1 and answer is None:
+        raise ValueError(f"num_turns={num_turns} needs answers to the turns before the last; pass answer=...")
+    found = _questions(source, tokenizer, limit, bool(chat), split)
+    made = []
+    for question in found:
+        if isinstance(question, EncodedPrompt):
+            made.append([question])
+            continue
+        is_chat = bool(tokenizer.chat_template) and question.is_chat if chat is None else chat
+        made.append(_turns(question, tokenizer, is_chat, num_turns, answer))
+    return made
+
+
+def _questions(
+    source: str, tokenizer: Any, limit: int | None, chat: bool, split: str
+) -> Sequence[Question | EncodedPrompt]:
+    """What a source holds."""
     if source == EMBEDDED_PROMPTS:
-        return [_encoded(prompt, None, tokenizer, bool(chat)) for prompt in heldout_prompts(limit)]
-    path = Path(source)
+        return [Question(prompt.id, [prompt.text]) for prompt in heldout_prompts(limit)]
+    path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".jsonl":
-        return [
-            _encoded(prompt, category, tokenizer, bool(tokenizer.chat_template) and is_turn if chat is None else chat)
-            for prompt, category, is_turn in spread_over(list(_records(path)), limit)
-        ]
-    if path.is_file():
+        return spread_over(list(_lines(path)), limit)
+    if path.is_file() and path.suffix in TEXT_SUFFIXES:
         text = path.read_text(encoding="utf-8")
         if not text.strip():
             raise ValueError(f"{path} holds no prompt; write the text to complete, or JSONL")
-        return [_encoded(Prompt(path.name, text), None, tokenizer, bool(chat))]
-    if source.startswith((".", "/", "~")) and not path.expanduser().exists():
+        return [Question(path.name, [text])]
+    if source.startswith((".", "/", "~")) and not path.exists():
         raise FileNotFoundError(f"{source} does not exist; check the path")
     from specdec.training.prompts import load_prompts
 
-    found = load_prompts(source, tokenizer, limit=limit, chat=bool(chat))
+    records = read_records(source, tokenizer, split)
+    if len(records) and records[0].values.get("turns"):
+        chosen = spread_over(range(len(records)), limit)
+        return [_question(records[i].values, records[i].where) for i in chosen]
+    found = load_prompts(source, tokenizer, split=split, limit=limit, chat=chat)
     return [EncodedPrompt(prompt.id, torch.tensor([prompt.input_ids])) for prompt in found]
 
 
-def _records(path: Path) -> Iterator[tuple[Prompt, str | None, bool]]:
-    """Prompt, category, and whether it is a user's turn, of each line."""
+def _lines(path: Path) -> Iterator[Question]:
+    """The question of each line."""
     found = 0
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            is_turn = "turns" in record
-            text = record["turns"][0] if is_turn else record["prompt"]
-            name = record.get("question_id", record.get("id", f"{path.name}:{number}"))
-            if not isinstance(text, str) or not text:
-                raise ValueError(text)
+            question = _question(json.loads(line), f"{path.name}:{number}")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise ValueError(
                 f'line {number} of {path} is not a prompt; write {{"prompt": "..."}} a line, or '
                 '{"question_id": 1, "category": "...", "turns": ["..."]}'
             ) from None
         found += 1
-        category = record.get("category")
-        yield Prompt(str(name), text), None if category is None else str(category), is_turn
+        yield question
     if not found:
         raise ValueError(f'{path} holds no prompt; write {{"prompt": "..."}} a line')
 
 
-def spread_over(items: list[T], limit: int | None) -> list[T]:
+def _question(record: dict[str, Any], where: str) -> Question:
+    """The question of a record.
+
+    Raises:
+        ValueError: There is no text in it.
+    """
+    is_chat = "turns" in record
+    texts = list(record["turns"]) if is_chat else [record["prompt"]]
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{where} has no text; turns must be a list of texts")
+    category = record.get("category")
+    name = str(record.get("question_id", record.get("id", where)))
+    return Question(name, texts, None if category is None else str(category), is_chat)
+
+
+def _turns(
+    question: Question,
+    tokenizer: Any,
+    is_chat: bool,
+    num_turns: int,
+    answer: Callable[[Tensor], Sequence[int]] | None,
+) -> list[EncodedPrompt]:
+    """The prompts of a question, a turn each."""
+    made: list[EncodedPrompt] = []
+    messages: list[dict[str, str]] = []
+    ids = torch.empty((1, 0), dtype=torch.int64)
+    for number, text in enumerate(question.texts[:num_turns], start=1):
+        if made:
+            assert answer is not None
+            new = list(answer(ids))
+            messages.append({"role": "assistant", "content": tokenizer.decode(new, skip_special_tokens=True)})
+            ids = torch.cat([ids, torch.tensor([new], dtype=torch.int64)], 1)
+        if is_chat:
+            messages.append({"role": "user", "content": text})
+            kwargs = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+            ids = tokenizer.apply_chat_template(messages, **kwargs).input_ids
+        elif made:
+            more = tokenizer("\n" + text + "\n", return_tensors="pt", add_special_tokens=False).input_ids
+            ids = torch.cat([ids, more], 1)
+        else:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+        name = question.id if number == 1 else f"{question.id}:{number}"
+        made.append(EncodedPrompt(name, ids, category=question.category))
+    return made
+
+
+def answers_of(model: Any, max_new_tokens: int) -> Callable[[Tensor], list[int]]:
+    """Greedy answers of a model, as `read_benchmark_questions` takes them: without the end-of-text token."""
+    ends = end_tokens(model)
+
+    def answer(ids: Tensor) -> list[int]:
+        ids = ids.to(model.device)
+        kwargs = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+        new: list[int] = output[0, ids.shape[1] :].tolist()
+        return [token for token in new if token not in ends]
+
+    return answer
+
+
+def spread_over(items: Sequence[T], limit: int | None) -> Sequence[T]:
     """So many at most, at even distances."""
     if limit is None or limit >= len(items):
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
-
-
-def _encoded(prompt: Prompt, category: str | None, tokenizer: Any, is_turn: bool) -> EncodedPrompt:
-    if is_turn:
-        turns = [{"role": "user", "content": prompt.text}]
-        kwargs = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-        ids = tokenizer.apply_chat_template(turns, **kwargs).input_ids
-    else:
-        ids = tokenizer(prompt.text, return_tensors="pt").input_ids
-    return EncodedPrompt(prompt.id, ids, category=category)
 
 
 def random_prompts(count: int, vocab: int) -> list[EncodedPrompt]:

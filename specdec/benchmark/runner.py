@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from specdec.benchmark.contenders import Contender, as_contenders, methods_of
+from specdec.benchmark.compiled import COMPILED, CompiledGenerate
+from specdec.benchmark.contenders import Contender, as_contenders, at_sizes, methods_of
 from specdec.benchmark.differences import note_differences
 from specdec.benchmark.progress import MeasuringProgress
 from specdec.benchmark.prompts import EMBEDDED_PROMPTS, batches, random_prompts, read_benchmark_prompts
@@ -61,7 +62,7 @@ def run_benchmark(
         TypeError: A drafter is neither a name nor a contender.
     """
     settings = settings or BenchmarkSettings()
-    contenders = as_contenders(drafters, draft_model)
+    contenders = at_sizes(as_contenders(drafters, draft_model), settings.max_nodes)
     measured, first = _encoded(prompts, warm_up, tokenizer)
     kwargs = {} if draft_tokenizer is None else assisted_kwargs(tokenizer, draft_tokenizer)
     plans = [
@@ -126,6 +127,7 @@ class _Plan:
     methods: list[Method]
     prompts: list[EncodedPrompt]
     warm_up: EncodedPrompt
+    compiled: CompiledGenerate | None = None
 
     def num_runs(self, repeats: int) -> int:
         return len(self.methods) * (1 + len(self.prompts) * repeats)
@@ -157,7 +159,7 @@ class _Plan:
             note_differences(samples, reference, prompt, model, is_greedy=self.part.temperature == 0)
             record.add_round(name, samples)
 
-        return run_interleaved(
+        measurement = run_interleaved(
             self.methods,
             self.prompts,
             model,
@@ -170,6 +172,9 @@ class _Plan:
             on_failure=failed,
             earlier=earlier,
         )
+        if self.compiled is not None and self.compiled.seconds and COMPILED not in measurement.failed:
+            measurement.setup_seconds[COMPILED] = self.compiled.seconds
+        return measurement
 
 
 def _plan(
@@ -186,11 +191,14 @@ def _plan(
     if part.is_random:
         vocab = model.config.get_text_config(decoder=True).vocab_size
         *measured, warm_up = random_prompts(len(measured) + 1, vocab)
-    methods = methods_of(model, contenders, part, draft_model, kwargs)
     ends = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None]
     made = batches(measured, part.batch_size, ends[0], model.device)
     (first,) = batches([warm_up] * part.batch_size, part.batch_size, ends[0], model.device)
-    return _Plan(part, methods, made, first)
+    longest = max(prompt.input_ids.shape[1] for prompt in [*made, first])
+    arguments = dict(settings.of(part).arguments)
+    compiled = CompiledGenerate(model, part.batch_size, longest, arguments) if settings.compiled else None
+    methods = methods_of(model, contenders, part, draft_model, kwargs, compiled)
+    return _Plan(part, methods, made, first, compiled)
 
 
 def _digest(prompts: Sequence[EncodedPrompt]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from specdec.samples import Settings
+from specdec.tree import NODE_BUCKETS
 
 RANDOM_PART = "incompressible"
 """The part whose prompts are random tokens."""
@@ -40,6 +41,10 @@ class BenchmarkSettings:
         seed: Prompt i is sampled with seed + i, by every method.
         random_prompts: Whether to measure, besides, what methods cost where there is nothing to gain: sampled
             continuations of random tokens, batch 1.
+        compiled: Whether to measure HF generate with a static kv cache and a compiled forward too; compiling takes its
+            time before each part.
+        max_nodes: Largest token tree per target pass, 1, 2, 4, ... 128; with several values each drafter is measured at
+            each. None: the contenders' own.
 
     Raises:
         ValueError: A value is not allowed.
@@ -51,6 +56,8 @@ class BenchmarkSettings:
     repeats: int = 1
     seed: int = 0
     random_prompts: bool = False
+    compiled: bool = False
+    max_nodes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 2), ("repeats", 1), ("seed", 0)):
@@ -60,6 +67,10 @@ class BenchmarkSettings:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values) or min(values) < least:
                 raise ValueError(f"{name}={values} is not allowed; give distinct values, each at least {least}")
+
+        if not set(self.max_nodes) <= set(NODE_BUCKETS) or len(set(self.max_nodes)) < len(self.max_nodes):
+            allowed = ", ".join(map(str, NODE_BUCKETS))
+            raise ValueError(f"max_nodes={self.max_nodes} is not allowed; give distinct values out of {allowed}")
 
     def parts(self) -> Iterator[Part]:
         """What is measured, in this order."""

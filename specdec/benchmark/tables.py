@@ -120,6 +120,8 @@ def speed_table(title: str, measurement: Measurement, rows: Sequence[Row], guara
     notes = [note for row in shown[0 if shown[0].guarantee == guarantee else 1 :] for note in _notes(row, measurement)]
     if guarantee == "token-identical":
         notes += [f"{name} is left out: {reason}" for name, reason in measurement.failed.items()]
+        ready = measurement.setup_seconds.items()
+        notes += [f"{name}: {seconds:.0f} s to compile and run once, not counted" for name, seconds in ready]
     return TextTable(
         f"{title}; {GUARANTEES[guarantee].format(measurement.reference)}",
         list(columns),

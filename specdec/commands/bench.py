@@ -39,7 +39,9 @@ def run(
             help="embedded; JSONL with prompt, or with question_id, category and turns; a text; a folder or data set."
         ),
     ] = EMBEDDED,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts that are measured, spread over all.")] = 20,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Prompts, or questions of several turns, that are measured; spread over all.")
+    ] = 20,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per completion at most.")] = 128,
     temperature: Annotated[
         list[float] | None, typer.Option(min=0.0, help="0 is greedy; may be repeated. Default: 0 and 1.")
@@ -54,6 +56,16 @@ def run(
     roofline: Annotated[
         bool, typer.Option("--roofline", help="Set the target's steps against what the device could do, too.")
     ] = False,
+    turns: Annotated[
+        int, typer.Option(min=1, help="Turns of a question at most; the target answers those before, unmeasured.")
+    ] = 1,
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
+    nodes: Annotated[
+        list[int] | None, typer.Option(help="Largest token tree per pass; may be repeated. Default: 64.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option(help="Measure HF generate with a static cache and a compiled forward too.")
+    ] = True,
     chat: Annotated[
         bool | None, typer.Option(help="Apply the chat template. Default: to prompts that are turns.")
     ] = None,
@@ -80,7 +92,8 @@ def run(
         return
     flags = [_parsed(text, model) for text in drafter] if drafter else None
 
-    from specdec.benchmark import BenchmarkSettings, read_benchmark_prompts, run_benchmark
+    from specdec.benchmark import BenchmarkSettings, run_benchmark
+    from specdec.benchmark.prompts import answers_of, read_benchmark_questions
 
     with user_errors(ValueError):
         settings = BenchmarkSettings(
@@ -90,6 +103,8 @@ def run(
             repeats=repeats,
             seed=seed,
             random_prompts=random,
+            compiled=compiled,
+            max_nodes=tuple(nodes or ()),
         )
     prepare_torch(threads)
     with console.status("loading the models"):
@@ -98,14 +113,16 @@ def run(
         draft, draft_tokenizer = load_model(draft_name, dtype, device) if draft_name else (None, None)
     with user_errors(ValueError, TypeError, OSError), _stoppable(output):
         # The prompt behind the last one is for the warm-up, if there is one.
-        chosen = read_benchmark_prompts(prompts, tokenizer, limit + 1, chat)
+        answer = answers_of(target, tokens)
+        questions = read_benchmark_questions(prompts, tokenizer, limit + 1, chat, split, turns, answer)
+        measured = [prompt for question in questions[:limit] for prompt in question]
         results = run_benchmark(
             target,
             tokenizer,
             None if flags is None else [_contender(*flag, draft_name, draft) for flag in flags],
-            chosen[:limit],
+            measured,
             settings,
-            warm_up=chosen[-1],
+            warm_up=questions[-1][0],
             draft_model=draft,
             draft_tokenizer=draft_tokenizer,
             folder=output,
