@@ -154,7 +154,7 @@ def test_line_of_bash_means_something(
     checks = {
         "specdec": specdec_line, "make": make_line, "pip": pip_line, "python": python_line,
         "torchrun": launched_line, "accelerate": launched_line,
-        **dict.fromkeys(("cd", "git", "source", "vllm"), known_line),
+        **dict.fromkeys(("cd", "git", "pytest", "source", "vllm"), known_line),
     }  # fmt: skip
     assert words[0] in checks, f"{block.page}: what is {words[0]}? Teach this test, or make it a block of text"
     checks[words[0]](words[1:])
