@@ -151,7 +151,7 @@ class MergedDrafter(Drafter):
         for source in self._order(call, worth):
             sureness = 0
             if worth.is_dear(source):
-                sureness = sureness_of(self._grow(nodes, width)[1] / len(roots))
+                sureness = sureness_of(self._grow_arrays(nodes, width)[1] / len(roots))
                 if call.drawing is None and not worth.is_asked(source, sureness, self._clock()):
                     call.records[source].skipped += 1
                     continue
@@ -159,7 +159,7 @@ class MergedDrafter(Drafter):
             if tree is not None and tree.draft_probs is not None:
                 call.drawing = pending.alone = source
                 return tree
-        tree = self._grow(nodes, width)[0]
+        tree = self._grow(nodes, width)
         if 1 < tree.num_nodes < width and self._is_chaining(call) and worth.pays(len(self.sources), self._clock()):
             return self._continued(call, context, tree, roots, width)
         return tree
@@ -270,7 +270,7 @@ class MergedDrafter(Drafter):
 
             if call.pending.room() >= most:
                 is_longer |= bool(self._guarded(call, source, "extend", context, extend))
-        tree = self._grow(call.pending.nodes, width)[0] if is_longer else tree
+        tree = self._grow(call.pending.nodes, width) if is_longer else tree
         call.pending.chained = Chained(paths, self._clock() - started)
         return tree
 
@@ -306,8 +306,12 @@ class MergedDrafter(Drafter):
         call.records[source].proposed += taken
         return node_of
 
-    def _grow(self, nodes: CandidateStore, width: int) -> tuple[TokenTree, float]:
-        """The merged tree, and how many draft tokens it should bring, over all rows."""
+    def _grow(self, nodes: CandidateStore, width: int) -> TokenTree:
+        """The merged tree."""
+        return TokenTree.of_arrays(*self._grow_arrays(nodes, width)[0])
+
+    def _grow_arrays(self, nodes: CandidateStore, width: int) -> tuple[tuple[Ints, Ints, Any], float]:
+        """Tokens, parents and scores of the merged tree, and how many draft tokens it should bring, over all rows."""
         rows = nodes.shape[0]
         tokens = np.zeros((rows, width), np.int64)
         parents = np.full((rows, width), -1, np.int64)
@@ -315,7 +319,7 @@ class MergedDrafter(Drafter):
         with self._lock:
             counted = self._tried, self._hit, float(self.prior_weight)
             used, expected = grow_merged(nodes, *counted, tokens, parents, scores)
-        return TokenTree.of_arrays(tokens[:, :used], parents[:, :used], scores[:, :used]), expected
+        return (tokens[:, :used], parents[:, :used], scores[:, :used]), expected
 
     def _tell(self, call: MergedCall, source: int, context: DraftContext, shown: Step | None, step: Step) -> None:
         """Tells a source what became of its nodes, if it had any; one that wants top tokens, of the whole tree."""

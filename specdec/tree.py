@@ -105,9 +105,16 @@ class TokenTree:
     @classmethod
     def of_arrays(cls, tokens: Ints, parents: Ints, scores: NDArray[np.float32]) -> TokenTree:
         """A tree on the host whose arrays, `[batch, nodes]` each, stay at hand: to read tensors takes time."""
-        tree = cls(torch.from_numpy(tokens), torch.from_numpy(parents), torch.from_numpy(scores))
-        arrays = {"host_tokens": _whole(tokens), "host_parents": _whole(parents), "host_scores": _whole(scores)}
-        tree.__dict__.update(arrays, _has_arrays=True)
+        tree = object.__new__(cls)  # shapes are not checked: such trees are made in every step
+        tree.__dict__.update(
+            tokens=torch.from_numpy(tokens),
+            parents=torch.from_numpy(parents),
+            scores=torch.from_numpy(scores),
+            host_tokens=_whole(tokens),
+            host_parents=_whole(parents),
+            host_scores=_whole(scores),
+            _has_arrays=True,
+        )
         return tree
 
     @classmethod
