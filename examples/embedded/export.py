@@ -121,7 +121,7 @@ def export_model(
             return f"{which}: kept, its held-out loss is {exported:.4f}, the checkpoint's {loss:.4f}"
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as partial:
-        _write_model(model, tokenizer, Path(partial))
+        write_model(model, tokenizer, Path(partial))
         train_tokens = len(np.load(stream_file("train", which, work), mmap_mode="r"))
         record = json.dumps({name: state[name] for name in RECORD}, indent=1)
         (Path(partial) / RECORD_FILE).write_text(record + "\n")
@@ -131,7 +131,7 @@ def export_model(
     return f"{which}: {state['tokens']:,} tokens, held-out loss {loss:.4f}, written to {out}"
 
 
-def _write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     model.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,

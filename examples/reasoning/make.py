@@ -1,0 +1,140 @@
+"""Trains the pair of the reasoning test bed: a target that reasons and judges, and a draft that reasons.
+
+Run the commands in this order; nothing is downloaded, and all that passes between them lies in the folder --work:
+
+    tokenizer, train draft, chains, train target, export
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+from typing import Annotated
+
+import chains
+import learn
+import packing
+import solving
+import torch
+import typer
+from learn import SHAPES, Run, Settings
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+WORK = Path("/tmp/reasoning")
+MODELS = Path(__file__).parent / "models"
+WorkOption = Annotated[Path, typer.Option(help="Folder of the tokenizer, the checkpoints and the draft's chains.")]
+WINDOWS = {"target": 384, "draft": 320}
+TOKENS = {"target": 6_000_000, "draft": 3_000_000}
+BATCHES = {"target": 8, "draft": 16}
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def check_model(which: str) -> None:
+    if which not in SHAPES:
+        raise typer.BadParameter(f"{which!r} is not a model; choose one of {', '.join(SHAPES)}")
+
+
+@app.command("tokenizer")
+def tokenizer_command(work: WorkOption = WORK) -> None:
+    """Train the tokenizer on examples of the task."""
+    tokenizer = chains.make_tokenizer(work / "tokenizer")
+    print(f"{len(tokenizer)} tokens in {work / 'tokenizer'}")
+
+
+@app.command("train")
+def train_command(
+    which: Annotated[str, typer.Argument(help="target or draft.")],
+    work: WorkOption = WORK,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens in all, padding included.")] = None,
+    decay_share: Annotated[float, typer.Option(help="Share of the tokens over which the learning rate falls.")] = 0.4,
+    muon_lr: Annotated[float, typer.Option(help="Learning rate of the hidden matrices.")] = 6e-3,
+    adam_lr: Annotated[float, typer.Option(help="Learning rate of the embedding and the norms.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the examples.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model; needs a C++ compiler.")] = False,
+) -> None:
+    """Train a model. Ctrl-C saves and stops; the same command goes on from there."""
+    check_model(which)
+    torch.set_num_threads(threads)
+    total = tokens or TOKENS[which]
+    settings = Settings(
+        tokens=total,
+        decay_tokens=int(total * decay_share),
+        batch=BATCHES[which],
+        window=WINDOWS[which],
+        muon_lr=muon_lr,
+        adam_lr=adam_lr,
+        seed=seed,
+        save_every=100,
+        eval_every=200,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    writer = chains.Writer(tokenizer, chains.read_chains(work / "chains.jsonl"))
+    run = Run.fresh(SHAPES[which], len(tokenizer), settings, device)
+    print(f"{which}: {run.model.num_parameters():,} parameters on {device}, {settings}", flush=True)
+    learn.learn(run, writer, which, settings, work / which, compiled)
+
+
+def load_checkpoint(folder: Path) -> LlamaForCausalLM:
+    """The model in training in `folder`, with the weights that an export would hold."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
+    model = LlamaForCausalLM(LlamaConfig.from_dict(state["config"]))
+    model.load_state_dict(state["model"])
+    return model.bfloat16().float().eval()
+
+
+@app.command("chains")
+def chains_command(
+    work: WorkOption = WORK,
+    count: Annotated[int, typer.Option(help="Problems that the draft writes to.")] = 2000,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Let the trained draft write chains, so that the target learns to judge what the draft really gets wrong."""
+    torch.set_num_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    written = list(solving.draft_chains(load_checkpoint(work / "draft"), tokenizer, count))
+    (work / "chains.jsonl").write_text("".join(json.dumps(chain) + "\n" for chain in written))
+    print(f"{len(written)} chains in {work / 'chains.jsonl'}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    which: Annotated[str, typer.Argument(help="target or draft.")],
+    work: WorkOption = WORK,
+    count: Annotated[int, typer.Option(help="Held-out problems.")] = 200,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Print the share of held-out problems that a checkpoint solves."""
+    check_model(which)
+    torch.set_num_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    share = solving.accuracy(load_checkpoint(work / which), tokenizer, chains.problems(count))
+    print(f"{which}: {share:.1%} of {count} problems")
+
+
+@app.command("export")
+def export_command(
+    models: Annotated[list[str] | None, typer.Argument(help="Which models; both by default.")] = None,
+    work: WorkOption = WORK,
+    out: Annotated[Path, typer.Option(help="Folder for target/ and draft/.")] = MODELS,
+    count: Annotated[int, typer.Option(help="Held-out problems that the card's accuracy is measured on.")] = 200,
+) -> None:
+    """Write weights, tokenizer and model card of the trained models."""
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    for which in models or SHAPES:
+        check_model(which)
+        state = torch.load(work / which / "checkpoint.pt", weights_only=True, map_location="cpu")
+        model = load_checkpoint(work / which)
+        share = solving.accuracy(model, tokenizer, chains.problems(count))
+        packing.write(which, model, tokenizer, state, share, count, out / which)
+        print(f"{which}: {state['tokens']:,} tokens, {share:.1%} of {count} problems, written to {out / which}")
+
+
+if __name__ == "__main__":
+    app()
