@@ -23,7 +23,6 @@ from task import (
     corrupt,
     draw_operation,
     draw_problem,
-    label,
     score,
     write_step,
 )
@@ -167,7 +166,7 @@ class Writer:
         return self._finish(example, problem.answer)
 
     def for_target(self, rng: random.Random) -> Example:
-        """A solution to learn by, every step of it judged; or a chain of the draft's, of which only the scores count."""
+        """A solution to learn by, every step of it judged; or a chain of the draft's, only to be judged."""
         if self.draft_chains and rng.random() < SHARE_BY_DRAFT:
             return self._judged(rng.choice(self.draft_chains))
         wrong = WRONG if rng.random() < SHARE_OF_WRONG_CHAINS else 0.0

@@ -82,7 +82,8 @@ CLOSERS = (
     " Good, the sum is done.",
 )
 STEP = re.compile(
-    r"\((?P<label>[a-z])\) (?P<opener>.*?)(?P<value>\d+)(?P<sign>[-+*/])(?P<number>\d+)=(?P<result>\d+)\.(?P<closer>.*)",
+    r"\((?P<label>[a-z])\) (?P<opener>.*?)(?P<value>\d+)(?P<sign>[-+*/])(?P<number>\d+)"
+    r"=(?P<result>\d+)\.(?P<closer>.*)",
     re.DOTALL,
 )
 ANSWER = re.compile(r"</think>\s*The result is (\d+)\.")

@@ -1,0 +1,256 @@
+"""Measures SpecReason on the reasoning test bed: accuracy against latency, greedy, one problem at a time.
+
+    python benchmarks/bench_reasoning.py --threads 2
+    python benchmarks/bench_reasoning.py --threads 2 --folder out --minutes 8   # in parts: the same command goes on
+
+All methods solve the first held-out problem, then the second, ...: the target alone, the draft alone, speculation on
+tokens alone (exact), SpecReason, and SpecReason with speculation on tokens under the target's own steps, once without
+a limit and once with a budget of tokens for the thought, after which every method's thought is ended by force. What
+judging costs is measured after that, with a timer in the target, and without it nothing is timed but whole calls.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from specdec.api import accelerate
+from specdec.benchmark.progress import MeasuringProgress
+from specdec.benchmark.record import RunRecord
+from specdec.commands import options
+from specdec.commands.contenders import HF_GENERATE, OFF
+from specdec.commands.errors import with_short_errors
+from specdec.commands.loading import load_model, prepare_torch
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.spec_reason import SpecReasonDrafter
+from specdec.measuring import EncodedPrompt, Method, run_interleaved
+from specdec.provenance import circumstances, model_info, write_json
+from specdec.samples import Measurement, Sample, Settings
+from specdec.verifiers.step import StepVerifier
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "reasoning"))
+from chains import problems as held_out_problems
+from reasoning_figures import judging_cost, plot, rows_of, table
+from solving import MAX_NEW_TOKENS, prompt_text
+from task import BREAK, JUDGE_PROMPT
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = Path(__file__).parents[1] / "examples" / "reasoning" / "models"
+THRESHOLDS = (3, 5, 7, 9)
+UNLIMITED, BUDGETED = "unlimited", "budget"
+DRAFT, DRAFT_MODEL, LOOKAHEAD, AUTO = "draft alone", "draft model", "lookahead", "lookahead + draft model"
+END = "</think>"
+
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
+
+
+class TimeIsUpError(Exception):
+    """The window of time is over; what was measured is kept."""
+
+
+class EndOfThought(LogitsProcessor):  # type: ignore[misc]
+    """Ends a thought by force: behind `budget` tokens the next one is `</think>`, if there has been none.
+
+    Args:
+        prompt_length: Tokens of the prompt.
+        budget: Tokens of the thought.
+        end: The token that ends it.
+    """
+
+    def __init__(self, prompt_length: int, budget: int, end: int) -> None:
+        self.length, self.end = prompt_length + budget, end
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] < self.length or (input_ids[:, self.prompt_length :] == self.end).any():
+            return scores
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([self.end], device=scores.device), 0.0)
+
+
+@dataclass
+class Limited:
+    """Something that generates, with a budget for the thought.
+
+    Args:
+        runner: A model, or a stand-in for one.
+        budget: Tokens of the thought; None for no limit.
+        end: The token that ends a thought.
+    """
+
+    runner: Any
+    budget: int | None
+    end: int
+
+    @property
+    def report(self) -> Any:
+        return getattr(self.runner, "report", None)
+
+    def generate(self, ids: Tensor, **kwargs: Any) -> Any:
+        if self.budget is not None:
+            kwargs["logits_processor"] = LogitsProcessorList([EndOfThought(ids.shape[1], self.budget, self.end)])
+        return self.runner.generate(ids, **kwargs)
+
+
+@dataclass
+class Pair:
+    """Target, draft and what the methods need of them."""
+
+    target: Any
+    draft: Any
+    tokenizer: Any
+    judge: str
+
+    @property
+    def end(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(END))
+
+    def exact(self, name: str, make: Callable[[], Any], budget: int | None) -> Method:
+        """A method that says what the target says."""
+        return Method(name, lambda: Limited(make(), budget, self.end))
+
+    def reasoner(self, threshold: float, inner: Any, budget: int | None) -> Any:
+        """SpecReason with `inner` under the target's own steps."""
+        drafter = SpecReasonDrafter(
+            self.draft,
+            drafter=inner,
+            judge_prompt=JUDGE_PROMPT,
+            token_budget=budget,
+            budget_text=None if budget is None else END + BREAK,
+        )
+        return accelerate(self.target, drafter, verifier=StepVerifier(threshold=threshold, judge=self.judge))
+
+    def spec_reason(self, threshold: float, inner: str | None, budget: int | None) -> Method:
+        with_tokens = "" if inner is None else f" + {inner}"
+        return Method(
+            f"SpecReason {threshold:g}{with_tokens}",
+            lambda: self.reasoner(threshold, inner, budget),
+            guarantee="approximate",
+        )
+
+    def methods(self, budget: int | None, thresholds: Sequence[float]) -> list[Method]:
+        """All of them, what they are compared with first."""
+        token_level = {
+            LOOKAHEAD: LookaheadDrafter,
+            DRAFT_MODEL: lambda: DraftModelDrafter(self.draft),
+            AUTO: lambda: [LookaheadDrafter(), DraftModelDrafter(self.draft)],
+        }
+        methods = [
+            self.exact(HF_GENERATE, lambda: self.target, budget),
+            self.exact(OFF, lambda: accelerate(self.target, None), budget),
+            Method(DRAFT, lambda: Limited(self.draft, budget, self.end), guarantee="none"),
+        ]
+        for name, make in token_level.items():
+            methods.append(self.exact(name, lambda make=make: accelerate(self.target, make()), budget))
+        for inner in (None, DraftModelDrafter.name):
+            methods += [self.spec_reason(threshold, inner, budget) for threshold in thresholds]
+        return methods
+
+
+@dataclass
+class Window:
+    """Runs parts until the time is over; the record goes on with what an earlier start has measured."""
+
+    record: RunRecord
+    until: float
+    console: Console
+
+    def run(
+        self, part: str, methods: Sequence[Method], prompts: Sequence[EncodedPrompt], target: Any, asked: Settings
+    ) -> Measurement:
+        earlier = self.record.earlier(part, methods[0].name, asked)
+        rounds = len(prompts) - 1 - len({sample.prompt for sample in earlier.samples})
+        with MeasuringProgress(self.console, len(methods) * (rounds + 1)) as progress:
+            progress.begin(part)
+
+            def keep(prompt: EncodedPrompt, samples: list[Sample]) -> None:
+                self.record.add_round(part, [_trimmed(sample) for sample in samples])
+                if time.monotonic() > self.until:
+                    raise TimeIsUpError
+
+            return run_interleaved(
+                methods,
+                prompts[:-1],
+                target,
+                asked,
+                prompts[-1],
+                on_warm_up=progress.ran,
+                on_sample=progress.ran,
+                on_round=keep,
+                earlier=earlier,
+            )
+
+
+def _trimmed(sample: Sample) -> Sample:
+    """Without the texts of the steps, which the outputs hold."""
+    figures = (sample.report or {}).get("drafter_figures", {})
+    for step in figures.get("steps", []):
+        step.pop("text", None)
+    return sample
+
+
+@app.command()
+@with_short_errors
+def main(
+    name: Annotated[str, typer.Option(help="Of the files in benchmarks/results.")] = "reasoning",
+    models: Annotated[Path, typer.Option(help="Folder of target/ and draft/.")] = MODELS,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
+    budget: Annotated[int, typer.Option(min=1, help="Tokens of a thought, in the part with a limit.")] = 128,
+    judge: Annotated[str, typer.Option(help="How scores are read: argmax or expectation.")] = "argmax",
+    folder: Annotated[Path | None, typer.Option(help="Keeps what was measured, so that the next call goes on.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Stop after so much time, to be gone on with.")] = 600,
+    judging_problems: Annotated[int, typer.Option(min=1, help="Problems on which judging is timed.")] = 20,
+    threads: options.Threads = None,
+) -> None:
+    """Measure and write benchmarks/results/NAME.json and NAME.png."""
+    console, until = Console(), time.monotonic() + 60 * minutes
+    prepare_torch(threads)
+    target, tokenizer = load_model(str(models / "target"), "float32", "cpu")
+    draft, _ = load_model(str(models / "draft"), "float32", "cpu")
+    pair = Pair(target, draft, tokenizer, judge)
+    asked = list(held_out_problems(problems + 1))
+    prompts = [
+        EncodedPrompt(f"{number}", tokenizer(prompt_text(p, tokenizer), return_tensors="pt").input_ids)
+        for number, p in enumerate(asked)
+    ]
+    about = {
+        "models": {"target": model_info("target", target), "draft": model_info("draft", draft)},
+        "settings": {"problems": problems, "batch": 1, "budget": budget, "judge": judge, "judge_prompt": JUDGE_PROMPT},
+    }
+    here = circumstances()
+    identity = {**about, **{key: here[key] for key in ("hardware", "versions", "commit")}}
+    window = Window(RunRecord(folder, identity, here), until, console)
+    answers = {f"{number}": problem.answer for number, problem in enumerate(asked)}
+    parts: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for part, limit in ((UNLIMITED, None), (BUDGETED, budget)):
+            methods = pair.methods(limit, THRESHOLDS)
+            measured = window.run(part, methods, prompts, target, Settings.of(MAX_NEW_TOKENS))
+            parts[part] = rows_of(measured, answers, tokenizer)
+    except TimeIsUpError:
+        console.print("time is up; the same command goes on")
+        raise typer.Exit(3) from None
+    titles = {UNLIMITED: "no limit", BUDGETED: f"a thought of {budget} tokens at most"}
+    for part, rows in parts.items():
+        console.print(table(rows, f"{problems} held-out problems, greedy, batch 1, {titles[part]}"))
+    reasoner = pair.reasoner(7, None, None)
+    judging = judging_cost(reasoner, target, prompts[:judging_problems], tokenizer, MAX_NEW_TOKENS)
+    console.print(judging, highlight=False)
+    results = {**window.record.circumstances, **about, "parts": parts, "judging": judging}
+    write_json(RESULTS / f"{name}.json", results)
+    plot(parts, RESULTS / f"{name}.png", titles)
+    console.print(f"written to {RESULTS / name}.json and {name}.png", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()
