@@ -27,6 +27,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from specdec.api import accelerate
 from specdec.benchmark.progress import MeasuringProgress
 from specdec.benchmark.record import RunRecord
+from specdec.budget import Budget
 from specdec.commands import options
 from specdec.commands.contenders import HF_GENERATE, OFF
 from specdec.commands.errors import with_short_errors
@@ -50,6 +51,8 @@ MODELS = Path(__file__).parents[1] / "examples" / "reasoning" / "models"
 THRESHOLDS = (3, 5, 7, 9)
 UNLIMITED, BUDGETED = "unlimited", "budget"
 DRAFT, DRAFT_MODEL, LOOKAHEAD, AUTO = "draft alone", "draft model", "lookahead", "lookahead + draft model"
+TOKENS_BY = DraftModelDrafter.name
+"""What drafts the tokens of the target's own steps: the same draft model."""
 END = "</think>"
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
@@ -115,12 +118,18 @@ class Pair:
     def end(self) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(END))
 
-    def exact(self, name: str, make: Callable[[], Any], budget: int | None) -> Method:
-        """A method that says what the target says."""
-        return Method(name, lambda: Limited(make(), budget, self.end))
+    def token_level(self, name: str, make: Callable[[], Any], budget: int | None = None) -> Method:
+        """The target with a drafter of tokens, made anew for each run: it says what the target says."""
+        return Method(
+            name, lambda: Limited(accelerate(self.target, make(), budget=Budget(owner=name)), budget, self.end)
+        )
 
-    def reasoner(self, threshold: float, inner: Any, budget: int | None) -> Any:
-        """SpecReason with `inner` under the target's own steps."""
+    def alone(self, budget: int | None) -> Method:
+        """The draft without a target."""
+        return Method(DRAFT, lambda: Limited(self.draft, budget, self.end), guarantee="none")
+
+    def reasoner(self, name: str, threshold: float, inner: str | None, budget: int | None = None) -> Any:
+        """SpecReason with `inner` under the target's own steps; `name` keeps apart what is learned of the pace."""
         drafter = SpecReasonDrafter(
             self.draft,
             drafter=inner,
@@ -128,33 +137,35 @@ class Pair:
             token_budget=budget,
             budget_text=None if budget is None else END + BREAK,
         )
-        return accelerate(self.target, drafter, verifier=StepVerifier(threshold=threshold, judge=self.judge))
+        verifier = StepVerifier(threshold=threshold, judge=self.judge)
+        return accelerate(self.target, drafter, verifier, budget=Budget(owner=name))
 
-    def spec_reason(self, threshold: float, inner: str | None, budget: int | None) -> Method:
-        with_tokens = "" if inner is None else f" + {inner}"
-        return Method(
-            f"SpecReason {threshold:g}{with_tokens}",
-            lambda: self.reasoner(threshold, inner, budget),
-            guarantee="approximate",
-        )
+    def spec_reason(self, threshold: float, inner: str | None, budget: int | None = None) -> Method:
+        name = f"SpecReason {threshold:g}" + ("" if inner is None else f" + {inner}")
+        return Method(name, lambda: self.reasoner(name, threshold, inner, budget), guarantee="approximate")
 
-    def methods(self, budget: int | None, thresholds: Sequence[float]) -> list[Method]:
-        """All of them, what they are compared with first."""
-        token_level = {
-            LOOKAHEAD: LookaheadDrafter,
-            DRAFT_MODEL: lambda: DraftModelDrafter(self.draft),
-            AUTO: lambda: [LookaheadDrafter(), DraftModelDrafter(self.draft)],
-        }
-        methods = [
-            self.exact(HF_GENERATE, lambda: self.target, budget),
-            self.exact(OFF, lambda: accelerate(self.target, None), budget),
-            Method(DRAFT, lambda: Limited(self.draft, budget, self.end), guarantee="none"),
+    def methods(self) -> list[Method]:
+        """All of them without a limit, what they are compared with first."""
+        return [
+            Method(HF_GENERATE, lambda: self.target),
+            self.token_level(OFF, lambda: None),
+            self.alone(None),
+            self.token_level(LOOKAHEAD, LookaheadDrafter),
+            self.token_level(DRAFT_MODEL, lambda: DraftModelDrafter(self.draft)),
+            self.token_level(AUTO, lambda: [LookaheadDrafter(), DraftModelDrafter(self.draft)]),
+            *(self.spec_reason(threshold, None) for threshold in THRESHOLDS),
+            *(self.spec_reason(threshold, TOKENS_BY) for threshold in THRESHOLDS),
         ]
-        for name, make in token_level.items():
-            methods.append(self.exact(name, lambda make=make: accelerate(self.target, make()), budget))
-        for inner in (None, DraftModelDrafter.name):
-            methods += [self.spec_reason(threshold, inner, budget) for threshold in thresholds]
-        return methods
+
+    def budgeted_methods(self, budget: int) -> list[Method]:
+        """The main ones, a thought ended behind so many tokens."""
+        return [
+            self.token_level(OFF, lambda: None, budget),
+            self.alone(budget),
+            self.token_level(DRAFT_MODEL, lambda: DraftModelDrafter(self.draft), budget),
+            self.spec_reason(7, None, budget),
+            *(self.spec_reason(threshold, TOKENS_BY, budget) for threshold in THRESHOLDS),
+        ]
 
 
 @dataclass
@@ -233,8 +244,7 @@ def main(
     answers = {f"{number}": problem.answer for number, problem in enumerate(asked)}
     parts: dict[str, list[dict[str, Any]]] = {}
     try:
-        for part, limit in ((UNLIMITED, None), (BUDGETED, budget)):
-            methods = pair.methods(limit, THRESHOLDS)
+        for part, methods in ((UNLIMITED, pair.methods()), (BUDGETED, pair.budgeted_methods(budget))):
             measured = window.run(part, methods, prompts, target, Settings.of(MAX_NEW_TOKENS))
             parts[part] = rows_of(measured, answers, tokenizer)
     except TimeIsUpError:
@@ -243,7 +253,7 @@ def main(
     titles = {UNLIMITED: "no limit", BUDGETED: f"a thought of {budget} tokens at most"}
     for part, rows in parts.items():
         console.print(table(rows, f"{problems} held-out problems, greedy, batch 1, {titles[part]}"))
-    reasoner = pair.reasoner(7, None, None)
+    reasoner = pair.reasoner("judging", 7, None)
     judging = judging_cost(reasoner, target, prompts[:judging_problems], tokenizer, MAX_NEW_TOKENS)
     console.print(judging, highlight=False)
     results = {**window.record.circumstances, **about, "parts": parts, "judging": judging}

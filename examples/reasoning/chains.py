@@ -42,10 +42,9 @@ VOCAB_SIZE = 512
 HELD_OUT = 1000
 """Problems with these numbers are never trained on."""
 
-RESULT_WEIGHT, JUDGE_WEIGHT = 4.0, 4.0
+RESULT_WEIGHT = 4.0
 """A phrase may be said in many ways, a result and a score in one: they teach more than their share of tokens."""
-SHARE_OF_WRONG_CHAINS, WRONG, SHORT = 0.6, 0.4, 0.3
-SHARE_BY_DRAFT = 0.3
+SHORT = 0.3
 
 
 def held_out_problem(number: int) -> Problem:
@@ -121,15 +120,39 @@ class Example:
         self.weights += [weight] * len(ids)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """What the target's examples are made of.
+
+    Args:
+        by_draft: Share of chains that the draft wrote.
+        wrong_chains: Share of the others that hold wrong steps.
+        wrong: Share of the steps in these that are wrong.
+        judge_weight: Of a score in the loss.
+    """
+
+    by_draft: float = 0.3
+    wrong_chains: float = 0.6
+    wrong: float = 0.4
+    judge_weight: float = 4.0
+
+
 class Writer:
     """Writes training examples of either model.
 
     Args:
         tokenizer: That of `make_tokenizer`.
         draft_chains: Chains that the draft wrote, for the target to judge; see `make.py chains`.
+        mixture: What the target's examples are made of.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, draft_chains: list[dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        draft_chains: list[dict[str, Any]] | None = None,
+        mixture: Mixture | None = None,
+    ) -> None:
+        self.mixture = mixture or Mixture()
         self.tokenizer = tokenizer
         self._encode_text = cache(tokenizer.backend_tokenizer.encode)
         self.draft_chains = draft_chains or []
@@ -167,9 +190,9 @@ class Writer:
 
     def for_target(self, rng: random.Random) -> Example:
         """A solution to learn by, every step of it judged; or a chain of the draft's, only to be judged."""
-        if self.draft_chains and rng.random() < SHARE_BY_DRAFT:
+        if self.draft_chains and rng.random() < self.mixture.by_draft:
             return self._judged(rng.choice(self.draft_chains))
-        wrong = WRONG if rng.random() < SHARE_OF_WRONG_CHAINS else 0.0
+        wrong = self.mixture.wrong if rng.random() < self.mixture.wrong_chains else 0.0
         value = start = rng.randint(LOWEST, HIGHEST)
         operations: list[Operation] = []
         steps: list[tuple[list[tuple[list[int], float]], int]] = []
@@ -254,7 +277,7 @@ class Writer:
             ids[start:stop] = torch.tensor(self.judge_ids)
             positions[start:stop] = torch.arange(anchor, anchor + branch)
             allowed[start:stop, anchor:start] = False
-            targets[stop - 1], weights[stop - 1] = self.digit_ids[points], JUDGE_WEIGHT
+            targets[stop - 1], weights[stop - 1] = self.digit_ids[points], self.mixture.judge_weight
             start = stop
         mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo(torch.float32).min)
         return {"ids": ids, "position_ids": positions, "mask": mask[None], "targets": targets, "weights": weights}

@@ -5,18 +5,20 @@ from __future__ import annotations
 import random
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from chains import Example, Writer
+from chains import Example, Mixture, Writer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "embedded"))
-from trainer import LOG_EVERY, Run, Settings, caught_signals
+from trainer import LOG_EVERY, Run, caught_signals
+from trainer import Settings as TrainerSettings
 
 SHAPES: dict[str, dict[str, int]] = {
     "target": {
@@ -35,6 +37,13 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 HELD_OUT_EXAMPLES = 64
+
+
+@dataclass
+class Settings(TrainerSettings):
+    """Those of the embedded models' training, and what the examples are made of."""
+
+    mixture: Mixture = field(default_factory=Mixture)
 
 
 def draw(writer: Writer, which: str, name: str, count: int, length: int) -> list[Example]:

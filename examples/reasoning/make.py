@@ -54,6 +54,10 @@ def train_command(
     decay_share: Annotated[float, typer.Option(help="Share of the tokens over which the learning rate falls.")] = 0.4,
     muon_lr: Annotated[float, typer.Option(help="Learning rate of the hidden matrices.")] = 6e-3,
     adam_lr: Annotated[float, typer.Option(help="Learning rate of the embedding and the norms.")] = 3e-3,
+    by_draft: Annotated[float, typer.Option(help="Target: share of chains that the draft wrote.")] = 0.3,
+    wrong_chains: Annotated[float, typer.Option(help="Target: share of the others that hold wrong steps.")] = 0.6,
+    wrong: Annotated[float, typer.Option(help="Target: share of the steps in these that are wrong.")] = 0.4,
+    judge_weight: Annotated[float, typer.Option(help="Target: weight of a score in the loss.")] = 4.0,
     seed: Annotated[int, typer.Option(help="Of the weights and of the examples.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the model; needs a C++ compiler.")] = False,
@@ -72,10 +76,11 @@ def train_command(
         seed=seed,
         save_every=100,
         eval_every=200,
+        mixture=chains.Mixture(by_draft, wrong_chains, wrong, judge_weight),
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    writer = chains.Writer(tokenizer, chains.read_chains(work / "chains.jsonl"))
+    writer = chains.Writer(tokenizer, chains.read_chains(work / "chains.jsonl"), settings.mixture)
     run = Run.fresh(SHAPES[which], len(tokenizer), settings, device)
     print(f"{which}: {run.model.num_parameters():,} parameters on {device}, {settings}", flush=True)
     learn.learn(run, writer, which, settings, work / which, compiled)
