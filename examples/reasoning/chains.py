@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from task import (
     HIGHEST,
     JUDGE_PROMPT,
     LOWEST,
+    SIGNS,
     STEP,
     STEPS,
     Operation,
@@ -45,6 +46,10 @@ HELD_OUT = 1000
 RESULT_WEIGHT = 4.0
 """A phrase may be said in many ways, a result and a score in one: they teach more than their share of tokens."""
 SHORT = 0.3
+NO_MARK = -1
+MARKS = ("þ", "ÿ")
+"""Bytes that no text holds: the target is also taught to tell, by their logits, wrong digits from right ones where they
+stand, so that a score only has to sum up. Nothing reads them afterwards."""
 
 
 def held_out_problem(number: int) -> Problem:
@@ -109,15 +114,18 @@ class Example:
         ids: Prompt and chain.
         weights: One per id; 0 where nothing is to be learned.
         judged: For each judged step the length of the chain up to its end, and its score.
+        marks: One per id: 1 where the token of a sum or of its result is right, 0 where it is wrong, else NO_MARK.
     """
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     judged: list[tuple[int, int]] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
 
-    def add(self, ids: list[int], weight: float) -> None:
+    def add(self, ids: list[int], weight: float, marks: Iterable[int] | None = None) -> None:
         self.ids += ids
         self.weights += [weight] * len(ids)
+        self.marks += [NO_MARK] * len(ids) if marks is None else marks
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,7 @@ class Writer:
         self.end = tokenizer.eos_token_id
         self.pad = tokenizer.pad_token_id
         self.judge_ids = self.encode(JUDGE_PROMPT)
+        self.mark_ids = tokenizer.convert_tokens_to_ids(list(MARKS))
         self.digit_ids = [self.encode(str(digit))[0] for digit in range(10)]
 
     def encode(self, text: str) -> list[int]:
@@ -191,11 +200,11 @@ class Writer:
     def for_target(self, rng: random.Random) -> Example:
         """A solution to learn by, every step of it judged; or a chain of the draft's, only to be judged."""
         if self.draft_chains and rng.random() < self.mixture.by_draft:
-            return self._judged(rng.choice(self.draft_chains))
+            return self._by_draft(rng.choice(self.draft_chains))
         wrong = self.mixture.wrong if rng.random() < self.mixture.wrong_chains else 0.0
         value = start = rng.randint(LOWEST, HIGHEST)
         operations: list[Operation] = []
-        steps: list[tuple[list[tuple[list[int], float]], int]] = []
+        steps: list[tuple[str, Operation, int, float]] = []
         planned = rng.randint(*STEPS)
         upcoming = draw_operation(value, rng)
         for i in range(planned):
@@ -208,16 +217,9 @@ class Writer:
                 others = tuple(draw_operation(value, rng) for _ in range(3)) + tuple(operations[:-1])
                 done, read, result = corrupt(operation, value, others, rng)
             short = rng.random() < SHORT
-            step = write_step(i, done, read, result, rng, short)
-            points = score(str(step), i, operation, value)
-            misread = (done, read) != (operation, value)
-            phrase = 0.0 if short or misread else 1.0
-            pieces = [
-                (self.encode(f"({step.label}) {step.opener}{step.sum}"), phrase),
-                (self.encode(str(result)), 0.0 if points < 8 else RESULT_WEIGHT),
-                (self.encode(f".{step.closer}{BREAK}"), phrase),
-            ]
-            steps.append((pieces, points))
+            step = str(write_step(i, done, read, result, rng, short))
+            is_model = not short and (done, read) == (operation, value)
+            steps.append((step, operation, value, 1.0 if is_model else 0.0))
             value = result
             upcoming = draw_operation(value, rng)
         problem = Problem(start, tuple(operations))
@@ -225,13 +227,11 @@ class Writer:
             return self.for_target(rng)
         example = Example()
         example.add(self.prompt(problem), 0.0)
-        for pieces, points in steps:
-            for ids, weight in pieces:
-                example.add(ids, weight)
-            example.judged.append((len(example.ids), points))
+        for i, step_so in enumerate(steps):
+            self._add_judged(example, i, *step_so)
         return self._finish(example, value)
 
-    def _judged(self, chain: dict[str, Any]) -> Example:
+    def _by_draft(self, chain: dict[str, Any]) -> Example:
         operations = tuple(Operation(kind, number) for kind, number in chain["operations"])
         example = Example()
         example.add(self.prompt(Problem(chain["start"], operations)), 0.0)
@@ -239,11 +239,29 @@ class Writer:
         for i, (operation, text) in enumerate(zip(operations, chain["steps"], strict=False)):
             if operation.apply(value) is None:
                 break  # a wrong value leads on to what the rubric knows nothing of
-            example.add(self.encode(text), 0.0)
-            example.judged.append((len(example.ids), score(text, i, operation, value)))
+            self._add_judged(example, i, text, operation, value, 0.0)
             match = STEP.fullmatch(text.strip())
             value = int(match["result"]) if match else 0
         return example
+
+    def _add_judged(
+        self, example: Example, index: int, text: str, operation: Operation, value: int, weight: float
+    ) -> None:
+        """Adds a step that is to be judged; `weight` is that of its words; right digits are learned from any step."""
+        points, match = score(text, index, operation, value), STEP.match(text)
+        if match is None:
+            example.add(self.encode(text), 0.0)
+        else:
+            total, result = text[match.start("value") : match.start("result")], match["result"]
+            wanted = f"{value}{SIGNS[operation.kind]}{operation.number}="
+            right = str(operation.apply(value))
+            example.add(self.encode(text[: match.start("value")]), weight)
+            example.add(self.encode(total), weight, [wanted.startswith(total[: n + 1]) for n in range(len(total))])
+            is_comparable = total == wanted and len(result) == len(right)
+            marks = [a == b for a, b in zip(result, right, strict=True)] if is_comparable else None
+            example.add(self.encode(result), RESULT_WEIGHT if points >= 8 else 0.0, marks)
+            example.add(self.encode(text[match.end("result") :]), weight)
+        example.judged.append((len(example.ids), points))
 
     def size(self, example: Example) -> int:
         """Tokens of the example with its judgements."""
@@ -254,7 +272,7 @@ class Writer:
 
         Returns:
             `ids` and `position_ids`: [batch, length]; `mask`: additive, [batch, 1, length, length]; `targets`,
-            the next ids, and `weights`: [batch, length].
+            the next ids, `weights` and `marks`: [batch, length].
         """
         rows = [self._row(example, length) for example in examples]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -271,6 +289,8 @@ class Writer:
         ids[:chain] = torch.tensor(example.ids)
         targets[: chain - 1] = ids[1:chain]
         weights[: chain - 1] = torch.tensor(example.weights[1:])
+        marks = torch.full((length,), NO_MARK)
+        marks[:chain] = torch.tensor(example.marks, dtype=torch.long)
         start = chain
         for anchor, points in example.judged:
             stop = start + branch
@@ -280,7 +300,8 @@ class Writer:
             targets[stop - 1], weights[stop - 1] = self.digit_ids[points], self.mixture.judge_weight
             start = stop
         mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo(torch.float32).min)
-        return {"ids": ids, "position_ids": positions, "mask": mask[None], "targets": targets, "weights": weights}
+        learned = {"targets": targets, "weights": weights, "marks": marks}
+        return {"ids": ids, "position_ids": positions, "mask": mask[None], **learned}
 
 
 def read_chains(path: Path) -> list[dict[str, Any]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from chains import Example, Mixture, Writer
+from chains import NO_MARK, Example, Mixture, Writer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -58,20 +59,24 @@ def draw(writer: Writer, which: str, name: str, count: int, length: int) -> list
     return examples
 
 
-def losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weighted loss in nats a token, and the most likely next ids: [batch, length]."""
+def losses(model: torch.nn.Module, batch: dict[str, Tensor], mark_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted loss in nats a token, the most likely next ids and the most likely marks: both [batch, length]."""
     logits = model(
         input_ids=batch["ids"], attention_mask=batch["mask"], position_ids=batch["position_ids"], use_cache=False
     ).logits.float()
     each = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
     weights = batch["weights"].flatten()
-    return (each * weights).sum() / weights.sum(), logits.detach().argmax(-1)
+    loss = (each * weights).sum() / weights.sum()
+    marks = logits[..., list(mark_ids)]
+    if (batch["marks"] != NO_MARK).any():
+        loss = loss + F.cross_entropy(marks.flatten(0, 1), batch["marks"].flatten(), ignore_index=NO_MARK)
+    return loss, logits.detach().argmax(-1), marks.detach().argmax(-1)
 
 
 @torch.inference_mode()
-def accuracies(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
-    """Shares of right digits: in results, and in scores where there are any."""
-    _, picks = losses(model, batch)
+def accuracies(model: torch.nn.Module, batch: dict[str, Tensor], mark_ids: Sequence[int]) -> dict[str, float]:
+    """Shares of right digits in results and in scores, and of wrong tokens that are marked as such."""
+    _, picks, marks = losses(model, batch, mark_ids)
     right = picks == batch["targets"]
     heavy = batch["weights"] > 1
     # the judgements stand behind the chain, whose position ids equal their place
@@ -80,16 +85,20 @@ def accuracies(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, fl
     found = {"results": right[heavy & ~branch].float().mean().item()}
     if (heavy & branch).any():
         found["scores"] = right[heavy & branch].float().mean().item()
+    if (batch["marks"] == 0).any():
+        found["marks of wrong digits"] = (marks[batch["marks"] == 0] == 0).float().mean().item()
     return found
 
 
-def step(run: Run, model: torch.nn.Module, batch: dict[str, Tensor], settings: Settings) -> float:
+def step(
+    run: Run, model: torch.nn.Module, batch: dict[str, Tensor], settings: Settings, mark_ids: Sequence[int]
+) -> float:
     scale = settings.scale(run.step, run.tokens)
     for optimizer, rate in ((run.muon, settings.muon_lr), (run.adam, settings.adam_lr)):
         for group in optimizer.param_groups:
             group["lr"] = rate * scale
         optimizer.zero_grad(set_to_none=True)
-    loss, _ = losses(model, batch)
+    loss, *_ = losses(model, batch, mark_ids)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
     run.muon.step()
@@ -125,7 +134,7 @@ def learn(run: Run, writer: Writer, which: str, settings: Settings, folder: Path
         started, started_at = time.perf_counter(), run.tokens
         while run.tokens < settings.tokens and not signals:
             batch = batch_of(f"training {settings.seed} {run.step}", settings.batch)
-            run.losses.append(step(run, model, batch, settings))
+            run.losses.append(step(run, model, batch, settings, writer.mark_ids))
             rate = (run.tokens - started_at) / (time.perf_counter() - started)
             note = f"loss {float(np.mean(run.losses[-LOG_EVERY:])):.3f}  {rate:,.0f} tokens/s"
             progress.update(bar, completed=run.tokens, note=note)
@@ -133,7 +142,7 @@ def learn(run: Run, writer: Writer, which: str, settings: Settings, folder: Path
                 left = (settings.tokens - run.tokens) / rate / 60
                 print(f"step {run.step}  tokens {run.tokens:,}  {note}  {left:.0f} min left", flush=True)
             if run.step % settings.eval_every == 0:
-                shares = accuracies(run.model, held_out)
+                shares = accuracies(run.model, held_out, writer.mark_ids)
                 shown = "  ".join(f"right {name} {share:.2%}" for name, share in shares.items())
                 progress.console.print(f"step {run.step}: {shown}")
             if run.step % settings.save_every == 0:
