@@ -137,12 +137,16 @@ class Mixture:
         wrong_chains: Share of the others that hold wrong steps.
         wrong: Share of the steps in these that are wrong.
         judge_weight: Of a score in the loss.
+        mark_weight: Of the marks of right and wrong digits.
+        word_weight: Of the words of a step.
     """
 
     by_draft: float = 0.3
     wrong_chains: float = 0.6
     wrong: float = 0.4
     judge_weight: float = 4.0
+    mark_weight: float = 1.0
+    word_weight: float = 1.0
 
 
 class Writer:
@@ -219,7 +223,7 @@ class Writer:
             short = rng.random() < SHORT
             step = str(write_step(i, done, read, result, rng, short))
             is_model = not short and (done, read) == (operation, value)
-            steps.append((step, operation, value, 1.0 if is_model else 0.0))
+            steps.append((step, operation, value, self.mixture.word_weight if is_model else 0.0))
             value = result
             upcoming = draw_operation(value, rng)
         problem = Problem(start, tuple(operations))

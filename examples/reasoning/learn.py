@@ -59,7 +59,9 @@ def draw(writer: Writer, which: str, name: str, count: int, length: int) -> list
     return examples
 
 
-def losses(model: torch.nn.Module, batch: dict[str, Tensor], mark_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def losses(
+    model: torch.nn.Module, batch: dict[str, Tensor], mark_ids: Sequence[int], mark_weight: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted loss in nats a token, the most likely next ids and the most likely marks: both [batch, length]."""
     logits = model(
         input_ids=batch["ids"], attention_mask=batch["mask"], position_ids=batch["position_ids"], use_cache=False
@@ -69,7 +71,8 @@ def losses(model: torch.nn.Module, batch: dict[str, Tensor], mark_ids: Sequence[
     loss = (each * weights).sum() / weights.sum()
     marks = logits[..., list(mark_ids)]
     if (batch["marks"] != NO_MARK).any():
-        loss = loss + F.cross_entropy(marks.flatten(0, 1), batch["marks"].flatten(), ignore_index=NO_MARK)
+        told = F.cross_entropy(marks.flatten(0, 1), batch["marks"].flatten(), ignore_index=NO_MARK)
+        loss = loss + mark_weight * told
     return loss, logits.detach().argmax(-1), marks.detach().argmax(-1)
 
 
@@ -98,7 +101,7 @@ def step(
         for group in optimizer.param_groups:
             group["lr"] = rate * scale
         optimizer.zero_grad(set_to_none=True)
-    loss, *_ = losses(model, batch, mark_ids)
+    loss, *_ = losses(model, batch, mark_ids, settings.mixture.mark_weight)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
     run.muon.step()

@@ -58,6 +58,8 @@ def train_command(
     wrong_chains: Annotated[float, typer.Option(help="Target: share of the others that hold wrong steps.")] = 0.6,
     wrong: Annotated[float, typer.Option(help="Target: share of the steps in these that are wrong.")] = 0.4,
     judge_weight: Annotated[float, typer.Option(help="Target: weight of a score in the loss.")] = 4.0,
+    mark_weight: Annotated[float, typer.Option(help="Target: weight of the marks of wrong digits.")] = 1.0,
+    word_weight: Annotated[float, typer.Option(help="Target: weight of a step's words.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the weights and of the examples.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the model; needs a C++ compiler.")] = False,
@@ -76,7 +78,7 @@ def train_command(
         seed=seed,
         save_every=100,
         eval_every=200,
-        mixture=chains.Mixture(by_draft, wrong_chains, wrong, judge_weight),
+        mixture=chains.Mixture(by_draft, wrong_chains, wrong, judge_weight, mark_weight, word_weight),
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
