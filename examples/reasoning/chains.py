@@ -45,7 +45,6 @@ HELD_OUT = 1000
 
 RESULT_WEIGHT = 4.0
 """A phrase may be said in many ways, a result and a score in one: they teach more than their share of tokens."""
-SHORT = 0.3
 NO_MARK = -1
 MARKS = ("þ", "ÿ")
 """Bytes that no text holds: the target is also taught to tell, by their logits, wrong digits from right ones where they
@@ -139,6 +138,7 @@ class Mixture:
         judge_weight: Of a score in the loss.
         mark_weight: Of the marks of right and wrong digits.
         word_weight: Of the words of a step.
+        short: Share of the steps that are in short.
     """
 
     by_draft: float = 0.3
@@ -147,6 +147,7 @@ class Mixture:
     judge_weight: float = 4.0
     mark_weight: float = 1.0
     word_weight: float = 1.0
+    short: float = 0.3
 
 
 class Writer:
@@ -220,7 +221,7 @@ class Writer:
             if rng.random() < wrong:
                 others = tuple(draw_operation(value, rng) for _ in range(3)) + tuple(operations[:-1])
                 done, read, result = corrupt(operation, value, others, rng)
-            short = rng.random() < SHORT
+            short = rng.random() < self.mixture.short
             step = str(write_step(i, done, read, result, rng, short))
             is_model = not short and (done, read) == (operation, value)
             steps.append((step, operation, value, self.mixture.word_weight if is_model else 0.0))

@@ -60,6 +60,9 @@ def train_command(
     judge_weight: Annotated[float, typer.Option(help="Target: weight of a score in the loss.")] = 4.0,
     mark_weight: Annotated[float, typer.Option(help="Target: weight of the marks of wrong digits.")] = 1.0,
     word_weight: Annotated[float, typer.Option(help="Target: weight of a step's words.")] = 1.0,
+    short: Annotated[float, typer.Option(help="Target: share of the steps that are in short.")] = 0.3,
+    window: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and of the examples.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the model; needs a C++ compiler.")] = False,
@@ -71,14 +74,14 @@ def train_command(
     settings = Settings(
         tokens=total,
         decay_tokens=int(total * decay_share),
-        batch=BATCHES[which],
-        window=WINDOWS[which],
+        batch=batch or BATCHES[which],
+        window=window or WINDOWS[which],
         muon_lr=muon_lr,
         adam_lr=adam_lr,
         seed=seed,
         save_every=100,
         eval_every=200,
-        mixture=chains.Mixture(by_draft, wrong_chains, wrong, judge_weight, mark_weight, word_weight),
+        mixture=chains.Mixture(by_draft, wrong_chains, wrong, judge_weight, mark_weight, word_weight, short),
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
