@@ -42,6 +42,7 @@ from specdec.verifiers.step import StepVerifier
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "reasoning"))
 from chains import problems as held_out_problems
+from judging import CertaintyJudge
 from reasoning_figures import judging_cost, plot, rows_of, table
 from solving import MAX_NEW_TOKENS, prompt_text
 from task import BREAK, JUDGE_PROMPT
@@ -51,6 +52,7 @@ MODELS = Path(__file__).parents[1] / "examples" / "reasoning" / "models"
 THRESHOLDS = (3, 5, 7, 9)
 UNLIMITED, BUDGETED = "unlimited", "budget"
 DRAFT, DRAFT_MODEL, LOOKAHEAD, AUTO = "draft alone", "draft model", "lookahead", "lookahead + draft model"
+CERTAINTY = "certainty"
 TOKENS_BY = DraftModelDrafter.name
 """What drafts the tokens of the target's own steps: the same draft model."""
 END = "</think>"
@@ -137,7 +139,8 @@ class Pair:
             token_budget=budget,
             budget_text=None if budget is None else END + BREAK,
         )
-        verifier = StepVerifier(threshold=threshold, judge=self.judge)
+        judge = CertaintyJudge(self.tokenizer) if self.judge == CERTAINTY else self.judge
+        verifier = StepVerifier(threshold=threshold, judge=judge)
         return accelerate(self.target, drafter, verifier, budget=Budget(owner=name))
 
     def spec_reason(self, threshold: float, inner: str | None, budget: int | None = None) -> Method:
@@ -217,7 +220,7 @@ def main(
     models: Annotated[Path, typer.Option(help="Folder of target/ and draft/.")] = MODELS,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
     budget: Annotated[int, typer.Option(min=1, help="Tokens of a thought, in the part with a limit.")] = 128,
-    judge: Annotated[str, typer.Option(help="How scores are read: argmax or expectation.")] = "argmax",
+    judge: Annotated[str, typer.Option(help="certainty, argmax, expectation.")] = CERTAINTY,
     folder: Annotated[Path | None, typer.Option(help="Keeps what was measured, so that the next call goes on.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Stop after so much time, to be gone on with.")] = 600,
     judging_problems: Annotated[int, typer.Option(min=1, help="Problems on which judging is timed.")] = 20,

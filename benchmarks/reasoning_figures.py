@@ -129,13 +129,15 @@ def judging_cost(
             reasoner.generate(prompt.input_ids, max_new_tokens=max_new_tokens, do_sample=False)
     finally:
         clock.close()
-    judging = [(len(ids), seconds) for ids, seconds in clock.passes if _holds(ids, question)]
+    given = [prompt.input_ids[0].tolist() for prompt in prompts]
+    judging = [(len(ids), seconds) for ids, seconds in clock.passes if len(ids) > 1 and ids not in given]
+    asked = any(_holds(ids, question) for ids, _ in clock.passes)
     single = [seconds for ids, seconds in clock.passes if len(ids) == 1]
     return {
         "problems": len(prompts),
         "threads": torch.get_num_threads(),
         "judging_passes": len(judging),
-        "question_tokens": len(question),
+        "question_tokens": len(question) if asked else 0,
         "median_tokens_of_a_judging_pass": median(tokens for tokens, _ in judging) if judging else None,
         "median_ms_of_a_judging_pass": 1e3 * median(seconds for _, seconds in judging) if judging else None,
         "one_token_passes": len(single),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +16,7 @@ from task import (
     BREAK,
     HIGHEST,
     JUDGE_PROMPT,
+    KIND_OPENERS,
     LOWEST,
     SIGNS,
     STEP,
@@ -25,6 +27,7 @@ from task import (
     draw_operation,
     draw_problem,
     score,
+    without_numbers,
     write_step,
 )
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -260,13 +263,35 @@ class Writer:
             total, result = text[match.start("value") : match.start("result")], match["result"]
             wanted = f"{value}{SIGNS[operation.kind]}{operation.number}="
             right = str(operation.apply(value))
-            example.add(self.encode(text[: match.start("value")]), weight)
-            example.add(self.encode(total), weight, [wanted.startswith(total[: n + 1]) for n in range(len(total))])
+            head = self.encode(text[: match.start("value")])
+            example.add(head, weight, self._marks_of_opener(head, match, operation, value))
+            marks = [wanted.startswith(total[: n + 1]) for n in range(len(total))]
+            # once begun in short, a step goes on in short: all but its first digit is as good as in full
+            follows = 1.0 if not match["opener"] and total == wanted else weight
+            example.add(self.encode(total[0]), weight, marks[:1])
+            example.add(self.encode(total[1:]), follows, marks[1:])
             is_comparable = total == wanted and len(result) == len(right)
-            marks = [a == b for a, b in zip(result, right, strict=True)] if is_comparable else None
-            example.add(self.encode(result), RESULT_WEIGHT if points >= 8 else 0.0, marks)
+            digits = [a == b for a, b in zip(result, right, strict=True)] if is_comparable else None
+            example.add(self.encode(result), RESULT_WEIGHT if points >= 8 else 0.0, digits)
             example.add(self.encode(text[match.end("result") :]), weight)
         example.judged.append((len(example.ids), points))
+
+    def _marks_of_opener(
+        self, ids: list[int], match: re.Match[str], operation: Operation, value: int
+    ) -> list[int] | None:
+        """Marks the digits of the numbers in the words before a sum, and, at their end, the kind of operation."""
+        opener = match["opener"]
+        if not opener:
+            return None
+        pieces = re.split(r"(\d+)", match.string[: match.start("value")])
+        marks: list[int] = []
+        for n, piece in enumerate(pieces):
+            is_right = piece in (str(value), str(operation.number))
+            marks += [is_right if n % 2 else NO_MARK] * len(self.encode(piece)) if piece else []
+        if len(marks) != len(ids):
+            return None
+        marks[-1] = without_numbers(opener) in KIND_OPENERS[operation.kind]
+        return marks
 
     def size(self, example: Example) -> int:
         """Tokens of the example with its judgements."""

@@ -21,21 +21,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "embedded"))
 from trainer import LOG_EVERY, Run, caught_signals
 from trainer import Settings as TrainerSettings
 
+BASE = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 352,
+}
 SHAPES: dict[str, dict[str, int]] = {
-    "target": {
-        "hidden_size": 128,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "intermediate_size": 352,
-    },
-    "draft": {
-        "hidden_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "intermediate_size": 256,
-    },
+    "base": BASE,
+    "target": BASE | {"num_hidden_layers": 12},
+    "draft": BASE | {"hidden_size": 96, "intermediate_size": 256},
 }
 HELD_OUT_EXAMPLES = 64
 
@@ -96,7 +92,7 @@ def accuracies(model: torch.nn.Module, batch: dict[str, Tensor], mark_ids: Seque
 def step(
     run: Run, model: torch.nn.Module, batch: dict[str, Tensor], settings: Settings, mark_ids: Sequence[int]
 ) -> float:
-    scale = settings.scale(run.step, run.tokens)
+    scale = settings.scale(run.step - run.optimizers_from, run.tokens)
     for optimizer, rate in ((run.muon, settings.muon_lr), (run.adam, settings.adam_lr)):
         for group in optimizer.param_groups:
             group["lr"] = rate * scale

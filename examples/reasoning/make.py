@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import chains
+import growing
 import learn
 import packing
 import solving
@@ -27,9 +28,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 WORK = Path("/tmp/reasoning")
 MODELS = Path(__file__).parent / "models"
 WorkOption = Annotated[Path, typer.Option(help="Folder of the tokenizer, the checkpoints and the draft's chains.")]
-WINDOWS = {"target": 384, "draft": 320}
-TOKENS = {"target": 6_000_000, "draft": 3_000_000}
-BATCHES = {"target": 8, "draft": 16}
+WINDOWS = {"base": 320, "target": 384, "draft": 320}
+TOKENS = {"base": 5_000_000, "target": 6_400_000, "draft": 4_000_000}
+BATCHES = {"base": 16, "target": 8, "draft": 16}
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -91,6 +92,22 @@ def train_command(
     learn.learn(run, writer, which, settings, work / which, compiled)
 
 
+@app.command("grow")
+def grow_command(work: WorkOption = WORK) -> None:
+    """Make the target's first checkpoint: the trained base, and layers on top that do nothing yet."""
+    state = torch.load(work / "base" / "checkpoint.pt", weights_only=True, map_location="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    run = Run.fresh(SHAPES["target"], len(tokenizer), Settings())
+    run.model.load_state_dict(state["model"], strict=False)
+    for layer in run.model.model.layers[SHAPES["base"]["num_hidden_layers"] :]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    run.tokens, run.phases = state["tokens"], state["phases"]
+    run.step = run.optimizers_from = state["step"]
+    run.save(work / "target" / "checkpoint.pt")
+    print(f"{run.model.num_parameters():,} parameters, {run.model.config.num_hidden_layers} layers")
+
+
 def load_checkpoint(folder: Path) -> LlamaForCausalLM:
     """The model in training in `folder`, with the weights that an export would hold."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
@@ -126,6 +143,27 @@ def evaluate_command(
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     share = solving.accuracy(load_checkpoint(work / which), tokenizer, chains.problems(count))
     print(f"{which}: {share:.1%} of {count} problems")
+
+
+@app.command("judge")
+def judge_command(
+    work: WorkOption = WORK,
+    layers: Annotated[int, typer.Option(help="Layers to add.")] = growing.Plan.layers,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = growing.Plan.steps,
+    fresh: Annotated[int, typer.Option(help="Different batches; they come again after that.")] = growing.Plan.fresh,
+    by_draft: Annotated[float, typer.Option(help="Share of chains that the draft wrote.")] = 0.2,
+    mark_weight: Annotated[float, typer.Option(help="Weight of the marks of wrong digits.")] = 3.0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Put layers on top of the trained target and teach them to judge. Ctrl-C saves; the same command goes on."""
+    torch.set_num_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    mixture = chains.Mixture(by_draft, 0.9, 0.5, 10.0, mark_weight, 1.0)
+    writer = chains.Writer(tokenizer, chains.read_chains(work / "chains.jsonl"), mixture)
+    state = torch.load(work / "target" / "checkpoint.pt", weights_only=True, map_location="cpu")
+    (work / "judge").mkdir(exist_ok=True)
+    plan = growing.Plan(layers=layers, steps=steps, fresh=fresh)
+    growing.learn_to_judge(state, writer, plan, work / "judge" / "checkpoint.pt")
 
 
 @app.command("export")

@@ -16,6 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from chains import HELD_OUT, held_out_problem
+from judging import CertaintyJudge
 from rich.console import Console
 from solving import MAX_NEW_TOKENS, prompt_text
 from task import JUDGE_PROMPT, written_answer
@@ -34,6 +35,7 @@ def main(
     drafter: Annotated[str, typer.Option(help="Drafts the target's own tokens: draft-model, lookahead, none.")] = (
         "draft-model"
     ),
+    judge: Annotated[str, typer.Option(help="certainty, argmax, expectation.")] = "certainty",
     models: Annotated[Path, typer.Option(help="Folder of target/ and draft/.")] = MODELS,
 ) -> None:
     """Solve a problem by SpecReason and print the audit."""
@@ -44,7 +46,8 @@ def main(
     inputs = tokenizer(prompt_text(asked, tokenizer), return_tensors="pt")
 
     reasoner = SpecReasonDrafter(draft, drafter=None if drafter == "none" else drafter, judge_prompt=JUDGE_PROMPT)
-    fast = specdec.accelerate(target, reasoner, verifier=StepVerifier(threshold=threshold, judge="argmax"))
+    judged_by = CertaintyJudge(tokenizer) if judge == "certainty" else judge
+    fast = specdec.accelerate(target, reasoner, verifier=StepVerifier(threshold=threshold, judge=judged_by))
     ids = fast.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
 
     text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -73,6 +73,13 @@ OPENERS: dict[str, tuple[str, ...]] = {
         "It says to halve the {v} we have: ",
     ),
 }
+
+
+def without_numbers(words: str) -> str:
+    return re.sub(r"\d+|\{[nv]\}", "#", words)
+
+
+KIND_OPENERS = {kind: {without_numbers(words) for words in openers} for kind, openers in OPENERS.items()}
 CLOSERS = (
     " That is the new value.",
     " So we go on with this.",
