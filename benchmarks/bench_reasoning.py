@@ -51,7 +51,7 @@ RESULTS = Path(__file__).parent / "results"
 MODELS = Path(__file__).parents[1] / "examples" / "reasoning" / "models"
 THRESHOLDS = (3, 5, 7, 9)
 UNLIMITED, BUDGETED = "unlimited", "budget"
-DRAFT, DRAFT_MODEL, LOOKAHEAD, AUTO = "draft alone", "draft model", "lookahead", "lookahead + draft model"
+DRAFT, DRAFT_MODEL, LOOKAHEAD = "draft alone", "draft model", "lookahead"
 CERTAINTY = "certainty"
 TOKENS_BY = DraftModelDrafter.name
 """What drafts the tokens of the target's own steps: the same draft model."""
@@ -155,7 +155,6 @@ class Pair:
             self.alone(None),
             self.token_level(LOOKAHEAD, LookaheadDrafter),
             self.token_level(DRAFT_MODEL, lambda: DraftModelDrafter(self.draft)),
-            self.token_level(AUTO, lambda: [LookaheadDrafter(), DraftModelDrafter(self.draft)]),
             *(self.spec_reason(threshold, None) for threshold in THRESHOLDS),
             *(self.spec_reason(threshold, TOKENS_BY) for threshold in THRESHOLDS),
         ]
@@ -167,7 +166,7 @@ class Pair:
             self.alone(budget),
             self.token_level(DRAFT_MODEL, lambda: DraftModelDrafter(self.draft), budget),
             self.spec_reason(7, None, budget),
-            *(self.spec_reason(threshold, TOKENS_BY, budget) for threshold in THRESHOLDS),
+            *(self.spec_reason(threshold, TOKENS_BY, budget) for threshold in (7, 9)),
         ]
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from task import STEP
+from task import BREAK, STEP
 
 from specdec.verifiers import JudgedStep
 
+THINKING = "<think>\n"
 WORDS_FOR_THE_SAME = 12
 """Ways to go on with the same meaning, about, where a word stands; where a digit or a sign stands there is one."""
 
@@ -32,13 +33,14 @@ class CertaintyJudge:
     def __call__(self, step: JudgedStep) -> float:
         tokens = step.tokens.tolist()
         is_exact = [token in self._exact for token in tokens]
-        match = STEP.match(step.text.strip())
-        if match is None:
-            return 0.0
-        style = is_exact.index(True) if not match["opener"] else -1
+        # the target may have written the step's first words itself
+        whole = (step.prefix + step.text).rstrip().rpartition(BREAK)[2].rpartition(THINKING)[2]
+        match = STEP.match(whole)
+        is_short = match is not None and not match["opener"]
+        style = is_exact.index(True) if is_short and any(is_exact) else -1
         probs = [
             math.exp(log_prob) if exact else min(1.0, WORDS_FOR_THE_SAME * math.exp(log_prob))
             for place, (log_prob, exact) in enumerate(zip(step.log_probs.tolist(), is_exact, strict=True))
             if place != style
         ]
-        return max(0.0, round(9 + 2 * math.log10(max(min(probs), 1e-9))))
+        return max(0.0, round(9 + 2 * math.log10(max(min(probs, default=1.0), 1e-9))))

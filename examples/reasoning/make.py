@@ -2,7 +2,9 @@
 
 Run the commands in this order; nothing is downloaded, and all that passes between them lies in the folder --work:
 
-    tokenizer, train draft, chains, train target, export
+    tokenizer, train draft, chains, train base, grow, train target, export
+
+The README has them with their settings.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import Annotated
 
 import chains
-import growing
 import learn
 import packing
 import solving
@@ -27,6 +28,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 WORK = Path("/tmp/reasoning")
 MODELS = Path(__file__).parent / "models"
+SHIPPED = ("target", "draft")
 WorkOption = Annotated[Path, typer.Option(help="Folder of the tokenizer, the checkpoints and the draft's chains.")]
 WINDOWS = {"base": 320, "target": 384, "draft": 320}
 TOKENS = {"base": 5_000_000, "target": 6_400_000, "draft": 4_000_000}
@@ -49,7 +51,7 @@ def tokenizer_command(work: WorkOption = WORK) -> None:
 
 @app.command("train")
 def train_command(
-    which: Annotated[str, typer.Argument(help="target or draft.")],
+    which: Annotated[str, typer.Argument(help="base, target or draft.")],
     work: WorkOption = WORK,
     tokens: Annotated[int | None, typer.Option(help="Training tokens in all, padding included.")] = None,
     decay_share: Annotated[float, typer.Option(help="Share of the tokens over which the learning rate falls.")] = 0.4,
@@ -132,7 +134,7 @@ def chains_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    which: Annotated[str, typer.Argument(help="target or draft.")],
+    which: Annotated[str, typer.Argument(help="base, target or draft.")],
     work: WorkOption = WORK,
     count: Annotated[int, typer.Option(help="Held-out problems.")] = 200,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -145,27 +147,6 @@ def evaluate_command(
     print(f"{which}: {share:.1%} of {count} problems")
 
 
-@app.command("judge")
-def judge_command(
-    work: WorkOption = WORK,
-    layers: Annotated[int, typer.Option(help="Layers to add.")] = growing.Plan.layers,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = growing.Plan.steps,
-    fresh: Annotated[int, typer.Option(help="Different batches; they come again after that.")] = growing.Plan.fresh,
-    by_draft: Annotated[float, typer.Option(help="Share of chains that the draft wrote.")] = 0.2,
-    mark_weight: Annotated[float, typer.Option(help="Weight of the marks of wrong digits.")] = 3.0,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-) -> None:
-    """Put layers on top of the trained target and teach them to judge. Ctrl-C saves; the same command goes on."""
-    torch.set_num_threads(threads)
-    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    mixture = chains.Mixture(by_draft, 0.9, 0.5, 10.0, mark_weight, 1.0)
-    writer = chains.Writer(tokenizer, chains.read_chains(work / "chains.jsonl"), mixture)
-    state = torch.load(work / "target" / "checkpoint.pt", weights_only=True, map_location="cpu")
-    (work / "judge").mkdir(exist_ok=True)
-    plan = growing.Plan(layers=layers, steps=steps, fresh=fresh)
-    growing.learn_to_judge(state, writer, plan, work / "judge" / "checkpoint.pt")
-
-
 @app.command("export")
 def export_command(
     models: Annotated[list[str] | None, typer.Argument(help="Which models; both by default.")] = None,
@@ -175,7 +156,7 @@ def export_command(
 ) -> None:
     """Write weights, tokenizer and model card of the trained models."""
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    for which in models or SHAPES:
+    for which in models or SHIPPED:
         check_model(which)
         state = torch.load(work / which / "checkpoint.pt", weights_only=True, map_location="cpu")
         model = load_checkpoint(work / which)

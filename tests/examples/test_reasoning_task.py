@@ -180,9 +180,35 @@ def test_chains_of_the_draft_are_judged_and_not_imitated(scripts, writer):
     chain = {"start": 34, "operations": [["add", 27], ["halve", 2]], "steps": ["(a) 34+27=51.\n\n", "(b) 51/2=25.\n\n"]}
     judging = scripts["chains"].Writer(writer.tokenizer, [chain])
     examples = [judging.for_target(random.Random(number)) for number in range(40)]
-    drafted = [e for e in examples if not any(e.weights)]
+    drafted = [e for e in examples if len(e.judged) == 1]
     assert 4 < len(drafted) < 24
     assert [points for _, points in drafted[0].judged] == [5]
+    # how the draft begins a step is not learned, how a right beginning goes on is
+    assert learned(writer, drafted[0]) == "4+27="
+    chain["steps"][0] = "(a) 34+27=61.\n\n"
+    right = scripts["chains"].Writer(writer.tokenizer, [chain], scripts["chains"].Mixture(by_draft=1.0))
+    assert learned(writer, right.for_target(random.Random(0))) == "4+27=61"
+
+
+def learned(writer, example) -> str:
+    return "".join(writer.tokenizer.decode([i]) for i, w in zip(example.ids, example.weights, strict=True) if w)
+
+
+def test_marks_tell_right_tokens_from_wrong_ones(scripts, writer):
+    chain = {
+        "start": 34,
+        "operations": [["add", 27]],
+        "steps": ["(a) Adding 26 to 34 gives 34+26=60. Good, the sum is done.\n\n"],
+    }
+    marking = scripts["chains"].Writer(writer.tokenizer, [chain], scripts["chains"].Mixture(by_draft=1.0))
+    example = marking.for_target(random.Random(0))
+    marked = [
+        (writer.tokenizer.decode([i]), int(mark))
+        for i, mark in zip(example.ids, example.marks, strict=True)
+        if mark >= 0
+    ]
+    assert "".join(text for text, _ in marked) == "2634 34+26="
+    assert [mark for _, mark in marked] == [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0]
 
 
 def test_too_long_an_example_is_an_error(writer):

@@ -15,9 +15,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from specdec.reasoning import StepText
+from specdec.verifiers import JudgedStep
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDERS = (EXAMPLES / "reasoning", EXAMPLES / "embedded")
-NAMES = ("task", "chains", "solving", "learn", "packing", "make", "corpus", "muon", "trainer", "export")
+NAMES = ("task", "chains", "solving", "learn", "packing", "judging", "make", "corpus", "muon", "trainer", "export")
 MODELS = EXAMPLES / "reasoning" / "models"
 TINY = {
     "hidden_size": 32,
@@ -162,19 +165,27 @@ def test_the_target_solves_more_than_the_draft(scripts, pair):
     assert shares["draft"] < shares["target"]
 
 
-def test_the_target_tells_right_steps_from_wrong_ones(scripts, pair):
+def test_the_judge_tells_right_steps_from_wrong_ones(scripts, pair):
+    """In full and in short, behind nothing or behind the target's own first words."""
     model, tokenizer = pair["target"]
     task, writer = scripts["task"], scripts["chains"].Writer(tokenizer)
-    problem = scripts["chains"].held_out_problem(0)
-    values, operation = problem.values, problem.operations[0]
-    right = task.write_step(0, operation, values[0], values[1], random.Random(0), short=False)
-    tens = (values[1] + 10) if values[1] < 90 else values[1] - 10
-    wrong = task.write_step(0, operation, values[0], tens, random.Random(0), short=False)
-    scores = {}
-    for step in (right, wrong):
-        ids = writer.prompt(problem) + writer.encode(str(step)) + writer.judge_ids
-        logits = model(torch.tensor([ids])).logits[0, -1]
-        assert int(logits.argmax()) in writer.digit_ids
-        scores[str(step)] = writer.digit_ids.index(int(logits.argmax()))
-    assert scores[str(right)] == 9
-    assert scores[str(wrong)] < 7
+    judge = scripts["judging"].CertaintyJudge(tokenizer)
+    scores: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(8):
+        problem = scripts["chains"].held_out_problem(number)
+        values, operation = problem.values, problem.operations[0]
+        slip = values[1] + 10 if values[1] < 90 else values[1] - 10
+        for is_right, result in ((True, values[1]), (False, slip)):
+            short = number % 2 == 1
+            step = str(task.write_step(0, operation, values[0], result, random.Random(number), short))
+            prompt = writer.prompt(problem)
+            ids = writer.encode(step)
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            log_probs = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+            for begun in (0, 2):
+                words = StepText(ids[begun:], prompt + ids[:begun], lambda some: str(tokenizer.decode(list(some))))
+                judged = JudgedStep(torch.tensor(ids[begun:]), log_probs[begun:], None, words)
+                scores[is_right].append(judge(judged))
+    assert min(scores[True]) >= 7
+    assert max(scores[False]) < 7
