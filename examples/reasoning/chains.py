@@ -138,7 +138,7 @@ class Mixture:
         by_draft: Share of chains that the draft wrote.
         wrong_chains: Share of the others that hold wrong steps.
         wrong: Share of the steps in these that are wrong.
-        judge_weight: Of a score in the loss.
+        judge_weight: Of a score in the loss; with 0 nothing is judged.
         mark_weight: Of the marks of right and wrong digits.
         word_weight: Of the words of a step.
         short: Share of the steps that are in short.
@@ -237,6 +237,8 @@ class Writer:
         example.add(self.prompt(problem), 0.0)
         for i, step_so in enumerate(steps):
             self._add_judged(example, i, *step_so)
+        if self.mixture.judge_weight == 0:
+            example.judged.clear()  # room for longer chains
         return self._finish(example, value)
 
     def _by_draft(self, chain: dict[str, Any]) -> Example:

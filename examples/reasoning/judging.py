@@ -17,9 +17,9 @@ WORDS_FOR_THE_SAME = 12
 class CertaintyJudge:
     """Scores a step from 0 to 9 by its least likely token under the target, which the pass over the step tells.
 
-    The score is 9 plus twice the decimal logarithm, rounded: 9 stands for more than 56 %, 7 for more than 5.6 %, 5 for
-    more than 0.56 %, 3 for more than 0.056 %. A word is as good as its likeliest synonyms. That a step is in short is
-    no fault of it: the digit with which it begins, where the target would have begun with a word, is left out.
+    The score is 9 plus the decimal logarithm, rounded: 9 stands for more than 32 %, and each point less for a tenth of
+    that. A word is as good as its likeliest synonyms. That a step is in short is no fault of it: how it begins, where
+    the target would have had words, and that it has no more words, is left out.
 
     Args:
         tokenizer: The target's.
@@ -37,10 +37,10 @@ class CertaintyJudge:
         whole = (step.prefix + step.text).rstrip().rpartition(BREAK)[2].rpartition(THINKING)[2]
         match = STEP.match(whole)
         is_short = match is not None and not match["opener"]
-        style = is_exact.index(True) if is_short and any(is_exact) else -1
+        begins_at = is_exact.index(True) if is_short and any(is_exact) else -1
         probs = [
             math.exp(log_prob) if exact else min(1.0, WORDS_FOR_THE_SAME * math.exp(log_prob))
             for place, (log_prob, exact) in enumerate(zip(step.log_probs.tolist(), is_exact, strict=True))
-            if place != style
+            if not is_short or (exact and place > begins_at)
         ]
-        return max(0.0, round(9 + 2 * math.log10(max(min(probs, default=1.0), 1e-9))))
+        return max(0.0, round(9 + math.log10(max(min(probs, default=1.0), 1e-9))))
