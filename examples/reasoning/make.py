@@ -31,7 +31,7 @@ MODELS = Path(__file__).parent / "models"
 SHIPPED = ("target", "draft")
 WorkOption = Annotated[Path, typer.Option(help="Folder of the tokenizer, the checkpoints and the draft's chains.")]
 WINDOWS = {"base": 320, "target": 384, "draft": 320}
-TOKENS = {"base": 5_000_000, "target": 6_400_000, "draft": 4_000_000}
+TOKENS = {"base": 5_000_000, "target": 8_700_000, "draft": 4_000_000}
 BATCHES = {"base": 16, "target": 8, "draft": 16}
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)

@@ -93,7 +93,7 @@ def test_digits_of_results_and_scores_are_counted_apart(scripts, tokenizer):
             logits[..., writer.digit_ids[6]] = 1
             return type("Output", (), {"logits": logits})
 
-    shares = scripts["learn"].accuracies(Six(), batch)
+    shares = scripts["learn"].accuracies(Six(), batch, writer.mark_ids)
     assert shares["scores"] == pytest.approx(scores.count(6) / len(scores))
     assert 0 < shares["results"] < 0.5
 
