@@ -32,7 +32,7 @@ the model is fit for nothing else.
 
 The weights are stored in bfloat16 and load as float32, which a CPU computes faster.
 """
-DOES = {"target": "solves the problems and scores steps from 0 to 9", "draft": "drafts steps for the target"}
+DOES = {"target": "solves the problems", "draft": "drafts steps for the target"}
 
 
 def write(
