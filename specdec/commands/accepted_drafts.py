@@ -1,42 +1,8 @@
-"""Notes which tokens of a completion had been drafted."""
+"""Tells which tokens of a completion had been drafted."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from specdec.drafters.base import DraftContext, Drafter, Step
-from specdec.tree import TokenTree
-
-
-class RecordedDrafter(Drafter):
-    """Another drafter, and how many of its tokens were accepted per step; for one row.
-
-    Args:
-        drafter: What guesses.
-    """
-
-    def __init__(self, drafter: Drafter) -> None:
-        self.drafter = drafter
-        self.name = drafter.name
-        self.accepted: list[int] = []
-
-    def start(self, context: DraftContext) -> None:
-        self.accepted.clear()
-        self.drafter.start(context)
-
-    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        """See `Drafter.propose`."""
-        return self.drafter.propose(context, max_nodes)
-
-    def observe(self, context: DraftContext, step: Step) -> None:
-        self.accepted.append(step.accepted[0])
-        self.drafter.observe(context, step)
-
-    def finish(self, context: DraftContext) -> None:
-        self.drafter.finish(context)
-
-    def settings(self) -> dict[str, Any]:
-        return self.drafter.settings()
 
 
 def pieces_of(new_tokens: list[int], accepted: list[int], tokenizer: Any) -> list[tuple[str, bool]]:

@@ -130,16 +130,18 @@ def _print_completion(
 ) -> None:
     """One completion, with the tokens that had been drafted marked; a run of its own, as marking takes time."""
     from specdec.api import accelerate
-    from specdec.commands.accepted_drafts import RecordedDrafter, pieces_of
+    from specdec.commands.accepted_drafts import pieces_of
     from specdec.commands.contenders import LOOKAHEAD
     from specdec.commands.demo_display import DRAFTED, completion_text
     from specdec.drafters.lookahead import LookaheadDrafter
     from specdec.measuring import Method, run_once
 
-    drafter = RecordedDrafter(LookaheadDrafter())
-    fast = accelerate(target, drafter)
-    sample = run_once(Method(LOOKAHEAD, lambda: fast), fast, prompt, target, settings)
-    pieces = pieces_of(sample.output or [], drafter.accepted, tokenizer)
+    fast = accelerate(target, LookaheadDrafter())
+    sample = run_once(Method(LOOKAHEAD, lambda: fast, {"trace": True}), fast, prompt, target, settings)
+    output, trace = sample.output or [], fast.report.trace
+    passes = trace.passes[1:] if trace is not None else []  # the first one is the prefill
+    accepted = [len(made.tokens) - 1 for made in passes] if passes else [0] * len(output)
+    pieces = pieces_of(output, accepted, tokenizer)
     console.print(f"\n{prompt.id}, completed with {LOOKAHEAD}:", highlight=False, soft_wrap=True)
     if console.is_terminal:
         console.print(f"[{DRAFTED}]these tokens[/] were drafted and accepted")
