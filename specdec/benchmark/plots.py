@@ -87,7 +87,7 @@ def _grouped(axes: Any, groups: Sequence[str], series: dict[str, list[tuple[floa
     axes.margins(x=0.15, y=0.02)
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
-        axes.legend(frameon=False)
+        axes.figure.legend(loc="outside right upper", frameon=False)
 
 
 def _speedup(rows: dict[str, list[Row]]) -> Figure:
