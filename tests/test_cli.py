@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 from specdec import embedded
+from specdec.budget import Budget
 from specdec.cli import app
 from specdec.commands import COMMANDS
 from specdec.commands.accepted_drafts import pieces_of
@@ -319,6 +320,15 @@ def test_replay_of_a_bad_record(tmp_path: Path, line: str) -> None:
     result = call("replay", file)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
+
+
+def test_demo_marks_a_completion_in_which_drafting_rests(
+    target: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Budget, "nodes_to_draft", lambda budget: 1)
+    result = call("demo", "--model", target, "--prompt-file", prompt_file, "--prompts", 1, "--tokens", 8)
+    assert result.exit_code == 0, result.output
+    assert "completed with specdec lookahead" in result.output
 
 
 def test_pieces_keep_the_text_and_its_origin(target: Path) -> None:
