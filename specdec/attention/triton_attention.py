@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from specdec.attention.base import AttentionCall, TreeAttention, UnsupportedAttentionError
+from specdec.attention.plan import WORD
 
 MAX_SPLITS = 31
 """Splits and the tree are 32 parts at most, which the merging kernel holds in registers."""
 
 BLOCK_BYTES = 32 * 1024
-"""Keys and values of a block; two blocks and the queries are in shared memory at once."""
+"""Keys and values of a block at most; two blocks and the queries are in shared memory at once."""
 
 
 def next_power_of_2(number: int) -> int:
@@ -46,11 +47,15 @@ class TritonTreeAttention(TreeAttention):
         return None
 
     def attend(self, call: AttentionCall) -> Tensor:
+        import triton
+
         from specdec.attention.triton_kernels import attend_parts, merge_parts
 
         plan = call.plan
         if not plan.is_left_padded:
             raise UnsupportedAttentionError("'triton' takes padding on the left only; use attention='sdpa'")
+        if call.query.device.type == "cpu" and not triton.knobs.runtime.interpret:
+            raise UnsupportedAttentionError("'triton' needs a GPU; use attention='sdpa' or 'model'")
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.query, call.key, call.value))
         batch, heads, nodes, head_size = query.shape
         key_heads, value_size = key.shape[1], value.shape[-1]
@@ -67,7 +72,7 @@ class TritonTreeAttention(TreeAttention):
             key,
             value,
             plan.first(call.layer_type),
-            plan.lengths,
+            plan.once("lengths", plan.lengths.contiguous),  # in a static step a column of something wider
             bits,
             partial,
             partial_lse,
@@ -87,6 +92,7 @@ class TritonTreeAttention(TreeAttention):
             BLOCK_V=sizes.value,
             BLOCK_M=sizes.rows,
             BLOCK_S=sizes.slots,
+            BLOCK_T=min(sizes.slots, WORD),
             HAS_CAP=call.softcap is not None,
             PRECISION="ieee" if exact else "tf32",
             num_warps=sizes.warps,
@@ -141,7 +147,8 @@ class BlockSizes:
         if dtype.itemsize > 2:
             most = 32
         block = min(max(next_power_of_2(rows), 16), most)
-        slots = min(max(BLOCK_BYTES // ((head + value) * dtype.itemsize), 16), 64)
+        fitting = max(BLOCK_BYTES // ((head + value) * dtype.itemsize), 16)
+        slots = min(1 << (fitting.bit_length() - 1), 64)
         return cls(block, slots, head, value, 8 if block > 64 else 4)
 
 

@@ -62,6 +62,7 @@ def attend_parts(  # type: ignore[no-untyped-def]
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -109,16 +110,16 @@ def attend_parts(  # type: ignore[no-untyped-def]
         )
         highest, total, out = _add(scores, x, highest, total, out, PRECISION)
 
-    bit = tl.arange(0, 32)
-    for at in range(0, tl.where(split < splits, 0, nodes), 32):
-        slot = length + at + bit
-        is_slot = at + bit < nodes
+    for at in range(0, tl.where(split < splits, 0, nodes), BLOCK_T):
+        other = at + tl.arange(0, BLOCK_T)
+        slot = length + other
+        is_slot = other < nodes
         k = tl.load(
             keys + slot[:, None] * key_slot + d[None, :], mask=is_slot[:, None] & (d < HEAD)[None, :], other=0.0
         )
         scores = _scores(q, k, scaling, softcap, HAS_CAP, PRECISION)
         word = tl.load(bits + (row * nodes + node) * words + at // 32, mask=is_row, other=0)
-        scores = tl.where(((word[:, None] >> bit[None, :]) & 1) != 0, scores, float("-inf"))
+        scores = tl.where(((word[:, None] >> (other % 32)[None, :]) & 1) != 0, scores, float("-inf"))
         x = tl.load(
             values + slot[:, None] * value_slot + v[None, :], mask=is_slot[:, None] & (v < VALUE)[None, :], other=0.0
         )

@@ -23,8 +23,10 @@ from specdec.tree import TokenTree, padded_width
 from specdec.verifiers.base import Verifier
 from specdec.verifiers.exact import ExactVerifier, follow
 
-CAPTURABLE = SCORE_ONLY - {lp.TopHLogitsWarper}
-"""Processors whose launches depend on shapes alone."""
+CAPTURABLE = SCORE_ONLY - {lp.TopHLogitsWarper, lp.EtaLogitsWarper}
+"""Processors whose launches depend on shapes alone. Eta's checks its distribution on the host."""
+MOST_SUPPRESSED = 32
+"""Suppressed tokens in a captured step: `torch.isin` sorts longer lists, and the host waits to learn their length."""
 EVIDENCE = 64
 """Logits of each node that a replay is compared by, besides its outcome."""
 FEW_LEVELS = 16
@@ -39,9 +41,16 @@ def not_whole(step: Step) -> str | None:
         return "near-ties are guarded"
     if step.sampler.keep_scores:
         return "scores or logits are wanted"
-    if others := [type(p).__name__ for p in step.sampler.processors if type(p) not in CAPTURABLE]:
-        return f"{', '.join(others)} must see each node's own prefix"
+    if others := [type(p).__name__ for p in step.sampler.processors if not _is_capturable(p)]:
+        return f"{', '.join(others)} must see each node's own prefix, or read values on the host"
     return None
+
+
+def _is_capturable(processor: Any) -> bool:
+    is_long = isinstance(processor, lp.SuppressTokensLogitsProcessor) and (
+        processor.suppress_tokens.numel() > MOST_SUPPRESSED
+    )
+    return type(processor) in CAPTURABLE and not is_long
 
 
 class Selection:

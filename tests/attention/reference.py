@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +17,9 @@ from specdec.attention.plan import TreePlan
 from specdec.masks import MaskFormat
 from tests.conformance import ancestors, random_tree
 
+HAS_TRITON = sys.platform == "linux" or importlib.util.find_spec("triton") is not None
+"""Its interpreter is part of the environment on Linux: there its tests fail without it."""
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is for Linux")
 KIND = {"window": "sliding_attention", "chunk": "chunked_attention"}
 
 
@@ -69,6 +75,7 @@ SHAPES = {
     "head size 128": Shape(nodes=8, sizes=(128, 128), lengths=(150,)),
     "head size 256": Shape(nodes=8, sizes=(256, 256), lengths=(90,)),
     "other value size": Shape(nodes=9, sizes=(48, 32), heads=(4, 4), lengths=(45, 50)),
+    "MLA": Shape(nodes=7, sizes=(192, 128), heads=(3, 3), lengths=(40, 21)),
     "spare slots": Shape(nodes=8, lengths=(20, 33), spare=29),
 }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -11,10 +9,9 @@ from specdec.attention.base import TreeAttention, UnsupportedAttentionError
 from specdec.attention.dense import SdpaAttention
 from specdec.attention.flash import FlashTreeAttention
 from specdec.attention.flex import FlexTreeAttention
-from specdec.attention.triton_attention import TritonTreeAttention
-from tests.attention.reference import SHAPES, Shape, call_of, flash_attn_in_torch, reference
+from specdec.attention.triton_attention import BlockSizes, TritonTreeAttention
+from tests.attention.reference import SHAPES, Shape, call_of, flash_attn_in_torch, needs_triton, reference
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 BACKENDS = {
@@ -59,6 +56,31 @@ def test_half_precision_differs_by_its_rounding(name: str, dtype: torch.dtype) -
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
     shape = Shape(nodes=16, lengths=(70, 33), heads=(6, 2), sizes=(64, 64))
     assert error(BACKENDS[name], shape, dtype) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_lengths_may_be_a_column_of_something_wider(name: str) -> None:
+    shape = SHAPES["ragged rows"]
+    call = call_of(shape)
+    wide = torch.randint(99, (len(shape.lengths), 5))
+    wide[:, 0] = call.plan.lengths
+    object.__setattr__(call.plan, "lengths", wide[:, 0])
+    assert float((BACKENDS[name].attend(call).double() - reference(call, shape)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [16, 64, 80, 96, 128, 192, 256, 512])
+def test_blocks_are_powers_of_two_and_fit_in_shared_memory(size: int, dtype: torch.dtype) -> None:
+    for value in {size, max(size * 2 // 3, 16), 128}:
+        for rows in (1, 4, 32, 512):
+            blocks = BlockSizes.of(rows, size, value, dtype)
+            for number in (blocks.rows, blocks.slots, blocks.head, blocks.value):
+                assert number >= 16
+                assert number.bit_count() == 1
+            if size <= 256:
+                keys_and_values = blocks.slots * (blocks.head + blocks.value) * dtype.itemsize
+                queries = blocks.rows * blocks.head * dtype.itemsize
+                assert 2 * keys_and_values + queries <= 99 * 1024, "what a block has on the smaller cards"
 
 
 def test_sdpa_leaves_the_mask_out_where_one_node_sees_everything() -> None:

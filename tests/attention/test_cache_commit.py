@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
 from specdec.cache_commit import move_slots
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+from tests.attention.reference import needs_triton
 
 PATHS = {
     "in place": ([[0, 1, 2]], [0]),

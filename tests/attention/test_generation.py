@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -13,12 +12,10 @@ from specdec.attention import choice, switch
 from specdec.attention.base import AttentionCall, UnsupportedAttentionError
 from specdec.attention.dense import SdpaAttention
 from specdec.attention.flash import FlashTreeAttention
-from tests.attention.reference import flash_attn_in_torch
+from tests.attention.reference import flash_attn_in_torch, needs_triton
 from tests.conformance import DRAFTERS, assert_identical, reference
 from tests.tiny_models import new_model, prompts, tiny_model
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
@@ -27,9 +24,15 @@ def flash_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(choice.BACKENDS, "flash", lambda: FlashTreeAttention(flash_attn_in_torch))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flex", pytest.param("triton", marks=needs_triton), "flash"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2-softcap"])
-def test_tokens_are_those_of_generate(name: str, attention: str) -> None:
+CASES = [(a, name) for a in ("sdpa", "flex", "flash") for name in ("llama", "qwen3", "gpt2", "gemma2-softcap")]
+INTERPRETED = [
+    pytest.param("triton", "llama", marks=needs_triton),
+    *(pytest.param("triton", n, marks=[needs_triton, pytest.mark.slow]) for n in ("qwen3", "gpt2", "gemma2-softcap")),
+]
+
+
+@pytest.mark.parametrize(("attention", "name"), [*CASES, *INTERPRETED])
+def test_tokens_are_those_of_generate(attention: str, name: str) -> None:
     if attention == "sdpa" and name == "gemma2-softcap":
         with pytest.raises(ValueError, match=r"attention='sdpa' cannot be used with Gemma2ForCausalLM.*cap"):
             _ = specdec.accelerate(tiny_model(name), attention=attention).capability

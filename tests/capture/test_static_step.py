@@ -65,6 +65,28 @@ def test_how_much_of_a_step_is_static(processor: str, monkeypatch: pytest.Monkey
     assert whole == [processor in WHOLE]
 
 
+@pytest.mark.parametrize(
+    ("processors", "is_whole"),
+    [
+        ({"typical_p": 0.9, "epsilon_cutoff": 1e-3}, True),
+        ({"top_p": 0.9, "renormalize_logits": True, "remove_invalid_values": True}, True),
+        ({"suppress_tokens": [5, 6]}, True),
+        ({"suppress_tokens": list(range(5, 60))}, False),
+        ({"eta_cutoff": 1e-3}, False),
+    ],
+    ids=["typical-epsilon", "renormalized", "suppressed", "many-suppressed", "eta"],
+)
+def test_processors_of_a_whole_step_read_nothing_on_the_host(processors: dict[str, Any], is_whole: bool) -> None:
+    model, recorder = new_model("llama"), Replays()
+    with recorded_by(recorder) as found:
+        kwargs = {"max_new_tokens": 16, "do_sample": True, "eos_token_id": None, **processors}
+        assert_identical(model, DRAFTERS["random-tree"], prompts(12), cuda_graphs="eager", **kwargs)
+    assert found[model].graphs.failure is None
+    assert recorder.num_replayed > 0
+    tails = [key[-1] is not None for key in found[model].graphs._entries]
+    assert tails and all(tail == is_whole for tail in tails)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_same_tokens_on_every_kind_of_attention(name: str) -> None:
     for inputs in (prompts(3 * WINDOW + 1), prompts(2 * WINDOW, 3, WINDOW - 1)):
