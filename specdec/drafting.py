@@ -100,20 +100,22 @@ class GuardedDrafter:
         """How many of the target's likeliest tokens the drafter wants to know per node."""
         return self.drafter.num_top_tokens if self.drafter is not None else 0
 
-    def top_tokens(self, logits: Tensor) -> Tensor:
+    def top_tokens(self, logits: Tensor) -> Tensor | None:
         """What the target holds likeliest, as far as the drafter wants to know it.
 
         Args:
             logits: The target's, `[batch, nodes, vocab]`.
 
         Returns:
-            Token ids, best first, `[batch, nodes, count]`, int64, on the logits' device; the count is 0 for a drafter
-            that does not ask.
+            Token ids, best first, `[batch, nodes, count]`, int64, on the logits' device; None for a drafter that does
+            not ask.
         """
+        if not self.num_top_tokens:
+            return None
         count = min(self.num_top_tokens, logits.shape[-1])
-        if count and logits.device.type == "cpu":
+        if logits.device.type == "cpu":
             return torch.from_numpy(largest(host_array(logits.float()), count))
-        return logits.topk(count).indices if count else logits.new_empty((*logits.shape[:2], 0), dtype=torch.int64)
+        return logits.topk(count).indices
 
     def observe(
         self,

@@ -89,6 +89,44 @@ def is_valid(tokens: Ints, parents: Ints, vocab_size: int) -> bool:
 
 
 @kernel
+def child_with(tokens: Ints, parents: Ints, parent: int, token: int) -> int:
+    """A node's first child that holds a token, -1 for none; `[nodes]` each."""
+    for node in range(parent + 1, tokens.shape[0]):
+        if parents[node] == parent and tokens[node] == token:
+            return node
+    return -1
+
+
+@kernel
+def followed(tokens: Ints, parents: Ints, picks: Ints) -> tuple[Ints, Ints, Ints]:
+    """Walks each row's tree from the root as long as a child holds the pick of its parent.
+
+    Args:
+        tokens: `[batch, nodes]`.
+        parents: `[batch, nodes]`, every parent before its child; -1 at roots and padding.
+        picks: The target's token at each node of that path, `[batch, nodes]`.
+
+    Returns:
+        The nodes of the path without the root, -1 behind the end, `[batch, nodes]`; their tokens and then the last
+        one's pick, `[batch, nodes + 1]`; and how many nodes there are, `[batch]`.
+    """
+    batch, width = tokens.shape
+    path = np.full((batch, width), -1)
+    taken = np.zeros((batch, width + 1), np.int64)
+    counts = np.zeros(batch, np.int64)
+    for row in range(batch):
+        node = 0
+        for child in range(1, width):
+            if parents[row, child] == node and tokens[row, child] == picks[row, node]:
+                node = child
+                path[row, counts[row]] = node
+                taken[row, counts[row]] = tokens[row, node]
+                counts[row] += 1
+        taken[row, counts[row]] = picks[row, node]
+    return path, taken, counts
+
+
+@kernel
 def largest(values: NDArray[np.float32], count: int) -> Ints:
     """Where the largest values of each list stand, the largest first; among equals the first.
 

@@ -7,11 +7,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as lp
 from transformers.generation.logits_process import LogitsProcessorList
 
+from specdec.kernels import child_with
 from specdec.noise import NoiseQueue
 from specdec.sequences import Sequences
 from specdec.tree import TokenTree
@@ -54,9 +56,6 @@ BATCH_INDEXED = {
     lp.EncoderRepetitionPenaltyLogitsProcessor: "encoder_input_ids",
 }
 """Processors that keep one entry per row of the batch, and where."""
-
-SORTING = frozenset({lp.TopKLogitsWarper, lp.TopPLogitsWarper, lp.TopHLogitsWarper, lp.TypicalLogitsWarper})
-"""Processors whose cost per node is worth avoiding on a CPU."""
 
 
 def not_row_wise(processors: LogitsProcessorList) -> list[str]:
@@ -105,9 +104,9 @@ class Sampler:
         self.sequences = sequences
         self.noise = noise if do_sample else None
         self.keep_scores = keep_scores
-        kinds = {type(p) for p in processors}
-        self.is_score_only = kinds <= SCORE_ONLY
-        self.is_flat = self.is_score_only and not (sequences.device.type == "cpu" and kinds & SORTING)
+        self.is_score_only = {type(p) for p in processors} <= SCORE_ONLY
+        # On a CPU it is cheaper to look at few nodes; a device that is not waited for takes all of them at once.
+        self.is_flat = self.is_score_only and sequences.device.type != "cpu"
         self.scores: Tensor | None = None  # [B, N, V] of the last call, rows of unvisited nodes undefined
         self.logits: Tensor | None = None
         self.keeps_margins = False
@@ -139,7 +138,7 @@ class Sampler:
             rows: Index in the whole batch of each row of the tree.
 
         Returns:
-            Token ids `[batch, nodes]`, int64. When the processors are costly or need a prefix, only the nodes on the
+            Token ids `[batch, nodes]`, int64. On a CPU, and where processors need a prefix, only the nodes on the
             target's own path are computed; the others are -1 (equal to no token).
         """
         logits = self._begin(logits)
@@ -227,31 +226,37 @@ class Sampler:
 
     def _walk(self, tree: TokenTree, logits: Tensor, scores: Tensor, rows: Sequence[int]) -> Tensor:
         """Picks from the root down the target's own path, one node per row and depth."""
-        picks = torch.full_like(tree.tokens, -1)
+        picks = np.full(tree.tokens.shape, -1)
         self._margins = torch.full(picks.shape, torch.inf, device=logits.device) if self.keeps_margins else None
-        tokens, parents = tree.tokens.cpu().numpy(), tree.parents.cpu().numpy()
         node = dict.fromkeys(range(len(rows)), 0)
         paths: dict[int, list[int]] = {i: [] for i in node}
         while node:
-            for group in self._same_length(rows, paths, node):
+            for group in [list(node)] if self.is_score_only else self._same_length(rows, paths, node):
                 nodes = [node[i] for i in group]
-                ids = self.sequences.prefixes([rows[i] for i in group], [paths[i] for i in group])
-                processors = for_rows(self.processors, [rows[i] for i in group], len(self.sequences))
-                processed = processors(ids, logits[group, nodes])
+                processed = self._processed(_at(logits, group, nodes), rows, group, paths)
                 if self.keep_scores:
                     scores[group, nodes] = processed
                 values = self._values_of(processed, rows, group, paths)
                 if self._margins is not None:
                     self._margins[group, nodes] = margins(values if self.noise is None else values.log())
-                for i, at, token in zip(group, nodes, values.argmax(-1).tolist(), strict=True):
+                for i, at, token in zip(group, nodes, _argmax(values), strict=True):
                     picks[i, at] = token
-                    children = ((parents[i] == at) & (tokens[i] == token)).nonzero()[0]
-                    if len(children):
-                        node[i] = int(children[0])
-                        paths[i].append(token)
-                    else:
+                    child = child_with(tree.host_tokens[i], tree.host_parents[i], at, token)
+                    if child < 0:
                         del node[i]
-        return picks
+                    else:
+                        node[i] = child
+                        paths[i].append(token)
+        return torch.from_numpy(picks).to(tree.tokens.device)
+
+    def _processed(self, logits: Tensor, rows: Sequence[int], group: list[int], paths: dict[int, list[int]]) -> Tensor:
+        """Processed scores of one node in each row of a group, `[group, vocab]`."""
+        if not self.processors:
+            return logits
+        of_batch = [rows[i] for i in group]
+        ids = None if self.is_score_only else self.sequences.prefixes(of_batch, [paths[i] for i in group])
+        processed: Tensor = for_rows(self.processors, of_batch, len(self.sequences))(ids, logits.clone())
+        return processed
 
     def _same_length(self, rows: Sequence[int], paths: dict[int, list[int]], node: dict[int, int]) -> list[list[int]]:
         """Rows whose prefixes have the same length: processors need a rectangle of ids."""
@@ -265,8 +270,22 @@ class Sampler:
         if self.noise is None:
             return scores
         positions = [self.sequences.num_generated(rows[i]) + len(paths[i]) for i in group]
-        noise = torch.stack([self.noise.at(at, rows[i]) for at, i in zip(positions, group, strict=True)])
-        return torch.softmax(scores, dim=-1) / noise
+        noise = [self.noise.at(at, rows[i]) for at, i in zip(positions, group, strict=True)]
+        return torch.softmax(scores, dim=-1) / (noise[0] if len(noise) == 1 else torch.stack(noise))
+
+
+def _at(logits: Tensor, group: list[int], nodes: list[int]) -> Tensor:
+    """Logits at one node in each row of a group, `[group, vocab]`."""
+    if len(group) == 1:
+        return logits[group[0], nodes[0] : nodes[0] + 1]
+    return logits[group, nodes]
+
+
+def _argmax(values: Tensor) -> list[int]:
+    """The place of each list's highest value, among equals of the first, on the host."""
+    if values.is_cpu:  # numpy does it in a fraction of the time, and breaks ties as torch does
+        return values.numpy().argmax(-1).tolist()
+    return values.argmax(-1).tolist()
 
 
 def margins(values: Tensor) -> Tensor:

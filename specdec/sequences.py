@@ -66,7 +66,7 @@ class Sequences:
 
     def roots(self, rows: Sequence[int]) -> Tensor:
         """Last token of each row, `[rows]`, on the host."""
-        return torch.from_numpy(self.ids[rows, [self.lengths[row] - 1 for row in rows]])
+        return torch.tensor([int(self.ids[row, self.lengths[row] - 1]) for row in rows])
 
     def latest(self, rows: Sequence[int], count: int) -> Tensor:
         """The last tokens of each row, the very last first, over again where there are fewer, `[rows, count]`."""

@@ -96,7 +96,9 @@ class Step:
         """
         acceptance = self.verifier.verify(tree, logits, self.sampler, rows)
         top_tokens = self.drafter.top_tokens(logits)  # [B, N, count]
-        parts = [acceptance.num_accepted[:, None], acceptance.nodes, acceptance.tokens, top_tokens.flatten(1)]
+        parts = [acceptance.num_accepted[:, None], acceptance.nodes, acceptance.tokens]
+        if top_tokens is not None:
+            parts.append(top_tokens.flatten(1))
         if self.near_ties is not None:
             parts.append(self.near_ties.find(self.sampler, acceptance))
         packed: Ints = torch.cat([part.to(acceptance.nodes.device) for part in parts], 1).cpu().numpy()

@@ -72,7 +72,8 @@ class TokenTree:
         Args:
             roots: Last committed token of each row, `[batch]`.
         """
-        return cls(roots[:, None], torch.full_like(roots[:, None], -1))
+        tokens = roots.unsqueeze(1)
+        return cls(tokens, torch.full_like(tokens, -1))
 
     @classmethod
     def from_rows(

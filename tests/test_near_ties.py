@@ -23,16 +23,17 @@ ALL = 1e9
 """A gap below which every pick is."""
 
 
-@pytest.mark.parametrize("top_p", [None, 0.9], ids=["flat", "walked"])
+@pytest.mark.parametrize("is_flat", [False, True])
+@pytest.mark.parametrize("top_p", [None, 0.9])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_margins_are_those_between_the_two_best(do_sample: bool, top_p: float | None) -> None:
+def test_margins_are_those_between_the_two_best(do_sample: bool, top_p: float | None, is_flat: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, 11, generator=generator)
     sequences = Sequences(torch.zeros(2, 3, dtype=torch.int64), None, 100)
     processors = LogitsProcessorList([TopPLogitsWarper(top_p)] if top_p else [])
     torch.manual_seed(1)
     sampler = Sampler(processors, do_sample, sequences, NoiseQueue(2, torch.device("cpu")) if do_sample else None)
-    sampler.keeps_margins = True
+    sampler.keeps_margins, sampler.is_flat = True, is_flat
     scores = TopPLogitsWarper(top_p)(torch.zeros(0), logits.view(8, 11).clone()).view(2, 4, 11) if top_p else logits
     values = scores
     if do_sample:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from specdec.kernels import followed, host_array
 from specdec.sampling import Sampler
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Acceptance, Verifier
@@ -26,7 +28,14 @@ class ExactVerifier(Verifier):
     guarantee = "token-identical"
 
     def verify(self, tree: TokenTree, logits: Tensor, sampler: Sampler, rows: Sequence[int]) -> Acceptance:
-        return follow(tree, sampler.pick(tree, logits, rows))
+        picks = sampler.pick(tree, logits, rows)
+        return follow_on_host(tree, picks) if picks.is_cpu else follow(tree, picks)
+
+
+def follow_on_host(tree: TokenTree, picks: Tensor) -> Acceptance:
+    """The same as `follow`, in one go."""
+    nodes, tokens, counts = map(torch.from_numpy, followed(tree.host_tokens, tree.host_parents, host_array(picks)))
+    return Acceptance(nodes, tokens, counts)
 
 
 def follow(tree: TokenTree, picks: Tensor) -> Acceptance:

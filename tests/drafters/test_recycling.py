@@ -253,10 +253,11 @@ def test_top_tokens_are_those_of_the_logits() -> None:
         assert (found[..., 0] == logits.argmax(-1).numpy()).all()
         assert torch.equal(logits.gather(-1, torch.from_numpy(found)), logits.topk(count).values)
     guard = GuardedDrafter(RecyclingDrafter(top_k=4), 50, SpeculationReport(), strict=True)
-    assert torch.equal(guard.top_tokens(logits)[1], logits[1].topk(4).indices)
-    assert guard.top_tokens(logits.bfloat16()).shape == (2, 3, 4)
-    assert guard.top_tokens(logits[..., :3]).shape == (2, 3, 3)
-    assert GuardedDrafter(None, 50, SpeculationReport(), strict=True).top_tokens(logits).shape == (2, 3, 0)
+    for values, count in ((logits, 4), (logits.bfloat16(), 4), (logits[..., :3], 3)):
+        tokens = guard.top_tokens(values)
+        assert tokens is not None and tokens.shape == (2, 3, count)
+        assert torch.equal(values.gather(-1, tokens), values.topk(count).values)
+    assert GuardedDrafter(None, 50, SpeculationReport(), strict=True).top_tokens(logits) is None
 
 
 def test_loop_hands_over_top_tokens_of_every_node() -> None:

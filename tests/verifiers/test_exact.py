@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
 from specdec.noise import NoiseQueue
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 from specdec.verifiers import Acceptance, ExactVerifier
+from specdec.verifiers.exact import follow, follow_on_host
 
 VOCAB, LENGTH = 3, 6
 Prefix = tuple[int, ...]
@@ -28,12 +34,16 @@ TARGET: dict[Prefix, list[float]] = {
     for prefix in itertools.product(range(VOCAB), repeat=length)
 }
 
-# Every walk of the sampler: all nodes at once, and node by node down the target's own path.
+# With processors that look at the scores alone, and with one that is given the prefix of each node.
 PROCESSORS = {
-    "all nodes at once": LogitsProcessorList(),
-    "temperature 1": LogitsProcessorList([TemperatureLogitsWarper(1.0)]),
-    "node by node": LogitsProcessorList([TopKLogitsWarper(VOCAB)]),
+    "none": LogitsProcessorList(),
+    "of scores": LogitsProcessorList([TemperatureLogitsWarper(1.0), TopKLogitsWarper(VOCAB)]),
+    "of prefixes": LogitsProcessorList([SequenceBiasLogitsProcessor([[[VOCAB - 1, VOCAB - 1], 0.0]])]),
 }
+WALKS = {name: (name, False) for name in PROCESSORS} | {
+    f"{name}, all nodes": (name, True) for name in ("none", "of scores")
+}
+"""Processors, and whether all nodes are looked at at once, as on a GPU, or those of the target's own path."""
 
 FULL_TREE = TokenTree.from_rows(
     [[0, *range(VOCAB), *list(range(VOCAB)) * VOCAB]],
@@ -66,7 +76,14 @@ def logits_of(tree: TokenTree, prefix: Prefix) -> Tensor:
     return logits
 
 
-def verify(tree: TokenTree, prefix: Prefix, seed: int | None, processors: LogitsProcessorList) -> Acceptance:
+def new_sampler(walk: str, sequences: Sequences, noise: NoiseQueue | None) -> Sampler:
+    processors, is_flat = WALKS[walk]
+    sampler = Sampler(PROCESSORS[processors], noise is not None, sequences, noise)
+    sampler.is_flat = is_flat
+    return sampler
+
+
+def verify(tree: TokenTree, prefix: Prefix, seed: int | None, walk: str = "none") -> Acceptance:
     """One verification behind a prefix; greedy when there is no seed."""
     sequences = Sequences(torch.tensor([[0]]), None, LENGTH + 10)
     sequences.append(0, prefix)
@@ -74,16 +91,16 @@ def verify(tree: TokenTree, prefix: Prefix, seed: int | None, processors: Logits
     if seed is not None:
         torch.manual_seed(seed)
         noise = NoiseQueue(1, torch.device("cpu"))
-    sampler = Sampler(processors, seed is not None, sequences, noise)
+    sampler = new_sampler(walk, sequences, noise)
     return ExactVerifier().verify(tree, logits_of(tree, prefix), sampler, [0])
 
 
-def generate(tree: TokenTree, seed: int, processors: LogitsProcessorList) -> tuple[Prefix, Tensor]:
+def generate(tree: TokenTree, seed: int, walk: str) -> tuple[Prefix, Tensor]:
     """The whole loop: the same tree at every step, until `LENGTH` tokens are there."""
     torch.manual_seed(seed)
     sequences = Sequences(torch.tensor([[0]]), None, LENGTH + 10)
     noise = NoiseQueue(1, torch.device("cpu"))
-    sampler = Sampler(processors, True, sequences, noise)
+    sampler = new_sampler(walk, sequences, noise)
     while sequences.num_generated(0) < LENGTH:
         prefix = tuple(sequences.generated(0).tolist())
         acceptance = ExactVerifier().verify(tree, logits_of(tree, prefix), sampler, [0])
@@ -103,26 +120,26 @@ def multinomial(seed: int) -> tuple[Prefix, Tensor]:
     return tokens, torch.get_rng_state()
 
 
-@pytest.mark.parametrize("processors", PROCESSORS)
+@pytest.mark.parametrize("walk", WALKS)
 @pytest.mark.parametrize("name", TREES)
-def test_sampled_text_is_that_of_multinomial_sampling(name: str, processors: str) -> None:
+def test_sampled_text_is_that_of_multinomial_sampling(name: str, walk: str) -> None:
     for seed in range(60):
         expected, state = multinomial(seed)
-        got, got_state = generate(TREES[name], seed, PROCESSORS[processors])
+        got, got_state = generate(TREES[name], seed, walk)
         assert got == expected
         assert torch.equal(got_state, state)
 
 
-@pytest.mark.parametrize("processors", PROCESSORS)
+@pytest.mark.parametrize("walk", WALKS)
 @pytest.mark.parametrize("name", TREES)
-def test_greedy_path_is_followed_as_far_as_the_tree_goes(name: str, processors: str) -> None:
+def test_greedy_path_is_followed_as_far_as_the_tree_goes(name: str, walk: str) -> None:
     tree = TREES[name]
     known = set(paths_of(tree).values())
     for prefix in itertools.product(range(VOCAB), repeat=3):
         path: Prefix = ()
         while path in known:
             path = (*path, int(np.argmax(TARGET[prefix + path])))
-        acceptance = verify(tree, prefix, None, PROCESSORS[processors])
+        acceptance = verify(tree, prefix, None, walk)
         count = int(acceptance.num_accepted)
         assert count == len(path) - 1
         assert tuple(acceptance.tokens[0, : count + 1].tolist()) == path
@@ -165,22 +182,48 @@ def test_rows_are_verified_apart() -> None:
     for row, prefix in enumerate(prefixes):
         sequences.append(row, prefix)
     logits = torch.cat([logits_of(tree, prefix) for tree, prefix in zip(trees, prefixes, strict=True)])
-    for processors in PROCESSORS.values():
-        together = ExactVerifier().verify(batch, logits, Sampler(processors, False, sequences), [0, 1, 2])
+    for walk in WALKS:
+        together = ExactVerifier().verify(batch, logits, new_sampler(walk, sequences, None), [0, 1, 2])
         for row, (tree, prefix) in enumerate(zip(trees, prefixes, strict=True)):
-            alone = verify(tree, prefix, None, processors)
+            alone = verify(tree, prefix, None, walk)
             count = int(alone.num_accepted)
             assert int(together.num_accepted[row]) == count
             assert together.nodes[row, :count].tolist() == alone.nodes[0, :count].tolist()
             assert together.tokens[row, : count + 1].tolist() == alone.tokens[0, : count + 1].tolist()
 
 
+def test_the_path_is_the_same_on_the_host_and_on_a_device() -> None:
+    random = np.random.default_rng(1)
+    for nodes in (1, 2, 5, 17):
+        tokens = torch.from_numpy(random.integers(0, VOCAB, (40, nodes)))
+        picks = torch.from_numpy(random.integers(-1, VOCAB, (40, nodes)))
+        parents = torch.tensor([[-1, *(random.integers(-1, node) for node in range(1, nodes))] for _ in range(40)])
+        # Equal siblings would be two answers.
+        parents[(parents[:, :, None] == parents[:, None]).triu(1).any(1)] = -1
+        tree = TokenTree(tokens, parents)
+        ours, theirs = follow_on_host(tree, picks), follow(tree, picks)
+        assert torch.equal(ours.num_accepted, theirs.num_accepted)
+        for row, count in enumerate(ours.num_accepted.tolist()):
+            assert torch.equal(ours.tokens[row, : count + 1], theirs.tokens[row, : count + 1])
+            assert torch.equal(ours.nodes[row, :count], theirs.nodes[row, :count])
+            assert (ours.nodes[row, count:] == -1).all()
+
+
+def test_among_equal_values_the_first_is_picked_and_nothing_beats_what_is_no_number() -> None:
+    logits = torch.tensor([0.0, 2.0, 2.0, 1.0])
+    sequences = Sequences(torch.tensor([[0]]), None, 10)
+    root = TokenTree.root_only(torch.tensor([0]))
+    for values in (logits, logits.masked_fill(logits == 1, torch.nan), -0.0 * logits):
+        pick = Sampler(LogitsProcessorList(), False, sequences).pick(root, values[None, None], [0])
+        assert pick.tolist() == [[int(values.argmax())]]
+
+
 def test_shapes() -> None:
-    acceptance = verify(FULL_TREE, (), 0, PROCESSORS["all nodes at once"])
+    acceptance = verify(FULL_TREE, (), 0)
     assert acceptance.nodes.ndim == 2
     assert acceptance.tokens.shape == (1, acceptance.nodes.shape[1] + 1)
     assert acceptance.num_accepted.shape == (1,)
     assert {t.dtype for t in (acceptance.nodes, acceptance.tokens, acceptance.num_accepted)} == {torch.int64}
-    root = verify(TREES["root only"], (), 0, PROCESSORS["all nodes at once"])
-    assert root.tokens.shape == (1, 1)
+    root = verify(TREES["root only"], (), 0)
+    assert root.tokens.shape == (1, root.nodes.shape[1] + 1)
     assert root.num_accepted.tolist() == [0]
