@@ -57,8 +57,20 @@ def path_is_not_moved(patch: pytest.MonkeyPatch) -> None:
 
 def noise_by_index(patch: pytest.MonkeyPatch) -> None:
     right = Sampler.pick
+
+    def wrong(self: Sampler, tree: TokenTree, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        self.is_flat = True  # all nodes at once, as on a GPU
+        return right(self, with_depths_by_index(tree), logits, rows)
+
+    patch.setattr(Sampler, "pick", wrong)
+
+
+def noise_of_the_root(patch: pytest.MonkeyPatch) -> None:
+    right = Sampler._values_of
     patch.setattr(
-        Sampler, "pick", lambda self, tree, logits, rows: right(self, with_depths_by_index(tree), logits, rows)
+        Sampler,
+        "_values_of",
+        lambda self, scores, rows, group, paths: right(self, scores, rows, group, {i: [] for i in paths}),
     )
 
 
@@ -100,6 +112,7 @@ TRAPS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any]]] = 
     "a position is the index in the tree": (positions_by_index, {}),
     "commit does not move the path": (path_is_not_moved, {}),
     "noise goes by the index in the tree": (noise_by_index, FLAT),
+    "noise is the root's on the whole path": (noise_of_the_root, FLAT),
     "the generator is not set back": (generator_is_not_set_back, FLAT | {"eos_token_id": [7, 8, 9]}),
     "an end inside the path is ignored": (end_inside_the_path_is_ignored, {"eos_token_id": list(range(2, 40))}),
     "processors see the root's prefix": (processors_see_the_root_only, {"repetition_penalty": 3.0}),
