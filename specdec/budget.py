@@ -127,7 +127,7 @@ class StepTimes:
 
 
 Surroundings = tuple[int, int, str]
-"""What step times are measured for: rows and length by powers of two, and where and in what type the model is."""
+"""What step times are measured for: rows and length by powers of two; where, in what type and how the model runs."""
 
 _TIMES: WeakKeyDictionary[nn.Module, dict[Surroundings, StepTimes]] = WeakKeyDictionary()
 
@@ -223,16 +223,21 @@ class Budget:
         self._lengths: dict[int, int] = {}
         self._length = 0
         self._promise = 0.0
+        self._manner = ""
 
-    def begin(self, model: nn.Module, kind: Hashable) -> None:
+    def begin(self, model: nn.Module, kind: Hashable, manner: str = "") -> None:
         """Takes up what is known of a kind of call, from this budget's calls or another's of the same model and owner.
 
         Args:
             model: The target.
             kind: Calls in which drafts of one score are accepted about as often: the same drafter, sampled or not.
+            manner: How the model's passes are computed: what was measured of others says nothing of these.
         """
         if self.fixed:
             return
+        if manner != self._manner:
+            self._manner = manner
+            self.forget_times()
         learned = self.learned = _LEARNED.setdefault(model, {}).setdefault((self.owner, kind), Learned())
         learned.rest, learned.losses = 0, min(learned.losses, PATIENCE - 1)  # another prompt is worth one try
 
@@ -288,7 +293,7 @@ class Budget:
         """
         known = _TIMES.setdefault(target.model, {})
         size = _size(len(tokens))
-        surroundings = size, self._length, f"{target.model.device} {target.model.dtype}"
+        surroundings = size, self._length, f"{target.model.device} {target.model.dtype} {self._manner}".rstrip()
         if in_full or surroundings not in known or known[surroundings].buckets[-1] < self.max_nodes:
             widest = min(self.max_nodes, room) if target.lockstep else self.max_nodes
             times = known[surroundings] = StepTimes(max(widest, 1))

@@ -55,6 +55,22 @@ class Capability:
         text += "".join(f"; not by {name} ({why})" for name, why in self.rejected.items())
         return text + (f"; CUDA graphs: {self.cuda_graphs}" if self.cuda_graphs else "")
 
+    def attention_of(self, model: CausalLM, wanted: AttentionLike) -> str:
+        """In words, what computes attention over trees, and why.
+
+        Args:
+            model: The target.
+            wanted: What the caller said.
+        """
+        choice = self.choice(model)
+        implementation = model.config.get_text_config(decoder=True)._attn_implementation
+        text = f"the model's own ({implementation})" if choice is None else choice.explanation()
+        if wanted != "auto":
+            text += f"; demanded by attention={wanted!r}"
+        elif choice is None and input_device(model).type == "cpu":
+            text += "; on a CPU nothing else is tried"
+        return text + "".join(f"; not by {name} ({why})" for name, why in self.rejected.items())
+
     def choice(self, model: CausalLM) -> AttentionChoice | None:
         """What computes tree attention; None for what the model was loaded with."""
         return None if self.attention == ("model",) else choice_for(model, self.attention)

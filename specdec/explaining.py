@@ -22,6 +22,8 @@ def explain(speculation: Speculation) -> str:
     lines.append(_last_call(report))
     if report.cuda_graphs is not None:
         lines.append(f"CUDA graphs: {report.cuda_graphs}")
+    if report.attention is not None:
+        lines.append(f"attention over trees: {report.attention}")
     if report.drafter_error is not None:
         lines.append(f"the drafter was switched off: {report.drafter_error}")
     if speculation.drafter is not None:

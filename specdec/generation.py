@@ -173,6 +173,8 @@ class Speculation:
         except CacheNotFilledError as error:
             return self._plain(str(error), *prepared, synced_gpus, streamer, model_kwargs)
         finally:
+            if capability.mode == "tree":
+                self.report.attention = capability.attention_of(model, self.attention)
             target.close()
 
     def target_for(
@@ -257,7 +259,7 @@ class Speculation:
         ranks = Ranks.of(target.model) if self.drafter is not None else None
         drafts = ranks is None or ranks.is_first
         drafter = self._guarded_drafter(self.drafter if drafts else None, target, sampler, is_sampled_from)
-        self.budget.begin(target.model, (drafter.kind(), config.do_sample))
+        self.budget.begin(target.model, (drafter.kind(), config.do_sample), target.manner)
         decoder = Decoder(
             target=target,
             drafter=drafter,

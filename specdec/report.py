@@ -44,6 +44,7 @@ class SpeculationReport:
         drafter_figures: What the drafter tells of itself, by name.
         trace: Which pass and which source each token came from, if `generate(trace=True)` asked for it.
         cuda_graphs: Whether steps were replayed as CUDA graphs, and why not; None where that was no question.
+        attention: What computed attention over trees, and why; None where there were none.
     """
 
     drafter: str = "none"
@@ -66,6 +67,7 @@ class SpeculationReport:
     drafter_figures: dict[str, Any] = field(default_factory=dict)
     trace: Trace | None = field(default=None, repr=False)
     cuda_graphs: str | None = None
+    attention: str | None = None
 
     @property
     def tokens_per_pass(self) -> float:

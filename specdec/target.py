@@ -88,6 +88,8 @@ class TargetModel(ABC):
 
     lockstep = False
     """Whether all rows must keep the same number of tokens in each step."""
+    manner = ""
+    """How passes are computed, as far as their times depend on it."""
 
     def __init__(self, model: CausalLM, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
         self.model = model
@@ -225,6 +227,8 @@ class TreeTarget(TargetModel):
     ) -> None:
         super().__init__(model, generation_config, model_kwargs)
         self.attention = attention
+        own = model.config.get_text_config(decoder=True)._attn_implementation
+        self.manner = f"attention of the model ({own})" if attention is None else f"attention {attention.names}"
         self.mask_format = mask_format
         self.keep_cache = keep_cache
         self.max_nodes = max_nodes

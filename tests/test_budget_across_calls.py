@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+import torch
+
 import specdec
-from specdec.budget import Budget
+from specdec import budget as budget_module
+from specdec.budget import Budget, StepTimes
+from tests.conformance import OracleDrafter, reference
 from tests.test_budget import CPU, chain, with_times
 from tests.tiny_models import new_model, prompts
 
@@ -62,3 +69,26 @@ def test_a_new_call_is_not_slept_through() -> None:
     assert budget.nodes_to_draft() == 8
     budget.choose(tree, spent=40.0)
     assert budget.nodes_to_draft() == 1, "one try, not as many as in the first call"
+
+
+def test_step_times_of_one_kind_of_attention_say_nothing_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    asked: list[str] = []
+    monkeypatch.setattr(
+        StepTimes, "measure", lambda self, *_, **__: measured.append(asked[-1]) or self.seconds.update({1: 1.0, 8: 1.0})
+    )
+    model, inputs, budget = new_model("llama"), prompts(9), Budget(8)
+    expected = reference(model, inputs, max_new_tokens=8, eos_token_id=None)
+    calls: dict[str, dict[str, Any]] = {
+        "model": {},
+        "sdpa": {"attention": "sdpa"},
+        "several": {"attention": ["model", "sdpa"]},
+        "static": {"cuda_graphs": "eager"},
+    }
+    for manner, kwargs in (*calls.items(), *calls.items()):
+        asked.append(manner)
+        drafter = OracleDrafter(expected.answers)
+        fast = specdec.accelerate(model, drafter, strict=True, budget=budget, **kwargs)
+        assert torch.equal(fast.generate(**inputs, max_new_tokens=8, eos_token_id=None), expected.ids)
+    assert measured == list(calls), "each once; the second round knows all of them"
+    assert len(budget_module._TIMES[model]) == len(calls)

@@ -50,6 +50,20 @@ def test_no_draft_is_told_with_its_reason(capsys: pytest.CaptureFixture[str], mo
     assert "nodes promised more than 1 in " in explained(fast, capsys)
 
 
+@pytest.mark.parametrize(
+    ("attention", "words"),
+    [
+        ("auto", "the model's own (sdpa); on a CPU nothing else is tried"),
+        ("sdpa", "sdpa; demanded by attention='sdpa'"),
+        (["model", "sdpa"], "the fastest of model, sdpa (so far "),
+    ],
+)
+def test_attention_is_told_with_its_reason(attention: Any, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fast = specdec.accelerate(tiny_model(), "lookahead", attention=attention)
+    fast.generate(**prompts(8), max_new_tokens=4)
+    assert f"attention over trees: {words}" in explained(fast, capsys)
+
+
 def test_errors_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     failing = FailingDrafter(OracleDrafter([]), at_step=1)
     for drafter, message in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ from specdec.attention.dense import ModelAttention, SdpaAttention
 from specdec.attention.flash import FlashTreeAttention
 from specdec.attention.flex import FlexTreeAttention
 from specdec.attention.triton_attention import TritonTreeAttention
+from specdec.capture.graphs import CudaRecorder, Recorder, describe
 
 AttentionLike = str | Sequence[str]
 
@@ -96,13 +97,20 @@ class AttentionChoice:
         backends: By name, preferred first.
         chosen: The fastest per class of shapes, as far as was measured.
         seconds: What each one took then.
-        dropped: Why a backend is not used any more.
+        dropped: Why a backend is not used for some class.
+        uncaptured: Why the launches of a backend were timed with its work.
     """
 
     backends: dict[str, TreeAttention]
     chosen: dict[ShapeClass, str] = field(default_factory=dict)
     seconds: dict[ShapeClass, dict[str, float]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    uncaptured: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> str:
+        """Of the backends, in words."""
+        return ", ".join(self.backends)
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention by the fastest backend; the first call of a class of shapes measures them all.
@@ -125,7 +133,8 @@ class AttentionChoice:
         reasons = {}
         for name, backend in self.backends.items():
             try:
-                seconds[name] = seconds_of(partial(backend.attend, call), call.query.device)
+                seconds[name], why_not = seconds_of(partial(backend.attend, call), call.query.device)
+                self.uncaptured |= {name: why_not} if why_not is not None else {}
             except Exception as error:  # whatever a compiler or a kernel may raise: the others can do without it
                 reasons[name] = f"{type(error).__name__}: {error}"
         if not seconds:
@@ -138,30 +147,40 @@ class AttentionChoice:
         """In words: the backends, and how often each was the fastest."""
         if len(self.backends) == 1:
             return next(iter(self.backends))
-        names = ", ".join(self.backends)
         counts = {name: list(self.chosen.values()).count(name) for name in self.backends}
         fastest = ", ".join(f"{name} for {count}" for name, count in counts.items() if count)
-        return f"the fastest of {names}" + (f" (so far {fastest} classes of shapes)" if fastest else "")
+        return f"the fastest of {self.names}" + (f" (so far {fastest} classes of shapes)" if fastest else "")
+
+    def explanation(self) -> str:
+        """The summary, with what was measured last, and what went wrong."""
+        parts = [self.summary()]
+        if self.seconds:
+            last = list(self.seconds.values())[-1]
+            times = ", ".join(f"{name} {taken * 1e3:.3f} ms" for name, taken in last.items())
+            parts.append(f"measured last, for one layer: {times}")
+        parts += [f"{name} was left out: {why}" for name, why in self.dropped.items()]
+        parts += [f"{name} could not be captured: {why}" for name, why in self.uncaptured.items()]
+        return "; ".join(parts)
 
 
-def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(
+    run: Callable[[], Any], device: torch.device, recorder: Recorder | None = None
+) -> tuple[float, str | None]:
     """Seconds of one call, the least of three rounds.
 
     On CUDA the calls are captured and replayed where that is possible, because the launches of a step cost next to
     nothing once it is captured.
+
+    Args:
+        run: What to time.
+        device: Where it runs.
+        recorder: In place of CUDA graphs.
+
+    Returns:
+        The seconds, and why the calls were not captured; None where they were, and where nothing is.
     """
-    for _ in range(2):
-        run()  # compiles
-    if device.type == "cuda":
-        try:
-            graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize(device)
-            with torch.cuda.graph(graph):
-                for _ in range(RUNS):
-                    run()
-            return _least(graph.replay, lambda: torch.cuda.synchronize(device)) / RUNS
-        except RuntimeError:
-            torch.cuda.synchronize(device)
+    if recorder is None and device.type == "cuda":
+        recorder = _recorder(device)
 
     def repeat() -> None:
         for _ in range(RUNS):
@@ -171,7 +190,23 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
         if device.type != "cpu":
             torch.get_device_module(device).synchronize(device)
 
-    return _least(repeat, wait) / RUNS
+    for _ in range(2):
+        run()  # compiles
+    timed, reason = repeat, None
+    if recorder is not None:
+        try:
+            timed = recorder.record(repeat)
+            timed()
+        except Exception as error:
+            wait()
+            timed, reason = repeat, describe(error)
+    return _least(timed, wait) / RUNS, reason
+
+
+@cache
+def _recorder(device: torch.device) -> CudaRecorder:
+    """One memory pool for all measurements: none of their graphs lives on."""
+    return CudaRecorder(device)
 
 
 def _least(run: Callable[[], Any], wait: Callable[[], Any]) -> float:

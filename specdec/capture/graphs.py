@@ -168,19 +168,11 @@ class Graphs:
         inputs: Hashable,
         kept: Any,
     ) -> None:
-        recorder.warm_up(function)
-        expected = [output.clone() for output in outputs()]
-        try:
-            entry = _Entry(recorder.record(function), (kept, outputs()), inputs, self._num_proven >= NUM_PROVEN)
-            reason = _difference(entry.replay, outputs(), expected)
-        except Exception as error:
-            reason = describe(error)
-        if reason is not None:
-            self.fail(reason)
-            function()
+        replay = self._checked(recorder, function, outputs, lambda: recorder.record(function))
+        if replay is None:
             return
         self.num_recorded += 1
-        self._entries[key] = entry
+        self._entries[key] = _Entry(replay, (kept, outputs()), inputs, self._num_proven >= NUM_PROVEN)
         if len(self._entries) > self.limit:
             self._entries.popitem(last=False)
 
@@ -191,17 +183,34 @@ class Graphs:
         function: Callable[[], None],
         outputs: Callable[[], Sequence[Tensor]],
     ) -> None:
+        if self._checked(recorder, function, outputs, lambda: entry.replay) is not None:
+            entry.is_proven = True
+            self._num_proven += 1
+
+    def _checked(
+        self,
+        recorder: Recorder,
+        function: Callable[[], None],
+        outputs: Callable[[], Sequence[Tensor]],
+        replay_of: Callable[[], Callable[[], None]],
+    ) -> Callable[[], None] | None:
+        """Does what the function does, twice: as it is, and by what should replay it.
+
+        Returns:
+            What replays it; None if that gave another result or an error, after which nothing is recorded any more.
+        """
         recorder.warm_up(function)
+        expected = [output.clone() for output in outputs()]
         try:
-            reason = _difference(entry.replay, outputs(), [output.clone() for output in outputs()])
+            replay = replay_of()
+            reason = _difference(replay, outputs(), expected)
         except Exception as error:
             reason = describe(error)
-        if reason is not None:
-            self.fail(reason)
-            function()
-            return
-        entry.is_proven = True
-        self._num_proven += 1
+        if reason is None:
+            return replay
+        self.fail(reason)
+        function()
+        return None
 
 
 def _difference(replay: Callable[[], None], outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:

@@ -86,6 +86,8 @@ class StaticTarget(TreeTarget):
         super().__init__(model, generation_config, model_kwargs, mask_format, keep_cache, max_nodes, attention)
         self.store = store
         self.is_static = True
+        if store.graphs.failure is None:
+            self.manner += ", static" if store.graphs.recorder is None else ", captured"
         self.tail: Tail | None = None
         """What trial passes have behind them, as real ones do."""
         self.is_committed = False

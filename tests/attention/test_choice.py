@@ -11,10 +11,11 @@ from torch import Tensor
 import specdec
 from specdec.attention import choice
 from specdec.attention.base import AttentionCall, TreeAttention, UnsupportedAttentionError
-from specdec.attention.choice import AttentionChoice, candidates
+from specdec.attention.choice import RUNS, AttentionChoice, candidates, seconds_of
 from specdec.attention.dense import SdpaAttention
 from specdec.attention.switch import switched_attention
 from tests.attention.reference import Shape, call_of
+from tests.capture.recorders import Replays
 from tests.tiny_models import new_model, prompts, tiny_model
 
 
@@ -48,6 +49,34 @@ def test_the_fastest_is_measured_once_per_class_of_shapes() -> None:
     attention.attend(call_of(Shape(window=4)))
     assert len(attention.chosen) == 4
     assert attention.summary() == "the fastest of broken, slow, sdpa (so far sdpa for 4 classes of shapes)"
+
+    assert attention.explanation().startswith(attention.summary() + "; measured last, for one layer: slow 1.")
+    assert attention.explanation().endswith("; broken was left out: UnsupportedAttentionError: not today")
+
+
+def test_launches_are_not_timed_where_calls_can_be_captured() -> None:
+    calls, recorder = [], Replays(is_strict=False)
+    seconds, reason = seconds_of(lambda: calls.append(1), torch.device("cpu"), recorder)
+    assert seconds > 0
+    assert reason is None
+    assert len(calls) == 2 + RUNS, "to compile, and to record"
+    assert recorder.num_replayed == 4
+
+
+@pytest.mark.parametrize("recorder", [Replays(error_at=0), None], ids=["fails", "none"])
+def test_what_cannot_be_captured_is_timed_as_it_is(recorder: Replays | None) -> None:
+    calls: list[int] = []
+    seconds, reason = seconds_of(lambda: calls.append(1), torch.device("cpu"), recorder)
+    assert seconds > 0
+    assert len(calls) == 2 + 3 * RUNS
+    assert reason == (None if recorder is None else "RuntimeError: operation not permitted when stream is capturing")
+
+
+def test_why_a_backend_was_not_captured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "seconds_of", lambda *_: (0.001, "RuntimeError: it waits for the device"))
+    attention = AttentionChoice({"slow": Slow(), "sdpa": SdpaAttention()})
+    attention.attend(call_of(Shape()))
+    assert "; sdpa could not be captured: RuntimeError: it waits" in attention.explanation()
 
 
 def test_an_error_names_what_every_backend_lacks() -> None:
