@@ -15,12 +15,9 @@ import torch
 from specdec.drafters import branch_pace
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.draft_call import MAX_CANDIDATES, DraftCall, Growth, compile_kernels
+from specdec.drafters.draft_captured import captured_pass
 from specdec.drafters.draft_depth import WIDTHS, Pace
-from specdec.drafters.draft_growth import (
-    DraftNodes,
-    least_product,
-    write_trees,
-)
+from specdec.drafters.draft_growth import DraftNodes, least_product, write_trees
 from specdec.drafters.draft_learning import Learned, learned
 from specdec.drafters.draft_lists import DraftLists, Kind
 from specdec.drafters.draft_loading import SELF, capability_of, load_draft_model, load_vocabularies, longest_sequence
@@ -89,6 +86,7 @@ class DraftModelDrafter(Drafter):
             `"auto"`.
         compiled: Compile the draft model's passes with `torch.compile`, which takes some seconds before the first call
             (less where it was done before): for small models, which spend most of a pass outside their arithmetic.
+        cuda_graphs: On a GPU, replay the draft model's passes as CUDA graphs; not together with the two above.
         tokenizer: The draft model's, its folder or hub name; None for the one that lies beside its weights.
         target_tokenizer: The same for the target.
         vocabulary: How their tokens go together. `"auto"` goes by what the tokenizers hold: `"shared"`, one vocabulary,
@@ -114,6 +112,7 @@ class DraftModelDrafter(Drafter):
     memory: float = 300.0
     pipelined: bool = False
     compiled: bool = False
+    cuda_graphs: bool = True
     tokenizer: Any = None
     target_tokenizer: Any = None
     vocabulary: Use = "auto"
@@ -214,11 +213,11 @@ class DraftModelDrafter(Drafter):
     def figures(self, context: DraftContext) -> dict[str, Any]:
         windows = self._windows()
         call: DraftCall | None = getattr(self._thread, "call", None)
-        figures = call.texts.vocabulary.figures() if call is not None else {}
+        figures = call.texts.vocabulary.figures() | call.passes.figures() if call is not None else {}
         return figures | (windows.figures() if windows else {})
 
     def finish(self, context: DraftContext) -> None:
-        self._thread.call = None
+        self._end_call()
         if windows := self._windows():
             self._thread.windows = None
             windows.finish()
@@ -229,6 +228,7 @@ class DraftModelDrafter(Drafter):
         """The draft model's side of a call, its prompts read; None where they are too long for it."""
         if self._model is None:
             raise ValueError("bind(model) comes before anything is drafted; specdec.accelerate does so")
+        self._end_call()
         vocabulary = self._vocabularies.of_call(context)
         if vocabulary is None or max(map(len, context.sequences)) >= self._longest:
             return None
@@ -243,8 +243,16 @@ class DraftModelDrafter(Drafter):
             sampler, target_size = None, self._vocabularies.draft_size
         lists = DraftLists(sampler, self.coupled, context.is_sampled_from, vocabulary, target_size)
         room = min(self._depth() * max(self.beam, int(WIDTHS[-1])), MAX_CANDIDATES)
-        passes = kind(self._model, self._capability, self._compiled)
+        is_captured = self.cuda_graphs and not (self.compiled or self.pipelined)
+        captured = captured_pass(self._model, self._capability) if is_captured else None
+        passes = kind(self._model, self._capability, self._compiled, captured)
         return DraftCall(passes, lists, texts, context, room, keeps_subtrees=self.pipelined)
+
+    def _end_call(self) -> None:
+        call: DraftCall | None = getattr(self._thread, "call", None)
+        self._thread.call = None
+        if call is not None:
+            call.passes.close()
 
     def _windows(self) -> LoadWindows | None:
         """The target's loads in this call, where they are used."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from specdec.capability import Capability
+from specdec.drafters.draft_captured import CapturedPass
 from specdec.drafters.draft_compiled import CompiledPass, check_compilable, compiled_pass
 from specdec.kernels import Ints
 from specdec.kv_cache import TreeCache
@@ -29,6 +31,7 @@ class DraftPasses(ABC):
         model: The draft model.
         capability: What the probe has found out about it.
         compiled: Runs the passes behind the prompt, in the model's place.
+        captured: The same by replaying them, as far as it can; or why it cannot.
     """
 
     lengths: list[int]
@@ -38,13 +41,34 @@ class DraftPasses(ABC):
     num_fed_tokens: int = 0
     """Tokens fed since the start, padding left out."""
 
-    def __init__(self, model: CausalLM, capability: Capability, compiled: CompiledPass | None = None) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        capability: Capability,
+        compiled: CompiledPass | None = None,
+        captured: CapturedPass | str | None = None,
+    ) -> None:
         self.model = model
         self.capability = capability
         self.compiled = compiled
+        self.captured = captured if isinstance(captured, CapturedPass) else None
+        self.obstacle = captured if isinstance(captured, str) else None
         self.dtype: torch.dtype = model.dtype
         self.device = input_device(model)
         self._last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+
+    def figures(self) -> dict[str, str]:
+        """For the report: whether passes are replayed, and why not, where that is a question."""
+        if self.captured is not None:
+            return {"draft_cuda_graphs": self.captured.store.describe()}
+        if self.obstacle is not None and self.device.type != "cpu":
+            return {"draft_cuda_graphs": f"none, because {self.obstacle}"}
+        return {}
+
+    def close(self) -> None:
+        """The call is over."""
+        if self.captured is not None:
+            self.captured.close()
 
     @abstractmethod
     def prefill(self, sequences: Sequence[Ints], room: int) -> None:
@@ -101,9 +125,7 @@ class TreePasses(DraftPasses):
     def prefill(self, sequences: Sequence[Ints], room: int) -> None:
         self.lengths = [len(sequence) for sequence in sequences]
         longest = max(self.lengths)
-        types = cache_layer_types(self.model)
-        # What is compiled writes to each layer's own allocation.
-        self.cache = TreeCache(types, longest + room, self.compiled is None and is_on_one_device(self.model))
+        self.cache = self._new_cache(longest + room, len(sequences))
         if longest:
             # Padding stands on the right, where no real token sees it; the first pending tokens overwrite it.
             tokens = np.zeros((len(sequences), longest), np.int64)
@@ -114,6 +136,13 @@ class TreePasses(DraftPasses):
         self.cache.end_prefill(len(sequences))
         self.cache.lengths = self.lengths
         self.num_fed_tokens += sum(self.lengths)
+
+    def _new_cache(self, slots: int, batch: int) -> TreeCache:
+        types = cache_layer_types(self.model)
+        if self.captured is not None:
+            return self.captured.new_cache(types, slots, batch)
+        # What is compiled writes to each layer's own allocation.
+        return TreeCache(types, slots, self.compiled is None and is_on_one_device(self.model))
 
     def feed_pending(self, pending: Sequence[Ints]) -> Tensor:
         counts = [len(tokens) for tokens in pending]
@@ -181,14 +210,23 @@ class TreePasses(DraftPasses):
 
     def _pass(self, tokens: Ints, first: int, options: dict[str, Any]) -> Tensor:
         """A forward over the tree's nodes from `first` on."""
-        mask_format = self.capability.mask_format
-        assert mask_format is not None
         lengths = self.cache.lengths
+        parents = torch.from_numpy(self._parents)
+        tree = TokenTree(parents, parents)  # only its shape matters for the mask
+        if self.captured is not None:
+            positions = np.array(lengths)[:, None] + tree.depths.numpy()[:, first:]
+            as_it_is = partial(self._pass_as_it_is, tree, tokens, first, {})
+            logits = self.captured.run(self.cache, tokens, positions, tree, as_it_is)
+            if logits is not None:
+                return logits
+        return self._pass_as_it_is(tree, tokens, first, options)
+
+    def _pass_as_it_is(self, tree: TokenTree, tokens: Ints, first: int, options: dict[str, Any]) -> Tensor:
+        mask_format, lengths = self.capability.mask_format, self.cache.lengths
+        assert mask_format is not None
         if self._is_chain and tokens.shape[1] == 1 and not self.cache.is_ragged and not mask_format.is_local:
             positions = np.full(tokens.shape, lengths[0] + first)
             return self._forward(tokens, positions, None, options)
-        parents = torch.from_numpy(self._parents)
-        tree = TokenTree(parents, parents)  # only its shape matters for the mask
         positions = np.array(lengths)[:, None] + tree.depths.numpy()[:, first:]
         mask = mask_format.build(tree, lengths, None, self.dtype, first)
         return self._forward(tokens, positions, mask, options)

@@ -57,18 +57,31 @@ class MaskFormat:
         """Masks in this format without a value read by the host; see `mask_on_device`."""
         return self._each(lambda window, chunk: mask_on_device(tree, lengths, slots, prompt_mask, window, chunk), dtype)
 
+    def build_bool(self, tree: TokenTree, lengths: Sequence[int], first: int = 0) -> dict[str, Tensor]:
+        """Boolean masks by layer type, of which `formed` makes this format; see `build`."""
+        return self._of_types(lambda window, chunk: tree_mask(tree, lengths, None, window, chunk)[:, :, first:])
+
+    def formed(self, masks: dict[str, Tensor], dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """Boolean masks in this format."""
+        if self.additive:
+            masks = {
+                kind: torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+                for kind, mask in masks.items()
+            }
+        return masks if self.by_layer_type else next(iter(masks.values()))
+
     def _each(self, make: Callable[[int | None, int | None], Tensor], dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """One mask per layer type, made from its window and chunk."""
-        masks = {}
-        for kind in self.layer_types:
-            mask = make(
+        return self.formed(self._of_types(make), dtype)
+
+    def _of_types(self, make: Callable[[int | None, int | None], Tensor]) -> dict[str, Tensor]:
+        """One boolean mask per layer type, made from its window and chunk."""
+        return {
+            kind: make(
                 self.window if kind == "sliding_attention" else None,
                 self.chunk if kind == "chunked_attention" else None,
             )
-            if self.additive:
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-            masks[kind] = mask
-        return masks if self.by_layer_type else next(iter(masks.values()))
+            for kind in self.layer_types
+        }
 
 
 def tree_mask(
