@@ -23,10 +23,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from specdec.budget import Budget, StepTimes
+from specdec.budget import Budget
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.merged import MergedDrafter
 from specdec.provenance import circumstances, write_json
+from specdec.step_times import StepTimes
 from specdec.tree import NODE_BUCKETS, TokenTree
 
 RESULTS = Path(__file__).parent / "results"

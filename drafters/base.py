@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,6 +86,21 @@ class Step:
     verdicts: Sequence[Verdict | None] | None = None
 
 
+class Needs(NamedTuple):
+    """What a drafter wants to know of the target in a call.
+
+    Args:
+        hidden_states: Whether contexts are to have `hidden_states`.
+        top_tokens: How many of the target's likeliest tokens `Step.top_tokens` is to have per node; 0 for none.
+    """
+
+    hidden_states: bool
+    top_tokens: int
+
+
+NO_NEEDS = Needs(False, 0)
+
+
 class Drafter(ABC):
     """Guesses the next tokens as a tree.
 
@@ -119,6 +134,16 @@ class Drafter(ABC):
                 f"verifier={verifier.name!r} judges reasoning steps, which drafter {self.name!r} does not write; use "
                 "drafter=SpecReasonDrafter(draft_model, drafter=...) with it, or verifier='exact'"
             )
+
+    def needs(self, device: torch.device, rows: int, is_sampled: bool) -> Needs:
+        """What this drafter wants to know in the call that is about to begin; called once for each.
+
+        Args:
+            device: Where the target runs.
+            rows: Of the batch.
+            is_sampled: Whether the target's tokens are drawn.
+        """
+        return Needs(self.needs_hidden_states, self.num_top_tokens)
 
     def start(self, context: DraftContext) -> None:
         """Called once per `generate()` call, when the prompt is known."""

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.budget import StepTimes
 from specdec.drafters.base import DraftContext
 from specdec.drafters.branch_pace import subtrees_below
 from specdec.drafters.draft_depth import WIDTHS, Pace
@@ -21,6 +20,7 @@ from specdec.drafters.draft_lists import DraftLists
 from specdec.drafters.draft_passes import DraftPasses, TreePasses
 from specdec.drafters.draft_vocabulary import RowTexts, SharedVocabulary
 from specdec.kernels import Floats, Ints
+from specdec.step_times import StepTimes
 
 MAX_CANDIDATES = 1024
 

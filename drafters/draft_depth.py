@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy as np
 
-from specdec.budget import StepTimes
 from specdec.drafters.draft_growth import DraftNodes
 from specdec.kernels import Floats, Ints, kernel, kernel_part, seconds_of
+from specdec.step_times import StepTimes
 from specdec.tree import bucket_of
 
 WIDTHS = np.array([1, 2, 4, 8])

@@ -35,6 +35,9 @@ MIN_BYTES = 4096
 MAX_SLOTS = 2**20
 """Largest size of a hash table."""
 
+FIRST_SLOTS = 2**14
+"""Size of a hash table at first: it doubles with the text."""
+
 
 @dataclass(eq=False)
 class LookaheadDrafter(Drafter):
@@ -289,7 +292,9 @@ class LookaheadDrafter(Drafter):
         per_token = 4 + 4 * len(self.orders)
         slots = min(power_of_two(budget // per_token // 8 + 1), MAX_SLOTS)
         tables = 4 * len(self.orders) * slots
-        return NgramIndex(self.orders, slots=slots, max_slots=slots, max_tokens=(budget - tables) // per_token)
+        # Tables of full size would be handed out by the system in large pages, which must be zeroed in some call.
+        first = min(slots, FIRST_SLOTS)
+        return NgramIndex(self.orders, slots=first, max_slots=slots, max_tokens=(budget - tables) // per_token)
 
     def _check_settings(self) -> None:
         """Raises a ValueError for a hyper-parameter out of range."""

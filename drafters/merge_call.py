@@ -11,6 +11,7 @@ import numpy as np
 from specdec.drafters.base import DraftContext, Drafter
 from specdec.drafters.merge_chain import Chained
 from specdec.drafters.merge_growth import CandidateStore, candidates_in, child_with
+from specdec.drafters.merge_known import Known
 from specdec.kernels import Ints
 from specdec.tree import TokenTree
 
@@ -24,6 +25,7 @@ class SourceRecord:
         skipped: Steps in which it was not, because it did not seem worth its time.
         seconds: Time of its proposals.
         proposed: Draft tokens that it named.
+        gain: Accepted tokens that would not be if it had named nothing.
         error: What it raised before it was switched off; None when it did not.
     """
 
@@ -31,6 +33,7 @@ class SourceRecord:
     skipped: int = 0
     seconds: float = 0.0
     proposed: int = 0
+    gain: int = 0
     error: str | None = None
 
 
@@ -95,7 +98,10 @@ class MergedCall:
         sources: All sources, by number.
         active: Those that have not failed.
         records: What each did.
+        known: What was learned of calls of this kind.
+        idle: Sources that are not kept ready in this call, because they have not earned it of late.
         credits: Accepted tokens by the sources that named them, `[2 ** sources]`.
+        started: When the call began, in seconds.
         drawing: The source that draws its drafts at random; None while there is none.
         pending: The step that is under way.
         nodes: Room for what the sources name, used by one step after the other.
@@ -104,17 +110,30 @@ class MergedCall:
     sources: Sequence[Drafter]
     active: list[int]
     records: list[SourceRecord]
+    known: Known
+    idle: set[int]
     credits: Ints
+    started: float
     drawing: int | None = None
     pending: PendingStep | None = None
     nodes: CandidateStore | None = None
 
     @classmethod
-    def begin(cls, sources: Sequence[Drafter]) -> MergedCall:
+    def begin(cls, sources: Sequence[Drafter], known: Known, idle: set[int], started: float) -> MergedCall:
         """A call in which nothing has happened yet."""
-        count = len(sources)
+        active = [source for source in range(len(sources)) if source not in idle]
         records = [SourceRecord() for _ in sources]
-        return cls(sources, list(range(count)), records, np.zeros(2**count, np.int64))
+        return cls(sources, active, records, known, idle, np.zeros(2 ** len(sources), np.int64), started)
+
+    def close(self, context: DraftContext, now: float) -> None:
+        """Notes what each source was worth in this call, which is over; `context` lists all rows."""
+        ends = zip(context.sequences, context.prompt_lengths, strict=True)
+        tokens, seconds = sum(len(sequence) - prompt for sequence, prompt in ends), now - self.started
+        if tokens > 0 and seconds > 0.0:
+            worth = self.known.worth(len(context.rows))
+            for source in self.active:
+                record = self.records[source]
+                worth.close_call(source, record.gain / tokens, record.seconds / seconds)
 
     def candidates(self, roots: Ints, width: int) -> CandidateStore:
         """The roots `[rows]` alone, with room for a tree of some width from each source."""

@@ -13,12 +13,16 @@ SURENESS = (0.5, 1.5, 4.0)
 """Draft tokens per row that are expected of the other sources: a source's worth is learned apart between these."""
 DEAR_SHARE = 0.05
 """A source that takes less of a step's time is asked without further thought."""
-FIRST_WORTH = 0.2
+FIRST_WORTH = 0.1
 """Tokens that a source is thought to bring above its cost before it was tried."""
 LEARNING_RATE = 0.1
+FIRST_STANDING, STANDING_RATE = 0.02, 0.3
+"""Share of its tokens that a call is thought to owe to a source, above cost, before one was seen; learning rate."""
+STANDING_SHARE = 0.005
+"""Share of the time of a call that it takes to keep a source ready which wants to know more than tokens."""
 IDLE_DECAY = 0.98
 """What is left, per step in which it is not asked, of the belief that a source does not pay: one good try is enough."""
-TRIAL_SHARE = 0.01
+TRIAL_SHARE = 0.004
 """Share of the time that goes into asking a source that does not pay, to see when it does again."""
 CHAIN_TRIAL_SHARE = 0.002
 STEPS = 9
@@ -52,7 +56,12 @@ class Worth:
 
     def __init__(self, num_sources: int) -> None:
         self.seconds: list[float | None] = [None] * (num_sources + 1)
-        self.tokens_above_cost = [[FIRST_WORTH] * (len(SURENESS) + 1) for _ in range(num_sources + 1)]
+        self.tokens_above_cost: list[list[float | None]] = [
+            [None] * (len(SURENESS) + 1) for _ in range(num_sources + 1)
+        ]
+        """By source and class of sureness; None where it was not asked yet."""
+        self.standings = [FIRST_STANDING] * num_sources
+        """By source the share of a call's tokens that come of it alone, above its share of the time, with decay."""
         self.asked_at = [0.0] * (num_sources + 1)
         self.tokens_per_step = 1.0
         self.step_seconds: deque[float] = deque(maxlen=STEPS)
@@ -62,7 +71,8 @@ class Worth:
     def knowledge(self) -> dict[str, Any]:
         """What was measured, ready for JSON."""
         usual = self.usual_step if self.step_seconds else None
-        worth = {"seconds": self.seconds, "tokens_above_cost": self.tokens_above_cost}
+        names = ("seconds", "tokens_above_cost", "standings")
+        worth = {name: getattr(self, name) for name in names}
         return worth | {"tokens_per_step": self.tokens_per_step, "usual_step": usual}
 
     @classmethod
@@ -70,6 +80,7 @@ class Worth:
         """Of what `knowledge` has told."""
         worth = cls(len(known["seconds"]) - 1)
         worth.seconds, worth.tokens_above_cost = known["seconds"], known["tokens_above_cost"]
+        worth.standings = known["standings"]
         worth.tokens_per_step = known["tokens_per_step"]
         if known["usual_step"] is not None:
             worth.usual_step = known["usual_step"]
@@ -86,13 +97,18 @@ class Worth:
         seconds = [inf if taken is None else taken for taken in self.seconds]
         return sorted(sources, key=seconds.__getitem__)
 
+    def expected(self, source: int, sureness: int) -> float:
+        """Tokens above cost of asking a source; where the others are surer, not more than where they are less sure."""
+        worth = self.tokens_above_cost[source]
+        for at in range(sureness, -1, -1):
+            if (known := worth[at]) is not None:
+                return known if at == sureness else min(known, FIRST_WORTH)
+        return FIRST_WORTH
+
     def pays(self, source: int, now: float) -> bool:
         """Whether something that is done on top, under a number of its own, is worth its time, however short."""
-        worth, seconds = self.tokens_above_cost[source], self.seconds[source]
-        if seconds is None or worth[0] >= 0.0:
-            return True
-        worth[0] *= IDLE_DECAY
-        return (now - self.asked_at[source]) * CHAIN_TRIAL_SHARE >= seconds
+        seconds = self.seconds[source]
+        return seconds is None or self._pays(source, 0, seconds, CHAIN_TRIAL_SHARE, now)
 
     def is_asked(self, source: int, sureness: int, now: float) -> bool:
         """Whether a source is to be asked.
@@ -103,10 +119,14 @@ class Worth:
             now: In seconds.
         """
         seconds = self.seconds[source]
-        if seconds is None or not self.is_dear(source) or self.tokens_above_cost[source][sureness] >= 0.0:
+        return seconds is None or not self.is_dear(source) or self._pays(source, sureness, seconds, TRIAL_SHARE, now)
+
+    def _pays(self, source: int, sureness: int, seconds: float, share: float, now: float) -> bool:
+        expected = self.expected(source, sureness)
+        if expected >= 0.0:
             return True
-        self.tokens_above_cost[source][sureness] *= IDLE_DECAY
-        return (now - self.asked_at[source]) * TRIAL_SHARE >= seconds
+        self.tokens_above_cost[source][sureness] = IDLE_DECAY * expected
+        return (now - self.asked_at[source]) * share >= seconds
 
     def observe(self, asked: dict[int, Asked], rows: int, tokens: int, started: float, now: float) -> None:
         """Takes in a step.
@@ -131,8 +151,19 @@ class Worth:
             seconds = min(seconds, 4 * before)  # one stall is not taken for the usual
             usual = before + LEARNING_RATE * (seconds - before)
             self.seconds[source] = min(seconds, usual) if len(self.step_seconds) < STEPS else usual
-            worth = self.tokens_above_cost[source]
-            worth[sureness] += LEARNING_RATE * ((gain - seconds * price) / rows - worth[sureness])
+            above_cost = (gain - seconds * price) / rows
+            expected = self.expected(source, sureness)
+            self.tokens_above_cost[source][sureness] = expected + LEARNING_RATE * (above_cost - expected)
+
+    def close_call(self, source: int, tokens: float, seconds: float) -> None:
+        """Takes in a call that is over.
+
+        Args:
+            source: One that was kept ready.
+            tokens: Share of the call's tokens that would not have been accepted if this source had named nothing.
+            seconds: Share of the call's time that went into asking it.
+        """
+        self.standings[source] += STANDING_RATE * (tokens - seconds - STANDING_SHARE - self.standings[source])
 
 
 def sureness_of(expected: float) -> int:

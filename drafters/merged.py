@@ -15,7 +15,15 @@ from weakref import ref
 import numpy as np
 import torch
 
-from specdec.drafters.base import DraftContext, Drafter, DrafterSwitchedOffWarning, Step, check_proposal
+from specdec.drafters.base import (
+    NO_NEEDS,
+    DraftContext,
+    Drafter,
+    DrafterSwitchedOffWarning,
+    Needs,
+    Step,
+    check_proposal,
+)
 from specdec.drafters.merge_call import MergedCall, PendingStep, Proposal, distinct_names
 from specdec.drafters.merge_chain import MOST_NODES, Chained, grafted, leaves_of
 from specdec.drafters.merge_growth import (
@@ -27,6 +35,7 @@ from specdec.drafters.merge_growth import (
     grow_merged,
     mark_verified,
 )
+from specdec.drafters.merge_known import Known, known_of, new_known
 from specdec.drafters.merge_worth import Asked, Worth, sureness_of
 from specdec.kernels import Ints
 from specdec.target import embedding_rows
@@ -77,7 +86,8 @@ class MergedDrafter(Drafter):
         self._lock = threading.Lock()
         self._thread = threading.local()
         self._clock: Callable[[], float] = time.perf_counter
-        self._target: Callable[[], Any] = lambda: None
+        self._decay = float(np.exp(-1.0 / self.memory))
+        self._target: Callable[[], Any]
         self._use(self.sources)
 
     def _use(self, sources: Sequence[Drafter]) -> None:
@@ -93,13 +103,8 @@ class MergedDrafter(Drafter):
         self.needs_hidden_states = any(source.needs_hidden_states for source in sources)
         self.needs_step_seconds = any(source.needs_step_seconds for source in sources)
         self.num_top_tokens = max(source.num_top_tokens for source in sources)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._tried = np.zeros((2 ** len(self.sources), DEPTH_CLASSES, SCORE_BINS))
-        self._hit = np.zeros_like(self._tried)
-        self._decay = float(np.exp(-1.0 / self.memory))
-        self._worths: dict[int, Worth] = {}
+        self._known = new_known(len(sources))
+        self._target = lambda: None
 
     def settings(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "sources"}
@@ -113,29 +118,34 @@ class MergedDrafter(Drafter):
             if self._target() is not model:
                 self._target = ref(model)
                 self._vocab_size = embedding_rows(model)
-                self._forget()
+                kind = type(self), *map(type, self.sources), str(self.settings())
+                self._known = known_of(model, kind, len(self.sources))
         _compile_kernels()
 
+    def needs(self, device: torch.device, rows: int, is_sampled: bool) -> Needs:
+        """As its sources; on the CPU those excepted that have not earned of late what it takes to keep them ready."""
+        idle = self._known[is_sampled].idle_sources(rows) if device.type == "cpu" else set()
+        needs = [source.needs(device, rows, is_sampled) for source in self.sources]
+        idle = self._thread.idle = {source for source in idle if needs[source] != NO_NEEDS}
+        kept = [need for source, need in enumerate(needs) if source not in idle]
+        return Needs(any(need.hidden_states for need in kept), max((need.top_tokens for need in kept), default=0))
+
     def knowledge(self) -> dict[str, Any]:
-        with self._lock:
-            return {
-                "tried": self._tried.tolist(),
-                "hit": self._hit.tolist(),
-                "worths": [[size, worth.knowledge()] for size, worth in self._worths.items()],
-                "sources": [source.knowledge() for source in self.sources],
-            }
+        modes = [[is_sampled, known.knowledge()] for is_sampled, known in self._known.items()]
+        return {"modes": modes, "sources": [source.knowledge() for source in self.sources]}
 
     def learn(self, knowledge: dict[str, Any]) -> None:
-        with self._lock:
-            self._tried[:], self._hit[:] = knowledge["tried"], knowledge["hit"]
-            self._worths = {int(size): Worth.of_knowledge(known) for size, known in knowledge["worths"]}
+        for is_sampled, known in knowledge["modes"]:
+            self._known[bool(is_sampled)].learn(known)
         for source, known in zip(self.sources, knowledge["sources"], strict=True):
             source.learn(known)
 
     # --- a call ---
 
     def start(self, context: DraftContext) -> None:
-        call = self._thread.call = MergedCall.begin(self.sources)
+        idle: set[int] = self._thread.__dict__.pop("idle", set())
+        known = self._known[context.sampler is not None and context.sampler.noise is not None]
+        call = self._thread.call = MergedCall.begin(self.sources, known, idle, self._clock())
         for source in tuple(call.active):
             self._guarded(call, source, "start", context, partial(self.sources[source].start, context))
 
@@ -147,11 +157,13 @@ class MergedDrafter(Drafter):
         lengths = [len(sequence) for sequence in context.sequences]
         max_depths = np.array(context.max_depth, np.int64)
         pending = call.pending = PendingStep(list(context.rows), lengths, self._clock(), nodes, max_depths)
-        worth = self._worth(len(roots))
+        worth = call.known.worth(len(roots))
+        for source in call.idle:
+            call.records[source].skipped += 1
         for source in self._order(call, worth):
             sureness = 0
             if worth.is_dear(source):
-                sureness = sureness_of(self._grow_arrays(nodes, width)[1] / len(roots))
+                sureness = sureness_of(self._grow_arrays(call.known, nodes, width)[1] / len(roots))
                 if call.drawing is None and not worth.is_asked(source, sureness, self._clock()):
                     call.records[source].skipped += 1
                     continue
@@ -159,7 +171,7 @@ class MergedDrafter(Drafter):
             if tree is not None and tree.draft_probs is not None:
                 call.drawing = pending.alone = source
                 return tree
-        tree = self._grow(nodes, width)
+        tree = self._grow(call, nodes, width)
         if 1 < tree.num_nodes < width and self._is_chaining(call) and worth.pays(len(self.sources), self._clock()):
             return self._continued(call, context, tree, roots, width)
         return tree
@@ -174,13 +186,15 @@ class MergedDrafter(Drafter):
             return
         known, counts = pending.known(context)
         own, gains = np.empty((len(counts), len(self.sources)), np.int64), np.empty(len(self.sources), np.int64)
-        with self._lock:
-            counted = self._decay, self._tried, self._hit
+        with call.known.lock:
+            counted = self._decay, call.known.tried, call.known.hit
             tokens = follow_merged(pending.nodes, known, counts, *counted, call.credits, own, gains)
             asked = {s: Asked(p.seconds, p.sureness, int(gains[s])) for s, p in pending.proposals.items()}
+            for s, gain in enumerate(gains.tolist()):
+                call.records[s].gain += gain
             if pending.chained is not None:
                 asked[len(self.sources)] = Asked(pending.chained.seconds, 0, pending.chained.gain(known, counts))
-            self._worth(len(counts)).observe(asked, len(counts), tokens, pending.started, self._clock())
+            call.known.worth(len(counts)).observe(asked, len(counts), tokens, pending.started, self._clock())
         verified = None
         for source in tuple(call.active):
             drafter, proposal, shown = self.sources[source], pending.proposals.get(source), None
@@ -201,6 +215,7 @@ class MergedDrafter(Drafter):
 
     def finish(self, context: DraftContext) -> None:
         call = self._of_thread(context)
+        call.close(context, self._clock())
         for source in tuple(call.active):
             self._guarded(call, source, "finish", context, partial(self.sources[source].finish, context))
         self._thread.call = None
@@ -214,13 +229,6 @@ class MergedDrafter(Drafter):
             call = self._thread.call
         assert call is not None
         return call
-
-    def _worth(self, rows: int) -> Worth:
-        """Batch sizes are told apart by powers of two."""
-        size = 1 << (rows - 1).bit_length()
-        if size not in self._worths:
-            self._worths[size] = Worth(len(self.sources))
-        return self._worths[size]
 
     def _order(self, call: MergedCall, worth: Worth) -> list[int]:
         if call.drawing is not None:
@@ -270,7 +278,7 @@ class MergedDrafter(Drafter):
 
             if call.pending.room() >= most:
                 is_longer |= bool(self._guarded(call, source, "extend", context, extend))
-        tree = self._grow(call.pending.nodes, width) if is_longer else tree
+        tree = self._grow(call, call.pending.nodes, width) if is_longer else tree
         call.pending.chained = Chained(paths, self._clock() - started)
         return tree
 
@@ -306,18 +314,18 @@ class MergedDrafter(Drafter):
         call.records[source].proposed += taken
         return node_of
 
-    def _grow(self, nodes: CandidateStore, width: int) -> TokenTree:
+    def _grow(self, call: MergedCall, nodes: CandidateStore, width: int) -> TokenTree:
         """The merged tree."""
-        return TokenTree.of_arrays(*self._grow_arrays(nodes, width)[0])
+        return TokenTree.of_arrays(*self._grow_arrays(call.known, nodes, width)[0])
 
-    def _grow_arrays(self, nodes: CandidateStore, width: int) -> tuple[tuple[Ints, Ints, Any], float]:
+    def _grow_arrays(self, known: Known, nodes: CandidateStore, width: int) -> tuple[tuple[Ints, Ints, Any], float]:
         """Tokens, parents and scores of the merged tree, and how many draft tokens it should bring, over all rows."""
         rows = nodes.shape[0]
         tokens = np.zeros((rows, width), np.int64)
         parents = np.full((rows, width), -1, np.int64)
         scores = np.zeros((rows, width), np.float32)
-        with self._lock:
-            counted = self._tried, self._hit, float(self.prior_weight)
+        with known.lock:
+            counted = known.tried, known.hit, float(self.prior_weight)
             used, expected = grow_merged(nodes, *counted, tokens, parents, scores)
         return (tokens[:, :used], parents[:, :used], scores[:, :used]), expected
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -12,9 +12,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from torch import Tensor, nn
 
-from specdec.kernels import Floats, Ints, best_size, count_accepted, seconds_of
+from specdec.kernels import Floats, Ints, best_size, count_accepted, count_followed
+from specdec.step_times import StepTimes
 from specdec.target import TargetModel
-from specdec.tree import NODE_BUCKETS, TokenTree, bucket_of
+from specdec.tree import NODE_BUCKETS, TokenTree
 
 SCORE_BINS = 12
 DECAY = 0.98
@@ -27,109 +28,55 @@ PATIENCE = 4
 """Drafts in a row that may promise less than they cost before drafting rests."""
 LEAST_PROMISE = 1.05
 """Speed-up that a draft must promise to count as one that pays: less is within the error of what is known."""
+FIRST_CREDIT, MOST_CREDIT = 1.0, 2.0
+"""Passes without a draft that drafting may lose before anything is known, and after a time in which it has paid."""
+MOST_DEBT, DEBT_AT_START = 3.0, 1.0
+"""Passes that drafting can owe at most, and when a call begins: another prompt may be another matter."""
+DEBT_MARGIN = 0.5
+"""What a draft must promise above a pass without, for each pass that drafting owes."""
 LEAST_TRUST, MOST_TRUST = 0.7, 1.1
 """Bounds of the factor between promises and what comes of them: the size that promises most is often overrated."""
 TRUST_PRIOR = 50.0
 """Draft tokens, promised and accepted, that the factor of 1 is worth."""
 TRUST_DECAY = 0.99
-TRIAL_SHARE = 0.0075
-"""Share of the time that goes into drafts while drafting does not pay, to see when it does again."""
+TRIAL_SHARE = 0.005
+"""Share of the time that goes into drafts while drafting does not pay, to see when it does again; and by which what
+drafting has lost is forgiven."""
 LONGEST_REST = 128
-DRIFT = 0.0005
-"""Share per step by which a size that seems dear comes nearer to one in use, so that it is tried again."""
-UPDATES_PER_LOOK = 8
-"""Steps between two looks at the sizes that are not in use."""
 FIRST_LENGTH = 1024
 """Tokens in the kv cache up to which step times count as the same; from there on they are told apart by doublings."""
 PATIENCE_AT_LENGTH = 0.5
 """Seconds for measuring anew because the kv cache has grown."""
 
 
-class StepTimes:
-    """Seconds a target pass takes by node count, for one model and batch size: measured, then kept up to date.
-
-    Args:
-        max_nodes: Largest node count of interest.
-    """
-
-    def __init__(self, max_nodes: int) -> None:
-        self.buckets = [n for n in NODE_BUCKETS if n <= max_nodes]
-        self.seconds: dict[int, float] = {}
-        self.uses: Counter[int] = Counter()
-        self.measured: dict[int, float] = {}
-        """What was known of each size before the first real step."""
-        self.extra = 0.0
-        """Seconds by which real steps took longer than that."""
-        self._until_look = 0
-        self._known: tuple[Ints, Floats] | None = None
-
-    def measure(self, run: Callable[[int], None], patience: float = 2.0) -> None:
-        """Times `run(nodes)` for the buckets, a few rounds, as long as `patience` seconds are not used up.
-
-        Args:
-            run: One pass with this many nodes, ending when the device has finished.
-            patience: Seconds after which the rest is interpolated.
-        """
-        start = time.perf_counter()
-        run(self.buckets[-1])  # warm-up
-        for _ in range(3):
-            for nodes in sorted(self.buckets, key=lambda n: (n not in (1, 8, self.buckets[-1]), n)):
-                before = time.perf_counter()
-                run(nodes)
-                taken = time.perf_counter() - before
-                self.seconds[nodes] = min(taken, self.seconds.get(nodes, taken))
-                self._known = None
-                if time.perf_counter() - start > patience and len(self.seconds) > 1:
-                    return
-
-    def known(self) -> tuple[Ints, Floats]:
-        """Node counts that were measured, ascending, and their seconds, `[sizes]` each."""
-        if self._known is not None:
-            return self._known
-        sizes = sorted(self.seconds)
-        times = [self.seconds[n] for n in sizes]
-        # A larger tree cannot be cheaper; where it seems so, the smaller one's time had noise, which only ever adds.
-        for i in range(len(times) - 2, -1, -1):
-            times[i] = min(times[i], times[i + 1])
-        self._known = np.array(sizes), np.array(times)
-        return self._known
-
-    def of(self, nodes: int) -> float:
-        """Seconds of a pass over a tree of this size; some size must have been measured."""
-        return float(seconds_of(nodes, *self.known()))
-
-    def update(self, nodes: int, seconds: float) -> None:
-        """Takes in the time of a real step, faster while few of this size were seen.
-
-        Sizes that were not used yet were measured without what comes before and after a pass; they are supposed to take
-        as much longer than measured as the others did of late.
-        """
-        bucket = bucket_of(nodes, self.buckets)
-        old = self.seconds.setdefault(bucket, seconds)
-        if len(self.measured) < len(self.seconds):
-            self.measured = {**self.seconds, **self.measured}
-        taken = min(seconds, 1.5 * old)
-        new = self.seconds[bucket] = old + max(0.3 / (1 + self.uses[bucket]), 0.05) * (taken - old)
-        self._known = None
-        self.uses[bucket] += 1
-        self.extra += 0.1 * (taken - self.measured[bucket] - self.extra)
-        self._until_look -= 1
-        if self._until_look >= 0:
-            return
-        self._until_look = UPDATES_PER_LOOK - 1
-        for other in self.seconds:
-            drift = UPDATES_PER_LOOK * DRIFT * (new - self.seconds[other]) if other > bucket else 0.0
-            if self.uses[other]:
-                self.seconds[other] += drift
-            else:
-                self.measured[other] += drift
-                self.seconds[other] = max(self.measured[other] + self.extra, 0.5 * self.measured[other])
-
-
 Surroundings = tuple[int, int, str]
 """What step times are measured for: rows and length by powers of two; where, in what type and how the model runs."""
 
 _TIMES: WeakKeyDictionary[nn.Module, dict[Surroundings, StepTimes]] = WeakKeyDictionary()
+
+
+@dataclass
+class Standing:
+    """How drafting stands at one batch size.
+
+    Args:
+        credit: What drafts have brought above their cost of late, in passes without a draft; what they owe if negative.
+        losses: Drafts in a row that promised less than they cost.
+        rest: Steps for which drafting still rests.
+    """
+
+    credit: float = FIRST_CREDIT
+    losses: int = 0
+    rest: int = 0
+
+    @property
+    def margin(self) -> float:
+        """Speed-up that a draft must promise: promises that were not kept make for higher ones to be asked for."""
+        return 1.0 + DEBT_MARGIN * max(-self.credit, 0.0)
+
+    def book(self, passes: float) -> None:
+        """Adds to the credit, in passes without a draft."""
+        self.credit = min(max(self.credit + passes, -MOST_DEBT), MOST_CREDIT)
 
 
 @dataclass
@@ -141,16 +88,23 @@ class Learned:
         hit: Those among them that were accepted, `[bins]`.
         promised: Draft tokens of late that were expected to be accepted, over all rows.
         kept: Those that were.
-        losses: Drafts in a row that promised less than they cost.
-        rest: Steps for which drafting still rests.
+        standings: How drafting stands, by batch size.
     """
 
     tried: Floats = field(default_factory=lambda: np.zeros(SCORE_BINS))
     hit: Floats = field(default_factory=lambda: np.zeros(SCORE_BINS))
     promised: float = 0.0
     kept: float = 0.0
-    losses: int = 0
-    rest: int = 0
+    standings: dict[int, Standing] = field(default_factory=dict)
+
+    def standing(self, rows: int) -> Standing:
+        """How drafting stands with so many rows; what is not known yet is supposed to be as with other numbers."""
+        size = _size(rows)
+        if size not in self.standings:
+            known = [standing.credit for standing in self.standings.values()]
+            credit = min(max(sum(known) / len(known), -DEBT_AT_START), FIRST_CREDIT) if known else FIRST_CREDIT
+            self.standings[size] = Standing(credit)
+        return self.standings[size]
 
     @property
     def trust(self) -> float:
@@ -190,6 +144,20 @@ class Choice(NamedTuple):
     plain_seconds: float
 
 
+class Pending(NamedTuple):
+    """What a decision waits for.
+
+    Args:
+        tree: The proposal.
+        promise: Draft tokens that were expected to be accepted, over all rows; 0 where none is verified.
+        cost: What drafting and verifying take above a pass without a draft, in such passes.
+    """
+
+    tree: TokenTree
+    promise: float
+    cost: float
+
+
 class Budget:
     """Chooses the number of nodes n that maximises expected tokens per second.
 
@@ -222,8 +190,9 @@ class Budget:
         self._times: dict[int, StepTimes] = {}
         self._lengths: dict[int, int] = {}
         self._length = 0
-        self._promise = 0.0
         self._manner = ""
+        self._rows = 1
+        self._pending: Pending | None = None
 
     def begin(self, model: nn.Module, kind: Hashable, manner: str = "") -> None:
         """Takes up what is known of a kind of call, from this budget's calls or another's of the same model and owner.
@@ -233,13 +202,16 @@ class Budget:
             kind: Calls in which drafts of one score are accepted about as often: the same drafter, sampled or not.
             manner: How the model's passes are computed: what was measured of others says nothing of these.
         """
+        self._pending = None
         if self.fixed:
             return
         if manner != self._manner:
             self._manner = manner
             self.forget_times()
+        _compile_kernels()
         learned = self.learned = _LEARNED.setdefault(model, {}).setdefault((self.owner, kind), Learned())
-        learned.rest, learned.losses = 0, min(learned.losses, PATIENCE - 1)  # another prompt is worth one try
+        for standing in learned.standings.values():  # another prompt is worth a draft
+            standing.rest, standing.credit = 0, max(standing.credit, -DEBT_AT_START)
 
     @property
     def tried(self) -> Floats:
@@ -261,14 +233,16 @@ class Budget:
 
         Rests are so long that a drafter that is of no use costs `TRIAL_SHARE` of the time.
         """
-        if self.learned.rest > 0:
-            self.learned.rest -= 1
+        standing = self.learned.standing(self._rows)
+        if standing.rest > 0:
+            standing.rest -= 1
             self.num_rests += 1
             return 1
         return self.max_nodes
 
-    def set_length(self, tokens: int) -> None:
-        """Tells how many tokens the kv cache of the longest row holds: the more, the longer each pass takes."""
+    def set_size(self, rows: int, tokens: int) -> None:
+        """Tells how many rows there are, and how many tokens the kv cache of the longest one holds."""
+        self._rows = rows
         self._length = max(-(-tokens // FIRST_LENGTH) - 1, 0).bit_length()
 
     def is_ready(self, rows: int) -> bool:
@@ -321,44 +295,57 @@ class Budget:
         learned, rows, scores = self.learned, len(tree.tokens), tree.host_scores
         assert scores is not None
         counts = learned.tried, learned.hit, PRIOR_WEIGHT
-        trust = learned.trust
+        trust, standing = learned.trust, learned.standing(rows)
         best, tokens, taken, plain = best_size(
-            tree.host_parents, scores, *counts, *times.known(), float(spent), float(trust)
+            tree.host_parents, scores, *counts, *times.known(), float(spent), float(trust), standing.margin
         )
-        learned.losses = 0 if tokens * plain > LEAST_PROMISE * rows * (taken + spent) else learned.losses + 1
-        if learned.losses >= PATIENCE:
-            learned.rest = min(int((spent + taken - plain) / (TRIAL_SHARE * plain)), LONGEST_REST)
+        standing.losses = 0 if tokens * plain > LEAST_PROMISE * rows * (taken + spent) else standing.losses + 1
+        if standing.losses >= PATIENCE:
+            standing.rest = min(int((spent + taken - plain) / (TRIAL_SHARE * plain)), LONGEST_REST)
         if best == 1:
             learned.forget(IDLE_DECAY)
-        self._promise = (tokens - rows) / trust
+        cost = (spent + taken - plain) / plain
+        self._pending = Pending(tree, (tokens - rows) / trust, cost if best > 1 else 0.0)
         self.sizes[best] += 1
         self.last_choice = Choice(tree.num_nodes, best, tokens, spent + taken, rows, plain)
         return tree.first(best)
 
-    def observe(self, tree: TokenTree, accepted: list[list[int]]) -> None:
-        """Counts which nodes were accepted where their parent had been.
+    def observe(
+        self, tree: TokenTree, accepted: list[list[int]], tokens: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Counts which nodes were right where their parent was, and books what drafting has brought and cost.
 
         Args:
             tree: The verified tree.
             accepted: Per row the accepted draft nodes, from the root's child down.
+            tokens: Per row what the target has picked behind the root. With it all nodes count that were proposed,
+                those too that were not worth verifying. None where another token than that might be accepted.
         """
-        if tree.num_nodes == 1 or tree.scores is None or tree.steps is not None:
-            return
-        parents, scores = tree.host_parents, tree.host_scores
-        assert scores is not None
-        accepted_nodes = np.zeros(parents.shape, np.bool_)
-        accepted_nodes[:, 0] = True
-        for row, nodes in enumerate(accepted):
-            accepted_nodes[row, nodes] = True
-        learned = self.learned
-        count_accepted(parents, scores, accepted_nodes, learned.tried, learned.hit, DECAY)
-        if self._promise > 0.0:
-            learned.promised = TRUST_DECAY * learned.promised + self._promise
-            learned.kept = TRUST_DECAY * learned.kept + sum(map(len, accepted))
-            self._promise = 0.0
+        pending, self._pending = self._pending, None
+        learned, counts = self.learned, (self.learned.tried, self.learned.hit, DECAY)
+        num_accepted = sum(map(len, accepted))
+        if pending is not None and pending.promise > 0.0:
+            learned.promised = TRUST_DECAY * learned.promised + pending.promise
+            learned.kept = TRUST_DECAY * learned.kept + num_accepted
+            learned.standing(len(accepted)).book(num_accepted / len(accepted) - pending.cost)
+        if pending is not None and tokens is not None and pending.tree.draft_probs is None:
+            proposed = pending.tree
+            known = np.full((len(tokens), max(map(len, tokens))), -1, np.int64)
+            for row, picked in enumerate(tokens):
+                known[row, : len(picked)] = picked
+            assert proposed.host_scores is not None
+            count_followed(proposed.host_tokens, proposed.host_parents, proposed.host_scores, known, *counts)
+        elif tree.num_nodes > 1 and tree.scores is not None and tree.steps is None:
+            accepted_nodes = np.zeros(tree.tokens.shape, np.bool_)
+            accepted_nodes[:, 0] = True
+            for row, nodes in enumerate(accepted):
+                accepted_nodes[row, nodes] = True
+            assert tree.host_scores is not None
+            count_accepted(tree.host_parents, tree.host_scores, accepted_nodes, *counts)
 
     def record(self, rows: int, nodes: int, seconds: float) -> None:
         """Takes in the time a step took, drafting left out."""
+        self.learned.standing(rows).book(TRIAL_SHARE)
         if times := self._times.get(_size(rows)):
             times.update(nodes, seconds)
 
@@ -366,3 +353,13 @@ class Budget:
 def _size(rows: int) -> int:
     """Batch sizes are told apart by powers of two."""
     return 1 << (rows - 1).bit_length()
+
+
+@functools.cache
+def _compile_kernels() -> None:
+    """Compiles, or loads what was compiled before, so that no step of a generation waits for it."""
+    ids, parents, scores = np.zeros((1, 2), np.int64), np.array([[-1, 0]]), np.zeros((1, 2), np.float32)
+    tried, known = np.zeros(SCORE_BINS), (np.array([1, 2]), np.ones(2))
+    best_size(parents, scores, tried, tried.copy(), PRIOR_WEIGHT, *known, 0.0, 1.0, 1.0)
+    count_accepted(parents, scores, np.ones((1, 2), np.bool_), tried, tried.copy(), DECAY)
+    count_followed(ids, parents, scores, ids.copy(), tried, tried.copy(), DECAY)

@@ -66,7 +66,8 @@ class Decoder:
                 outcome = self.step.run(tree, self.rows)  # target pass, verify
                 with self.report.timed("commit"):
                     unfinished = self._commit(tree, outcome, is_in_cache=False)
-                    self.budget.observe(tree, outcome.accepted)
+                    is_exact = self.report.guarantee == "token-identical"
+                    self.budget.observe(tree, outcome.accepted, outcome.tokens if is_exact else None)
                     of_tree = outcome.accepted, outcome.top_tokens, outcome.verdicts
                     self.drafter.observe(self.sequences, self.rows, tree, *of_tree)
                 if tree.steps is None:  # a judge takes its time, and steps may be longer than any other tree
@@ -87,7 +88,7 @@ class Decoder:
             self.report.num_guard_passes += 1
             self.report.count_pass([0] * len(self.rows))
             return TokenTree.root_only(self.sequences.roots(self.rows))
-        self.budget.set_length(max(self.sequences.lengths[row] for row in self.rows))
+        self.budget.set_size(len(self.rows), max(self.sequences.lengths[row] for row in self.rows))
         started = time.perf_counter()
         tree = self.drafter.propose(self.sequences, self.rows, self.budget.nodes_to_draft())
         spent = time.perf_counter() - started

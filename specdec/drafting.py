@@ -41,6 +41,7 @@ class GuardedDrafter:
         is_judged: See `DraftContext`.
         asks_target: See `DraftContext`.
         end_tokens: See `DraftContext`.
+        num_top_tokens: How many of the target's likeliest tokens the drafter wants to know per node.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class GuardedDrafter:
         is_judged: bool = False,
         asks_target: bool = False,
         end_tokens: frozenset[int] = frozenset(),
+        num_top_tokens: int = 0,
     ) -> None:
+        self._num_top_tokens = num_top_tokens
         self.drafter = drafter
         self.vocab_size = vocab_size
         self.report = report
@@ -98,7 +101,7 @@ class GuardedDrafter:
     @property
     def num_top_tokens(self) -> int:
         """How many of the target's likeliest tokens the drafter wants to know per node."""
-        return self.drafter.num_top_tokens if self.drafter is not None else 0
+        return self._num_top_tokens if self.drafter is not None else 0
 
     def top_tokens(self, logits: Tensor) -> Tensor | None:
         """What the target holds likeliest, as far as the drafter wants to know it.

@@ -23,7 +23,7 @@ from specdec.capture.store import GraphMode, acquire, check_demand, describe
 from specdec.capture.target import StaticTarget
 from specdec.chain_target import ChainTarget
 from specdec.decoding import Decoder
-from specdec.drafters.base import Drafter
+from specdec.drafters.base import NO_NEEDS, Drafter
 from specdec.drafting import GuardedDrafter
 from specdec.hidden_states import HiddenStates
 from specdec.limits import length_limit
@@ -313,7 +313,11 @@ class Speculation:
         self, drafter: Drafter | None, target: TargetModel, sampler: Sampler, is_sampled_from: bool
     ) -> GuardedDrafter:
         """The drafter, with what it may know of the target."""
-        if drafter is not None and drafter.needs_hidden_states:
+        needs = NO_NEEDS
+        if drafter is not None:
+            is_sampled = target.generation_config.do_sample
+            needs = drafter.needs(sampler.sequences.device, len(sampler.sequences), is_sampled)
+        if needs.hidden_states:
             target.hidden_states = HiddenStates(target.model)
         ends: Tensor | None = target.generation_config._eos_token_tensor
         return GuardedDrafter(
@@ -328,6 +332,7 @@ class Speculation:
             self.verifier.judges_steps,
             self.verifier.asks_target,
             frozenset([] if ends is None else ends.flatten().tolist()),
+            needs.top_tokens,
         )
 
 

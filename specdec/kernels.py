@@ -190,6 +190,7 @@ def best_size(
     seconds: Floats,
     spent: float = 0.0,
     trust: float = 1.0,
+    margin: float = 1.0,
 ) -> tuple[int, float, float, float]:
     """How many of a tree's first nodes make the most tokens per second.
 
@@ -203,6 +204,7 @@ def best_size(
         seconds: Their times, never falling, `[sizes]`.
         spent: What drafting took, whatever size is taken.
         trust: Factor on the draft tokens that are expected to be accepted.
+        margin: How many times the speed without a draft a size must promise.
 
     Returns:
         One of the known sizes, or all nodes; the tokens expected of it, over all rows; seconds of a pass of this size,
@@ -219,7 +221,7 @@ def best_size(
             path[node] = path[parent] * calibrated(scores[row, node], rates) if parent >= 0 else 0.0
             gain[node] += path[node]
     plain = seconds_of(1, known, seconds)
-    best, best_tokens, best_seconds, best_rate = 1, float(batch), plain, batch / (plain + spent)
+    best, best_tokens, best_seconds, best_rate = 1, float(batch), plain, margin * batch / (plain + spent)
     tokens = float(batch)
     bucket = 0
     for size in range(2, nodes + 1):
@@ -264,3 +266,48 @@ def count_accepted(
                 if accepted[row, node]:
                     hit[low] += 1.0 - share
                     hit[low + 1] += share
+
+
+@kernel
+def count_followed(
+    tokens: Ints,
+    parents: Ints,
+    scores: NDArray[np.float32],
+    known: Ints,
+    tried: Floats,
+    hit: Floats,
+    decay: float,
+) -> None:
+    """As `count_accepted`, of a tree whose nodes need not have been verified: what the target has picked is known.
+
+    Args:
+        tokens: `[batch, nodes]`.
+        parents: `[batch, nodes]`.
+        scores: `[batch, nodes]`.
+        known: What the target has picked behind the root, -1 behind the last one, `[batch, tokens]`.
+        tried: Changed, `[bins]`.
+        hit: Changed, `[bins]`.
+        decay: Factor on the counts so far.
+    """
+    batch, nodes = parents.shape
+    bins = tried.shape[0]
+    tried *= decay
+    hit *= decay
+    depths = np.zeros(nodes, np.int64)  # of nodes on the target's path, -1 for others
+    for row in range(batch):
+        for node in range(1, nodes):
+            parent = parents[row, node]
+            depth = depths[parent] if parent >= 0 else -1
+            depths[node] = -1
+            if depth < 0 or depth >= known.shape[1] or known[row, depth] < 0:
+                continue
+            is_right = tokens[row, node] == known[row, depth]
+            at = min(max(scores[row, node] * bins - 0.5, 0.0), bins - 1.0)
+            low = min(int(at), bins - 2)
+            share = at - low
+            tried[low] += 1.0 - share
+            tried[low + 1] += share
+            if is_right:
+                depths[node] = depth + 1
+                hit[low] += 1.0 - share
+                hit[low + 1] += share

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from specdec import budget as budgets
-from specdec.budget import Learned, StepTimes
+from specdec.budget import Learned
 from specdec.generation import Speculation
+from specdec.step_times import StepTimes
 from specdec.target import unwrapped
 
-FORMAT, VERSION = "specdec profile", 1
+FORMAT, VERSION = "specdec profile", 2
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 
 import specdec
 from specdec import budget as budget_module
-from specdec.budget import Budget, StepTimes
+from specdec.budget import Budget
+from specdec.step_times import StepTimes
 from specdec.target import TargetModel
 from specdec.tree import NODE_BUCKETS, TokenTree
 from tests.conformance import AlwaysWrongDrafter, OracleDrafter, reference
@@ -329,7 +330,7 @@ def test_lengths_are_told_apart_by_doublings() -> None:
     budget = Budget(8)
     classes = []
     for tokens in (1, 1024, 1025, 2048, 2049, 4096, 4097, 130_000):
-        budget.set_length(tokens)
+        budget.set_size(1, tokens)
         classes.append(budget._length)
     assert classes == [0, 0, 1, 1, 2, 2, 3, 7]
 
@@ -338,7 +339,7 @@ def test_times_in_use_last_until_those_for_the_new_length_are_there() -> None:
     budget = with_times(GPU)
     budget._lengths[1] = 0
     assert budget.is_ready(1)
-    budget.set_length(3000)
+    budget.set_size(1, 3000)
     assert not budget.is_ready(1)
     assert budget.step_seconds(1) is not None
     assert budget.choose(chain(0.9)).num_nodes > 1

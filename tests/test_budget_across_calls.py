@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import specdec
 from specdec import budget as budget_module
-from specdec.budget import Budget, StepTimes
+from specdec.budget import DEBT_AT_START, Budget, Learned
+from specdec.step_times import StepTimes
+from specdec.tree import TokenTree
 from tests.conformance import OracleDrafter, reference
 from tests.test_budget import CPU, chain, with_times
 from tests.tiny_models import new_model, prompts
@@ -68,7 +72,7 @@ def test_a_new_call_is_not_slept_through() -> None:
     budget.begin(model, "greedy")
     assert budget.nodes_to_draft() == 8
     budget.choose(tree, spent=40.0)
-    assert budget.nodes_to_draft() == 1, "one try, not as many as in the first call"
+    assert budget.nodes_to_draft() == 1, "one draft, not as many as in the first call"
 
 
 def test_step_times_of_one_kind_of_attention_say_nothing_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,3 +96,106 @@ def test_step_times_of_one_kind_of_attention_say_nothing_of_another(monkeypatch:
         assert torch.equal(fast.generate(**inputs, max_new_tokens=8, eos_token_id=None), expected.ids)
     assert measured == list(calls), "each once; the second round knows all of them"
     assert len(budget_module._TIMES[model]) == len(calls)
+
+
+class SimulatedCalls:
+    """Calls of 128 tokens through budgets of one model, on a simulated device.
+
+    Args:
+        seconds: Of a pass, by its number of nodes.
+        rate: How often a draft token is accepted, by the score that the drafter gives it.
+        rows: Of the batch; all of them have the same tree.
+    """
+
+    def __init__(self, seconds: dict[int, float], rate: Callable[[float], float], rows: int = 1) -> None:
+        self.model, self.seconds, self.rate, self.rows = new_model("llama"), seconds, rate, rows
+        self.random = np.random.default_rng(0)
+        self.drafted: list[bool] = []
+
+    def run(self, scores: Callable[[int], float], spent: float = 0.02, tokens: int = 128) -> float:
+        """One call; returns its time against that of a call without drafts.
+
+        Args:
+            scores: What the drafter gives its tokens, by step.
+            spent: What a proposal takes, in passes without a draft.
+            tokens: To generate per row.
+        """
+        budget, plain = Budget(64), self.seconds[1]
+        budget._times = with_times(self.seconds, self.rows)._times
+        budget.begin(self.model, "sampled")
+        made, taken, self.drafted = 0.0, 0.0, []
+        while made < tokens:
+            budget.set_size(self.rows, 100)
+            is_asked = budget.nodes_to_draft() > 1
+            tree = chain(scores(len(self.drafted)), nodes=16, rows=self.rows)
+            chosen = budget.choose(tree, spent * plain) if is_asked else tree.first(1)
+            right = [self._right(tree) for _ in range(self.rows)]
+            accepted = [list(range(1, min(count, chosen.num_nodes - 1) + 1)) for count in right]
+            picked = [
+                [0] * len(nodes) + [int(len(nodes) >= count)] for nodes, count in zip(accepted, right, strict=True)
+            ]
+            budget.observe(chosen, accepted, picked)
+            budget.record(self.rows, chosen.num_nodes, self.seconds[chosen.num_nodes])
+            self.drafted.append(chosen.num_nodes > 1)
+            made += 1 + sum(map(len, accepted)) / self.rows
+            taken += self.seconds[chosen.num_nodes] + is_asked * spent * plain
+        return taken / (made * plain)
+
+    def _right(self, tree: TokenTree) -> int:
+        assert tree.scores is not None
+        rate, count = self.rate(float(tree.scores[0, 1])), 0
+        while count < tree.num_nodes - 1 and self.random.random() < rate:
+            count += 1
+        return count
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("score", [0.4, 0.7, 0.95])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3])
+def test_where_nothing_pays_drafting_costs_less_than_two_hundredths(rows: int, score: float, rate: float) -> None:
+    """However much is promised; the first call, of which nothing is known, may take more."""
+    calls = SimulatedCalls(CPU, lambda _: rate, rows)
+    first, *others = [calls.run(lambda _: score) for _ in range(8)]
+    assert first < 1.05
+    assert max(others) < 1.02
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.55, 0.6, 0.65])
+def test_where_it_hardly_pays_drafting_loses_next_to_nothing(rate: float) -> None:
+    """Chains about which it cannot be known whether they pay, and scores that say they do."""
+    calls = SimulatedCalls(CPU, lambda _: rate)
+    taken = [calls.run(lambda _: 0.9) for _ in range(12)]
+    assert sum(taken[2:]) / 10 < 1.015
+
+
+def test_a_source_that_pays_at_last_is_back_at_once() -> None:
+    """A hundred tokens that cannot be foreseen, call after call, and then text that repeats itself."""
+    calls = SimulatedCalls(CPU, lambda score: 0.95 if score > 0.6 else 0.02)
+    for _ in range(6):
+        calls.run(lambda _: 0.2)
+    taken = calls.run(lambda step: 0.9 if step >= 64 else 0.2)
+    assert not any(calls.drafted[2:64])
+    assert calls.drafted.index(True, 64) <= 64 + 8
+    assert taken < 0.75
+    assert calls.run(lambda _: 0.9) < 0.45
+
+
+def test_what_was_promised_and_not_kept_makes_for_higher_demands() -> None:
+    budget, tree = with_times(CPU), chain(0.9, nodes=8)
+    margins = []
+    for _ in range(6):
+        margins.append(budget.learned.standing(1).margin)
+        chosen = budget.choose(tree)
+        budget._pending = budget._pending and budget._pending._replace(tree=chain(0.1, nodes=2))
+        budget.observe(chosen, [[]], [[1]])  # not the token that was drafted
+    assert margins[0] == 1.0
+    assert margins == sorted(margins) and margins[-1] > 1.0
+    budget.begin(new_model("llama"), "greedy")
+    assert budget.learned.standing(1).margin == 1.0, "of another model nothing is known"
+
+
+def test_rows_that_end_take_along_how_drafting_stands() -> None:
+    budget = Budget(8)
+    budget.learned.standing(8).book(-2.5)
+    assert budget.learned.standing(4).credit == -DEBT_AT_START
+    assert Learned().standing(4).credit > 0

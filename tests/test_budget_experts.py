@@ -10,7 +10,8 @@ import transformers as tf
 
 import specdec
 from specdec import budget as budget_module
-from specdec.budget import Budget, StepTimes
+from specdec.budget import Budget
+from specdec.step_times import StepTimes
 from specdec.target import TargetModel
 from tests.conformance import assert_identical
 from tests.tiny_models import LLAMA_LIKE, prompts

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 import specdec
-from specdec.budget import Budget, StepTimes
+from specdec.budget import Budget
 from specdec.drafters import MergedDrafter, RecyclingDrafter
+from specdec.step_times import StepTimes
 from tests.conformance import AlwaysWrongDrafter, FailingDrafter, OracleDrafter, reference
 from tests.tiny_models import new_model, prompts, tiny_model
 

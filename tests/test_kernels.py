@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from specdec.kernels import ancestors_and_depths, best_size, count_accepted, host_array, is_valid, kernel
+from specdec.kernels import (
+    ancestors_and_depths,
+    best_size,
+    count_accepted,
+    count_followed,
+    host_array,
+    is_valid,
+    kernel,
+)
 from tests.conformance import ancestors, random_tree
 
 
@@ -94,3 +102,30 @@ def test_counts_are_of_nodes_whose_parent_was_accepted() -> None:
     count_accepted(parents, scores, accepted, tried, hit, 0.5)
     assert tried.tolist() == pytest.approx([0.5, 1.5, 0.5, 0.5, 0.5, 0.5, 1.5, 0.5, 0.5, 1.5])
     assert hit.tolist() == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 1.5, 0.5, 0.5, 1.5])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_was_not_verified_counts_as_what_was(seed: int) -> None:
+    """Whole trees: the nodes on the target's path are the accepted ones."""
+    tree, random = random_tree(seed), np.random.default_rng(seed)
+    tokens = np.arange(tree.tokens.numel()).reshape(tree.tokens.shape)  # no two siblings are of one token
+    parents, scores = host_array(tree.parents), random.random(tree.tokens.shape).astype(np.float32)
+    known, accepted = np.full(tokens.shape, -1), np.zeros(tokens.shape, np.bool_)
+    for row in range(len(tokens)):
+        path = ancestors(parents[row].tolist(), int(random.choice(np.flatnonzero(parents[row] >= 0))))
+        accepted[row, path] = True
+        known[row, : len(path) - 1] = tokens[row, path[1:]]
+        known[row, len(path) - 1] = 10**6  # what the target picked behind the path was not drafted
+    counts = [np.zeros(12) for _ in range(4)]
+    count_accepted(parents, scores, accepted, *counts[:2], 0.5)
+    count_followed(tokens, parents, scores, known, *counts[2:], 0.5)
+    assert counts[0].sum() > 0
+    assert np.allclose(counts[0], counts[2])
+    assert np.allclose(counts[1], counts[3])
+
+
+def test_nothing_is_counted_behind_the_last_known_token() -> None:
+    tokens, parents, scores = np.zeros((1, 4), np.int64), np.arange(-1, 3)[None], np.full((1, 4), 0.5, np.float32)
+    tried, hit = np.zeros(12), np.zeros(12)
+    count_followed(tokens, parents, scores, np.array([[0, -1]]), tried, hit, 1.0)
+    assert (tried.sum(), hit.sum()) == (1, 1)

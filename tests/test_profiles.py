@@ -12,8 +12,8 @@ import torch
 
 import specdec
 from specdec import budget as budget_module
-from specdec.budget import StepTimes
 from specdec.drafters import LookaheadDrafter, MergedDrafter, RecyclingDrafter
+from specdec.step_times import StepTimes
 from tests.conformance import reference
 from tests.tiny_models import new_model, prompts
 
@@ -50,8 +50,8 @@ def test_a_new_process_starts_where_the_last_one_ended(tmp_path: Path, monkeypat
     second = specdec.accelerate(same, "auto", strict=True, max_nodes=8)
     assert second.load_profile(file) == "code"
     assert isinstance(drafter, MergedDrafter) and isinstance(second.drafter, MergedDrafter)
-    assert np.array_equal(second.drafter._tried, drafter._tried)
-    assert second.drafter._worths[1].knowledge() == drafter._worths[1].knowledge()
+    assert np.array_equal(second.drafter._known[False].tried, drafter._known[False].tried)
+    assert second.drafter._known[False].worths[1].knowledge() == drafter._known[False].worths[1].knowledge()
     mine, theirs = (merged.sources[1] for merged in (second.drafter, drafter))
     assert isinstance(mine, RecyclingDrafter) and isinstance(theirs, RecyclingDrafter)
     assert np.array_equal(mine._tried, theirs._tried)

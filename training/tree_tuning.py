@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.api import accelerate
-from specdec.budget import Budget, StepTimes
+from specdec.budget import Budget
 from specdec.drafters.medusa import MedusaDrafter, default_accuracies
 from specdec.heads import HeadCalibration, MedusaHeads
 from specdec.heads.tree_choice import best_tree, expected_tokens, measured_tokens
+from specdec.step_times import StepTimes
 from specdec.target import TargetModel
 from specdec.training.hidden_states import FinalHiddenStates
 from specdec.training.losses import IGNORED, medusa_targets

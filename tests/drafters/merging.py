@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from specdec.drafters import DraftContext, Drafter, MergedDrafter, Step
+from specdec.drafters import DraftContext, Drafter, MergedDrafter, Step, merge_known
 from specdec.drafters.merge_growth import DEPTH_CLASSES, MOST_SURE, SCORE_BINS
 from specdec.tree import TokenTree
 from tests.tiny_models import tiny_model
@@ -90,6 +90,7 @@ def merging(*sources: Drafter, **settings: Any) -> MergedDrafter:
     """A merged drafter, ready to be used without a model; time stands still."""
     drafter = MergedDrafter(sources, **settings)
     drafter._clock = FakeClock()
+    merge_known._KNOWN.clear()  # nothing of an earlier test
     drafter.bind(tiny_model())
     return drafter
 

@@ -283,3 +283,12 @@ def test_each_kernel_is_compiled_for_one_set_of_types(tmp_path: Path) -> None:
     drafter.propose(everything, 8)
     for compiled in (append_tokens, draft_row):
         assert len(getattr(compiled, "signatures", [1])) == 1
+
+
+def test_an_output_costs_no_more_than_room_for_itself() -> None:
+    """Tables of the largest size would be zeroed in the first call of every drafter."""
+    drafter = LookaheadDrafter()
+    drafter.add([1, 2, 3], scope="shared")
+    assert drafter.stats()["shared"]["bytes"] < 2**19
+    drafter.add(list(range(3, 40)) * 1000, scope="shared")
+    assert drafter._indexes["shared"].links[2].shape[1] >= 37_000

@@ -154,7 +154,7 @@ def test_gain_is_what_would_be_missing_without_the_source() -> None:
             seen.append(asked)
             assert (rows, tokens) == (1, 4)
 
-    drafter._worths[1] = Watching(2)
+    drafter._known[False].worths[1] = Watching(2)
     tree = drafter.propose(context_of([9]), 16)
     drafter.observe(context_of([9, 1, 2, 3, 5]), Step([0], tree, [3]))
     assert {source: asked.gain for source, asked in seen[0].items() if source < 2} == {0: 2, 1: 0}

@@ -118,14 +118,15 @@ def test_merged_tree_is_that_of_the_definition(seed: int) -> None:
     random = np.random.default_rng(seed)
     trees = [few_token_tree(3 * seed + i, nodes=int(random.integers(2, 16))) for i in range(3)]
     drafter = merging(*(ScriptedDrafter(lambda context, tree=tree: tree) for tree in trees))
-    drafter._tried = random.random(drafter._tried.shape) * 20
-    drafter._hit = drafter._tried * random.random(drafter._tried.shape)
+    learned = drafter._known[False]
+    learned.tried = random.random(learned.tried.shape) * 20
+    learned.hit = learned.tried * random.random(learned.tried.shape)
     max_nodes, rooms = int(random.integers(2, 40)), random.integers(1, 8, 2).tolist()
     context = context_of([5, 11], [5, 12])
     context.max_depth = rooms
     merged = drafter.propose(context, max_nodes)
     for row in range(2):
-        counts = drafter._tried, drafter._hit, drafter.prior_weight
+        counts = learned.tried, learned.hit, drafter.prior_weight
         expected = reference_merge([tree.first(max_nodes) for tree in trees], row, max_nodes, rooms[row], *counts)
         found = paths_of(merged, row)
         assert list(found) == list(expected)
@@ -235,11 +236,11 @@ def test_nodes_left_out_of_the_tree_are_learned_from_too() -> None:
 def test_counts_are_of_another_target_no_more() -> None:
     drafter = merging(ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.5})))
     steps(drafter, [1, 2], 5)
-    assert drafter._tried.any()
+    assert drafter._known[False].tried.any()
     drafter.bind(tiny_model())
-    assert drafter._tried.any()
+    assert drafter._known[False].tried.any()
     drafter.bind(tiny_model("gpt2"))
-    assert not drafter._tried.any()
+    assert not drafter._known[False].tried.any()
 
 
 # --- credit -----------------------------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ def test_top_tokens_are_those_of_the_logits() -> None:
         found = largest(logits.numpy(), count)
         assert (found[..., 0] == logits.argmax(-1).numpy()).all()
         assert torch.equal(logits.gather(-1, torch.from_numpy(found)), logits.topk(count).values)
-    guard = GuardedDrafter(RecyclingDrafter(top_k=4), 50, SpeculationReport(), strict=True)
+    guard = GuardedDrafter(RecyclingDrafter(top_k=4), 50, SpeculationReport(), strict=True, num_top_tokens=4)
     for values, count in ((logits, 4), (logits.bfloat16(), 4), (logits[..., :3], 3)):
         tokens = guard.top_tokens(values)
         assert tokens is not None and tokens.shape == (2, 3, count)

@@ -1,0 +1,86 @@
+"""What merged drafters have learned of a model: how often drafts were right, what each source brings and costs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from specdec.drafters.merge_growth import DEPTH_CLASSES, SCORE_BINS
+from specdec.drafters.merge_worth import Worth
+from specdec.kernels import Floats
+
+CALLS_WITHOUT = 8
+"""A source that does not earn what it takes to keep it ready takes part in one call out of so many."""
+
+
+@dataclass
+class Known:
+    """What was learned of calls that sample, or of those that do not.
+
+    Args:
+        num_sources: How many are merged.
+        tried: Nodes whose parent was accepted, by sources, depth and bin of score; see `grow_merged`.
+        hit: Those among them that were accepted.
+        worths: What each source brings and costs, by batch size.
+        calls: So far.
+        lock: Held while counts are read or changed.
+    """
+
+    num_sources: int
+    tried: Floats = field(init=False)
+    hit: Floats = field(init=False)
+    worths: dict[int, Worth] = field(default_factory=dict)
+    calls: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.tried = np.zeros((2**self.num_sources, DEPTH_CLASSES, SCORE_BINS))
+        self.hit = np.zeros_like(self.tried)
+
+    def worth(self, rows: int) -> Worth:
+        """Batch sizes are told apart by powers of two."""
+        size = 1 << (rows - 1).bit_length()
+        if size not in self.worths:
+            self.worths[size] = Worth(self.num_sources)
+        return self.worths[size]
+
+    def idle_sources(self, rows: int) -> set[int]:
+        """The sources that need not be kept ready in the call that begins: they do not earn anything."""
+        self.calls += 1
+        if self.calls % CALLS_WITHOUT == 0:
+            return set()
+        return {source for source, standing in enumerate(self.worth(rows).standings) if standing < 0.0}
+
+    def knowledge(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        with self.lock:
+            return {
+                "tried": self.tried.tolist(),
+                "hit": self.hit.tolist(),
+                "worths": [[size, worth.knowledge()] for size, worth in self.worths.items()],
+            }
+
+    def learn(self, knowledge: dict[str, Any]) -> None:
+        """Takes up what `knowledge` has told."""
+        with self.lock:
+            self.tried[:], self.hit[:] = knowledge["tried"], knowledge["hit"]
+            self.worths = {int(size): Worth.of_knowledge(known) for size, known in knowledge["worths"]}
+
+
+_KNOWN: WeakKeyDictionary[Any, dict[Hashable, dict[bool, Known]]] = WeakKeyDictionary()
+"""By model and kind of drafter, sampled or not: what one drafter has learned, the next one knows."""
+
+
+def known_of(model: Any, kind: Hashable, num_sources: int) -> dict[bool, Known]:
+    """What is known of a model and a kind of merged drafter: of calls that sample (True) and of those that do not."""
+    return _KNOWN.setdefault(model, {}).setdefault(kind, new_known(num_sources))
+
+
+def new_known(num_sources: int) -> dict[bool, Known]:
+    """Nothing, by whether calls sample."""
+    return {is_sampled: Known(num_sources) for is_sampled in (False, True)}

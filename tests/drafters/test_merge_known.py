@@ -1,0 +1,108 @@
+"""What merged drafters have learned outlives them; sources that do not earn it are not kept ready."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import specdec
+from specdec.drafters import LookaheadDrafter, MergedDrafter, RecyclingDrafter, merge_known
+from specdec.drafters.base import NO_NEEDS, Needs
+from specdec.drafters.merge_known import CALLS_WITHOUT, Known
+from specdec.drafters.merge_worth import STANDING_SHARE, Worth
+from tests.conformance import TaughtMedusaDrafter, reference
+from tests.drafters.merging import ScriptedDrafter, context_of, merging, paths_tree
+from tests.tiny_models import new_model, prompts
+
+CPU = torch.device("cpu")
+
+
+def test_what_one_drafter_has_learned_the_next_one_of_its_settings_knows() -> None:
+    model = new_model("llama")
+    made = [MergedDrafter([LookaheadDrafter(), RecyclingDrafter(top_k=k)]) for k in (4, 4, 5)]
+    fast = specdec.accelerate(model, made[0], strict=True)
+    fast.generate(**prompts(9), max_new_tokens=30, eos_token_id=None)
+    for drafter in made[1:]:
+        drafter.bind(model)
+    first, same, other = (drafter._known[False] for drafter in made)
+    assert first.tried.any()
+    assert same is first is not other
+    assert not made[0]._known[True].tried.any(), "sampled calls are another matter"
+    fast.generate(**prompts(9), max_new_tokens=30, eos_token_id=None, do_sample=True)
+    assert made[1]._known[True].tried.any()
+    made[0].bind(new_model("llama"))
+    assert not made[0]._known[False].tried.any()
+
+
+def test_a_source_that_brings_nothing_is_kept_ready_in_one_call_of_several() -> None:
+    known = Known(2)
+    ready = []
+    for _ in range(10 * CALLS_WITHOUT):
+        idle = known.idle_sources(1)
+        ready.append(1 not in idle)
+        for source in {0, 1} - idle:
+            known.worth(1).close_call(source, tokens=0.2 if source == 0 else 0.0, seconds=0.01)
+        assert 0 not in idle
+    assert ready[0]
+    assert sum(ready[CALLS_WITHOUT:]) == 9
+    for _ in range(2 * CALLS_WITHOUT):  # from now on it does
+        if 1 not in known.idle_sources(1):
+            known.worth(1).close_call(1, tokens=0.2, seconds=0.01)
+    assert not known.idle_sources(1)
+    assert not known.idle_sources(8), "with more rows nothing is known"
+
+
+def test_what_it_takes_to_keep_a_source_ready_must_be_earned_too() -> None:
+    worth = Worth(2)
+    for _ in range(40):
+        worth.close_call(0, tokens=0.02 + 2 * STANDING_SHARE, seconds=0.02)
+        worth.close_call(1, tokens=0.02 + 0.5 * STANDING_SHARE, seconds=0.02)
+    assert worth.standings[0] > 0 > worth.standings[1]
+
+
+def test_an_idle_source_makes_no_demands_and_is_not_asked() -> None:
+    hungry = ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.5}), "hungry")
+    hungry.num_top_tokens = 4
+    plain = ScriptedDrafter(lambda _: paths_tree(9, {(2,): 0.5}), "plain")
+    drafter = merging(hungry, plain)
+    assert drafter.needs(CPU, 1, False) == Needs(False, 4)
+    drafter._known[False].worth(1).standings[:] = [-1.0, -1.0]
+    assert drafter.needs(CPU, 1, True) == Needs(False, 4)
+    assert drafter.needs(torch.device("meta"), 1, False) == Needs(False, 4), "elsewhere it costs nothing"
+    assert drafter.needs(CPU, 1, False) == NO_NEEDS
+    drafter.start(context_of([9]))
+    drafter.propose(context_of([9]), 8)
+    assert (hungry.calls, plain.calls) == (0, 1), "what makes no demands costs nothing while it is not asked"
+    assert drafter.figures(context_of([9]))["hungry"]["skipped"] == 1
+    drafter.start(context_of([9]))
+    drafter.propose(context_of([9]), 8)
+    assert hungry.calls == 1, "that was for one call"
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_same_tokens_with_and_without_sources_that_are_not_kept_ready(do_sample: bool) -> None:
+    model, inputs = new_model("llama"), prompts(7, 4)
+    kwargs = {"max_new_tokens": 20, "do_sample": do_sample, "eos_token_id": None}
+    expected = reference(model, inputs, **kwargs)
+    medusa = TaughtMedusaDrafter(max_nodes=8, answers=expected.answers)
+    drafter = MergedDrafter([LookaheadDrafter(), RecyclingDrafter(), medusa])
+    fast = specdec.accelerate(model, drafter, strict=True)
+    calls = []
+    for _ in range(4):
+        torch.manual_seed(0)
+        assert fast.generate(**inputs, **kwargs).tolist() == expected.ids.tolist()
+        calls.append({name: figures["calls"] for name, figures in fast.report.drafter_figures.items()})
+        drafter._known[do_sample].worth(2).standings[:] = [0.1, -9.0, -9.0]
+    assert all(calls[0].values())
+    assert calls[1]["recycling"] == calls[1]["medusa"] == 0 < calls[1]["lookahead"]
+
+
+def test_knowledge_is_kept_by_kind_of_call() -> None:
+    drafter, other = (merging(ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.5}))) for _ in range(2))
+    drafter._known[True].tried[1, 0, 3] = 5.0
+    merge_known._KNOWN.clear()
+    other._known = merge_known.new_known(1)
+    other.learn(drafter.knowledge())
+    assert np.array_equal(other._known[True].tried, drafter._known[True].tried)
+    assert not other._known[False].tried.any()
