@@ -313,10 +313,8 @@ class Speculation:
         self, drafter: Drafter | None, target: TargetModel, sampler: Sampler, is_sampled_from: bool
     ) -> GuardedDrafter:
         """The drafter, with what it may know of the target."""
-        needs = NO_NEEDS
-        if drafter is not None:
-            is_sampled = target.generation_config.do_sample
-            needs = drafter.needs(sampler.sequences.device, len(sampler.sequences), is_sampled)
+        of_call = sampler.sequences.device, len(sampler.sequences), sampler.noise is not None
+        needs = NO_NEEDS if drafter is None else drafter.needs(*of_call)
         if needs.hidden_states:
             target.hidden_states = HiddenStates(target.model)
         ends: Tensor | None = target.generation_config._eos_token_tensor

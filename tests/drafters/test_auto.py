@@ -82,7 +82,7 @@ def test_a_drafter_of_the_same_kind_takes_the_place_of_its_own(tmp_path: Path) -
 
 def test_text_without_a_pattern_makes_drafting_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device where each node costs a pass nothing is drafted, whatever the sources promise."""
-    from specdec.budget import StepTimes
+    from specdec.step_times import StepTimes
 
     monkeypatch.setattr(StepTimes, "measure", lambda self, *_: self.seconds.update({1: 0.01, 2: 0.02, 64: 0.64}))
     monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: None)
