@@ -8,18 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.drafters.base import DraftContext
 from specdec.drafters.branch_pace import subtrees_below
 from specdec.drafters.draft_depth import WIDTHS, Pace
-from specdec.drafters.draft_growth import DraftNodes, add_children, choose_level, follow, write_trees
+from specdec.drafters.draft_growth import DraftNodes, add_children, choose_level, follow, level_inputs, write_trees
 from specdec.drafters.draft_lists import DraftLists
 from specdec.drafters.draft_passes import DraftPasses, TreePasses
 from specdec.drafters.draft_vocabulary import RowTexts, SharedVocabulary
-from specdec.kernels import Floats, Ints
+from specdec.kernels import Floats, Ints, largest
 from specdec.step_times import StepTimes
 
 MAX_CANDIDATES = 1024
@@ -176,9 +175,9 @@ class DraftCall:
     def _grow_level(self, growth: Growth, nodes: DraftNodes, level: Ints) -> Ints:
         """Feeds a level and adds its children; returns where they begin, `[rows]`."""
         started = time.perf_counter()
-        logits = self._feed(nodes, level)
+        tokens, parents, depths = level_inputs(nodes, level)
+        logits = self._feed_roots() if self.passes.num_fed == 0 else self._feed(tokens, parents)
         since = nodes.counts.copy()
-        depths = nodes.depths[np.arange(len(level))[:, None], level]
         listed, probs = self.lists.make(logits, growth.num_children, self.rows, depths)
         add_children(
             nodes,
@@ -216,18 +215,16 @@ class DraftCall:
             )
         return np.ascontiguousarray(level[:, :widest]) if widest else None
 
-    def _feed(self, nodes: DraftNodes, level: Ints) -> Tensor:
-        """Feeds a level, or what leads to the root and the root itself; logits `[rows, width, draft_vocab]`."""
-        if self.passes.num_fed == 0:
-            pending = zip(self.texts.tokens, self.passes.lengths, strict=True)
-            logits = self.passes.feed_pending([tokens[length:].astype(np.int64) for tokens, length in pending])
-            self.texts.vocabulary.observe(logits)
-            return logits[:, None]
-        row_index, is_real = np.arange(len(level))[:, None], level >= 0
-        fed = nodes.fed[row_index, nodes.parents[row_index, level]]
-        tokens = torch.from_numpy(np.where(is_real, nodes.tokens[row_index, level], 0))
-        drafted: Ints = self.texts.vocabulary.draft_tokens(tokens).clamp(min=0).numpy()
-        return self.passes.feed_level(drafted, np.where(is_real, fed, -1))
+    def _feed_roots(self) -> Tensor:
+        """Feeds what leads to the root and the root itself; logits `[rows, 1, draft_vocab]`."""
+        pending = zip(self.texts.tokens, self.passes.lengths, strict=True)
+        logits = self.passes.feed_pending([tokens[length:].astype(np.int64) for tokens, length in pending])
+        self.texts.vocabulary.observe(logits)
+        return logits[:, None]
+
+    def _feed(self, tokens: Ints, parents: Ints) -> Tensor:
+        """Feeds a level, `[rows, width]`; logits `[rows, width, draft_vocab]`."""
+        return self.passes.feed_level(self.texts.vocabulary.fed_tokens(tokens).clip(0), parents)
 
 
 @functools.cache
@@ -239,6 +236,8 @@ def compile_kernels() -> None:
     table = np.zeros((1, 2))
     add_children(nodes, level, listed, np.full((1, 1, 2), 0.4, np.float32), table, np.zeros(0), 0.0, depths)
     choose_level(nodes, np.ones(1, np.int64), 0.0, 0.0, depths, 1, level)
+    level_inputs(nodes, level)
+    largest(np.zeros((1, 1, 2), np.float32), 1)
     pace, times = Pace(), StepTimes(2)
     times.seconds = {1: 1.0, 2: 1.0}
     pace.observe_level(nodes, level, 1.0)

@@ -158,6 +158,30 @@ def choose_level(
 
 
 @kernel
+def level_inputs(nodes: DraftNodes, level: Ints) -> tuple[Ints, Ints, Ints]:
+    """What is to be fed of a level's nodes.
+
+    Args:
+        nodes: What was drafted so far.
+        level: Nodes, -1 at padding, `[rows, width]`.
+
+    Returns:
+        Tokens, 0 at padding; the places of their parents among the nodes fed, -1 at roots and padding; depths, 0 at
+        padding; `[rows, width]` each.
+    """
+    tokens, parents, depths = np.zeros_like(level), np.full_like(level, -1), np.zeros_like(level)
+    for row in range(level.shape[0]):
+        for place in range(level.shape[1]):
+            node = level[row, place]
+            if node < 0:
+                continue
+            tokens[row, place], depths[row, place] = nodes.tokens[row, node], nodes.depths[row, node]
+            if node > 0:
+                parents[row, place] = nodes.fed[row, nodes.parents[row, node]]
+    return tokens, parents, depths
+
+
+@kernel
 def write_trees(nodes: DraftNodes, by_order: bool, tokens: Ints, parents: Ints, scores: ProbArray, fed: Ints) -> int:
     """Writes each row's nodes as a token tree.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.drafters.draft_vocabulary import DraftVocabulary
-from specdec.kernels import Ints
+from specdec.kernels import Ints, host_array, largest
 from specdec.sampling import SCORE_ONLY, Sampler
 
 Kind: TypeAlias = Literal["likeliest", "coupled", "drawn"]
@@ -72,17 +72,21 @@ class DraftLists:
         probs = keys = torch.softmax(scores, dim=-1)
         if self.kind == "coupled":
             keys = probs / self._noise(probs, rows, depths)
+            keys /= keys.sum(-1, keepdim=True)
         elif self.kind == "drawn":
             keys = probs / self._draws(probs)
             self.draft_probs.append(probs)
-        best, tokens = keys.topk(min(count, keys.shape[-1]), dim=-1)
+        count = min(count, keys.shape[-1])
+        if keys.is_cpu:
+            listed, shares = largest(host_array(keys), count)
+            listed[shares <= 0] = -1
+            if self.kind == "drawn":
+                shares = np.take_along_axis(probs.numpy(), listed.clip(0), -1)
+            return listed, shares
+        best, tokens = keys.topk(count, dim=-1)
         tokens = tokens.where(best > 0, -1)
-        if self.kind == "coupled":
-            best = best / keys.sum(-1, keepdim=True)
-        elif self.kind == "drawn":
+        if self.kind == "drawn":
             best = probs.gather(-1, tokens.clamp(min=0))
-        if tokens.device.type == "cpu":
-            return tokens.numpy(), best.numpy()
         packed = torch.stack([tokens.int(), best.view(torch.int32)]).cpu().numpy()
         return packed[0].astype(np.int64), np.ascontiguousarray(packed[1]).view(np.float32)
 

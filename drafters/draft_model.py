@@ -273,11 +273,11 @@ class DraftModelDrafter(Drafter):
         scores = np.zeros((rows, size), np.float32)
         fed = np.full((rows, size), -1, np.int64)
         used = write_trees(nodes, not is_drawn, tokens, parents, scores, fed)
-        parts = (torch.from_numpy(array[:, :used]) for array in (tokens, parents, scores))
+        tokens, parents, scores, fed = (array[:, :used] for array in (tokens, parents, scores, fed))
         if not is_drawn:
-            return TokenTree(*parts)
+            return TokenTree.of_arrays(tokens, parents, scores)
         # Without scores, nothing is cut off: leaving out a draw for being unlikely would change the distribution.
-        return TokenTree(next(parts), next(parts), None, call.lists.probs_of(fed[:, :used]))
+        return TokenTree(torch.from_numpy(tokens), torch.from_numpy(parents), None, call.lists.probs_of(fed))
 
     # --- growth ---
 
@@ -357,7 +357,9 @@ class DraftModelDrafter(Drafter):
     def _counts_of(self, kind: Kind) -> tuple[Floats, Floats]:
         # Draws at random have another outcome for each different growth: a new drafter repeats them.
         counts = self._drawn_counts if kind == "drawn" else self._learned.counts
-        return counts.setdefault(kind, (np.zeros_like(self._prior), np.zeros_like(self._prior)))
+        if kind not in counts:
+            counts[kind] = np.zeros_like(self._prior), np.zeros_like(self._prior)
+        return counts[kind]
 
     def _rates(self, kind: Kind) -> Floats:
         """P(accepted | parent accepted) by class of rank and of probability."""

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from specdec.capability import Capability
 from specdec.drafters.draft_captured import CapturedPass
 from specdec.drafters.draft_compiled import CompiledPass, check_compilable, compiled_pass
-from specdec.kernels import Ints
+from specdec.kernels import Ints, visible_slots
 from specdec.kv_cache import TreeCache
 from specdec.target import CausalLM, accepts, cache_layer_types, input_device, is_on_one_device
 from specdec.tree import TokenTree
@@ -156,7 +156,7 @@ class TreePasses(DraftPasses):
         self.num_fed_tokens += sum(counts)
         self.cache.commit([range(count - 1) for count in counts])
         self.cache.stage(1)
-        self._begin(np.ones(len(pending), np.int64), 1)
+        self._parents, self._is_chain = np.full((len(pending), 1), -1), True
         self.lengths, self.num_fed = self.cache.lengths, 1
         if is_even:
             return logits[:, -1]
@@ -164,11 +164,11 @@ class TreePasses(DraftPasses):
 
     def feed_level(self, tokens: Ints, parents: Ints) -> Tensor:
         first = self.num_fed
-        self._is_chain = self._is_chain and bool((parents == np.arange(first - 1, first - 1 + parents.shape[1])).all())
+        self._is_chain = self._is_chain and parents.shape[1] == 1 and bool((parents == first - 1).all())
         self._parents = np.concatenate([self._parents, parents], 1)
         logits = self._pass(tokens, first, {})
         self.num_fed += tokens.shape[1]
-        self.num_fed_tokens += int((parents >= 0).sum())
+        self.num_fed_tokens += np.count_nonzero(parents >= 0)
         self.cache.stage(self.num_fed)
         return logits
 
@@ -210,25 +210,32 @@ class TreePasses(DraftPasses):
 
     def _pass(self, tokens: Ints, first: int, options: dict[str, Any]) -> Tensor:
         """A forward over the tree's nodes from `first` on."""
-        lengths = self.cache.lengths
-        parents = torch.from_numpy(self._parents)
-        tree = TokenTree(parents, parents)  # only its shape matters for the mask
         if self.captured is not None:
-            positions = np.array(lengths)[:, None] + tree.depths.numpy()[:, first:]
-            as_it_is = partial(self._pass_as_it_is, tree, tokens, first, {})
+            tree = self._tree()
+            positions = np.array(self.cache.lengths)[:, None] + tree.depths.numpy()[:, first:]
+            as_it_is = partial(self._pass_as_it_is, tokens, first, {})
             logits = self.captured.run(self.cache, tokens, positions, tree, as_it_is)
             if logits is not None:
                 return logits
-        return self._pass_as_it_is(tree, tokens, first, options)
+        return self._pass_as_it_is(tokens, first, options)
 
-    def _pass_as_it_is(self, tree: TokenTree, tokens: Ints, first: int, options: dict[str, Any]) -> Tensor:
+    def _tree(self) -> TokenTree:
+        """The nodes in the cache and those to come, of which only the shape matters."""
+        parents = torch.from_numpy(self._parents)
+        return TokenTree(parents, parents)
+
+    def _pass_as_it_is(self, tokens: Ints, first: int, options: dict[str, Any]) -> Tensor:
         mask_format, lengths = self.capability.mask_format, self.cache.lengths
         assert mask_format is not None
         if self._is_chain and tokens.shape[1] == 1 and not self.cache.is_ragged and not mask_format.is_local:
             positions = np.full(tokens.shape, lengths[0] + first)
             return self._forward(tokens, positions, None, options)
-        positions = np.array(lengths)[:, None] + tree.depths.numpy()[:, first:]
-        mask = mask_format.build(tree, lengths, None, self.dtype, first)
+        seen, positions = visible_slots(self._parents, np.array(lengths), first)
+        if mask_format.is_local:
+            mask = mask_format.build(self._tree(), lengths, None, self.dtype, first)
+        else:
+            masks = dict.fromkeys(mask_format.layer_types, torch.from_numpy(seen)[:, None])
+            mask = mask_format.formed(masks, self.dtype)
         return self._forward(tokens, positions, mask, options)
 
     def _forward(self, tokens: Ints, positions: Ints, mask: Any, options: dict[str, Any]) -> Tensor:

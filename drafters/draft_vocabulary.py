@@ -16,6 +16,7 @@ from specdec.drafters.base import DraftContext
 from specdec.drafters.draft_growth import DraftNodes
 from specdec.drafters.text_bridge import TargetDraft, TextBridge, common_prefix
 from specdec.drafters.vocabularies import OverlapMass, VocabularyMap
+from specdec.kernels import Ints
 from specdec.tree import TokenTree
 
 Use: TypeAlias = Literal["auto", "shared", "intersection", "text"]
@@ -67,6 +68,10 @@ class DraftVocabulary(ABC):
     def draft_tokens(self, node_tokens: Tensor) -> Tensor:
         """The draft model's token of each token that a node holds; -1 where there is none."""
 
+    def fed_tokens(self, node_tokens: Ints) -> Ints:
+        """The same for nodes that the draft model has named: all of them have one."""
+        return self.draft_tokens(torch.from_numpy(node_tokens)).numpy()
+
     def observe(self, draft_logits: Tensor) -> None:
         """Told the logits behind roots, `[rows, draft_vocab]`."""
 
@@ -94,6 +99,9 @@ class SharedVocabulary(DraftVocabulary):
 
     def draft_tokens(self, node_tokens: Tensor) -> Tensor:
         return node_tokens.where(node_tokens < self.draft_size, -1)
+
+    def fed_tokens(self, node_tokens: Ints) -> Ints:
+        return node_tokens
 
 
 @dataclass

@@ -117,7 +117,7 @@ class GuardedDrafter:
             return None
         count = min(self.num_top_tokens, logits.shape[-1])
         if logits.device.type == "cpu":
-            return torch.from_numpy(largest(host_array(logits.float()), count))
+            return torch.from_numpy(largest(host_array(logits.float()), count)[0])
         return logits.topk(count).indices
 
     def observe(

@@ -79,6 +79,34 @@ def ancestors_and_depths(parents: Ints) -> tuple[Bools, Ints]:
 
 
 @kernel
+def visible_slots(parents: Ints, lengths: Ints, first: int = 0) -> tuple[Bools, Ints]:
+    """What each node may attend to: the committed slots of its row, its ancestors and itself.
+
+    Args:
+        parents: `[batch, nodes]`, every parent before its child; -1 at roots and padding.
+        lengths: Committed slots, `[batch]`; node i of a row is in the i-th slot behind them.
+        first: Nodes before this one are left out.
+
+    Returns:
+        `[batch, nodes - first, max(lengths) + nodes]`, and the position of each node, `[batch, nodes - first]`.
+    """
+    batch, nodes = parents.shape
+    seen = np.zeros((batch, nodes - first, lengths.max() + nodes), np.bool_)
+    positions = np.zeros((batch, nodes - first), np.int64)
+    for row in range(batch):
+        root = lengths[row]
+        for node in range(first, nodes):
+            seen[row, node - first, : root + 1] = True
+            positions[row, node - first] = root
+            above = node
+            while above > 0:
+                seen[row, node - first, root + above] = True
+                positions[row, node - first] += 1
+                above = parents[row, above]
+    return seen, positions
+
+
+@kernel
 def is_valid(tokens: Ints, parents: Ints, vocab_size: int) -> bool:
     """Whether all tokens are below `vocab_size` and every parent stands before its child, `[batch, nodes]` each."""
     for row in range(tokens.shape[0]):
@@ -127,22 +155,22 @@ def followed(tokens: Ints, parents: Ints, picks: Ints) -> tuple[Ints, Ints, Ints
 
 
 @kernel
-def largest(values: NDArray[np.float32], count: int) -> Ints:
-    """Where the largest values of each list stand, the largest first; among equals the first.
+def largest(values: NDArray[np.float32], count: int) -> tuple[Ints, NDArray[np.float32]]:
+    """The largest values of each list, the largest first; among equals the first.
 
     Args:
         values: `[batch, nodes, values]`.
         count: How many are wanted, at most as many as there are.
 
     Returns:
-        `[batch, nodes, count]`.
+        Where they stand, and the values, `[batch, nodes, count]` each.
     """
     batch, nodes, size = values.shape
     found = np.empty((batch, nodes, count), np.int64)
-    best = np.empty(count, np.float32)
+    highest = np.empty((batch, nodes, count), np.float32)
     for row in range(batch):
         for node in range(nodes):
-            listed = values[row, node]
+            listed, best = values[row, node], highest[row, node]
             held = 0
             for i in range(size):
                 if held == count and not listed[i] > best[count - 1]:
@@ -155,7 +183,7 @@ def largest(values: NDArray[np.float32], count: int) -> Ints:
                 best[at] = listed[i]
                 found[row, node, at] = i
                 held = min(held + 1, count)
-    return found
+    return found, highest
 
 
 @kernel_part

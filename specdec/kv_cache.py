@@ -247,7 +247,10 @@ class TreeCache(Cache):
             paths: Per row the nodes to keep, from the root (node 0) down. An empty path keeps nothing.
         """
         moves = [row for row, path in enumerate(paths) if any(node != i for i, node in enumerate(path))]
-        if moves:
+        if all(pool.keys.is_cpu for pool in self._pools):
+            for row in moves:
+                self._move_path(row, paths[row])
+        elif moves:
             longest = max(len(paths[row]) for row in moves)
             source = [
                 [self.lengths[row] + (paths[row][i] if i < len(paths[row]) else i) for i in range(longest)]
@@ -261,6 +264,14 @@ class TreeCache(Cache):
         self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
         self.staged = 0
         self._slots.clear()
+
+    def _move_path(self, row: int, path: Sequence[int]) -> None:
+        """Copies nodes to the slots behind a row's committed tokens, in all layers."""
+        start = self.lengths[row]
+        for pool in self._pools:
+            source = torch.tensor([start + node for node in path])
+            for tensor in (pool.keys[:, row], pool.values[:, row]):
+                tensor.narrow(2, start, len(path)).copy_(tensor.index_select(2, source))
 
     def move(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
         """Copies slots to slots, in all layers on the device of the arguments, from which the host reads nothing.

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.kernels import visible_slots
 from specdec.tree import TokenTree
 
 
@@ -104,13 +106,10 @@ def tree_mask(
         `[batch, 1, nodes, max(lengths) + nodes]`, bool.
     """
     device = tree.tokens.device
-    nodes, width = tree.num_nodes, max(lengths)
-    if window is None and chunk is None and prompt_mask is None and min(lengths) == width:
-        mask = torch.ones((len(lengths), nodes, width + nodes), dtype=torch.bool, device=device)
-        mask[:, :, width:] = tree.ancestor_mask
-        return mask[:, None]
-
-    return mask_on_device(tree, torch.tensor(lengths, device=device), width + nodes, prompt_mask, window, chunk)
+    if device.type == "cpu" and window is None and chunk is None and prompt_mask is None:
+        return torch.from_numpy(visible_slots(tree.host_parents, np.array(lengths))[0])[:, None]
+    slots = max(lengths) + tree.num_nodes
+    return mask_on_device(tree, torch.tensor(lengths, device=device), slots, prompt_mask, window, chunk)
 
 
 def mask_on_device(

@@ -212,7 +212,7 @@ class TokenTree:
     @property
     def num_drafted(self) -> list[int]:
         """Draft tokens per row, `[batch]`: padding and questions about steps left out. Waits for the device."""
-        counts = (self.is_real.sum(1) - 1).tolist()
+        counts = (self.host_parents[:, 1:] >= 0).sum(1).tolist()
         if self.steps is None:
             return counts
         return [count - question for count, question in zip(counts, self.steps.questions, strict=True)]

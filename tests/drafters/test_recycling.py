@@ -249,9 +249,10 @@ def test_top_tokens_are_those_of_the_logits() -> None:
     logits = torch.randn((2, 3, 50), generator=torch.Generator().manual_seed(0))
     logits[0, 0, 7:9] = 9.0
     for count in (1, 8, 50):
-        found = largest(logits.numpy(), count)
+        found, values = largest(logits.numpy(), count)
         assert (found[..., 0] == logits.argmax(-1).numpy()).all()
         assert torch.equal(logits.gather(-1, torch.from_numpy(found)), logits.topk(count).values)
+        assert torch.equal(torch.from_numpy(values), logits.topk(count).values)
     guard = GuardedDrafter(RecyclingDrafter(top_k=4), 50, SpeculationReport(), strict=True, num_top_tokens=4)
     for values, count in ((logits, 4), (logits.bfloat16(), 4), (logits[..., :3], 3)):
         tokens = guard.top_tokens(values)
