@@ -273,11 +273,11 @@ class DraftModelDrafter(Drafter):
         scores = np.zeros((rows, size), np.float32)
         fed = np.full((rows, size), -1, np.int64)
         used = write_trees(nodes, not is_drawn, tokens, parents, scores, fed)
-        tokens, parents, scores, fed = (array[:, :used] for array in (tokens, parents, scores, fed))
         if not is_drawn:
-            return TokenTree.of_arrays(tokens, parents, scores)
+            return TokenTree.of_arrays(tokens[:, :used], parents[:, :used], scores[:, :used])
         # Without scores, nothing is cut off: leaving out a draw for being unlikely would change the distribution.
-        return TokenTree(torch.from_numpy(tokens), torch.from_numpy(parents), None, call.lists.probs_of(fed))
+        tree = TokenTree(torch.from_numpy(tokens), torch.from_numpy(parents)).first(used)
+        return replace(tree, draft_probs=call.lists.probs_of(fed[:, :used]))
 
     # --- growth ---
 
@@ -299,7 +299,7 @@ class DraftModelDrafter(Drafter):
             growth = Growth(num_children, max_depths, rates, lambda _: 1, most=most)
             return paced_growth(growth, self._pacing, size, is_chain)
         if self.growth == "static":
-            least = self._least_product(size - 1, int(deepest))
+            least = _least_product(self.acceptances, size - 1, int(deepest))
             return Growth(
                 len(self.acceptances),
                 max_depths,
@@ -344,9 +344,6 @@ class DraftModelDrafter(Drafter):
 
     def _depth(self) -> int:
         return self.max_depth or DEPTHS[self.growth]
-
-    def _least_product(self, num_nodes: int, max_depth: int) -> float:
-        return _least_product(tuple(self.acceptances), num_nodes, max_depth)
 
     def _pace(self, context: DraftContext) -> Pace:
         """Batch sizes are told apart by powers of two, and so are calls that sample from those that do not."""

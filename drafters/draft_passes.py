@@ -168,7 +168,7 @@ class TreePasses(DraftPasses):
         self._parents = np.concatenate([self._parents, parents], 1)
         logits = self._pass(tokens, first, {})
         self.num_fed += tokens.shape[1]
-        self.num_fed_tokens += np.count_nonzero(parents >= 0)
+        self.num_fed_tokens += int(np.count_nonzero(parents >= 0))
         self.cache.stage(self.num_fed)
         return logits
 
