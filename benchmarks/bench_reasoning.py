@@ -218,6 +218,7 @@ def main(
     name: Annotated[str, typer.Option(help="Of the files in benchmarks/results.")] = "reasoning",
     models: Annotated[Path, typer.Option(help="Folder of target/ and draft/.")] = MODELS,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
+    first: Annotated[int, typer.Option(help="Number of the first; those below 600 have been looked at before.")] = 600,
     budget: Annotated[int, typer.Option(min=1, help="Tokens of a thought, in the part with a limit.")] = 128,
     judge: Annotated[str, typer.Option(help="certainty, argmax, expectation.")] = CERTAINTY,
     folder: Annotated[Path | None, typer.Option(help="Keeps what was measured, so that the next call goes on.")] = None,
@@ -231,14 +232,21 @@ def main(
     target, tokenizer = load_model(str(models / "target"), "float32", "cpu")
     draft, _ = load_model(str(models / "draft"), "float32", "cpu")
     pair = Pair(target, draft, tokenizer, judge)
-    asked = list(held_out_problems(problems + 1))
+    asked = list(held_out_problems(problems + 1, first))
     prompts = [
         EncodedPrompt(f"{number}", tokenizer(prompt_text(p, tokenizer), return_tensors="pt").input_ids)
         for number, p in enumerate(asked)
     ]
     about = {
         "models": {"target": model_info("target", target), "draft": model_info("draft", draft)},
-        "settings": {"problems": problems, "batch": 1, "budget": budget, "judge": judge, "judge_prompt": JUDGE_PROMPT},
+        "settings": {
+            "problems": problems,
+            "first_problem": first,
+            "batch": 1,
+            "budget": budget,
+            "judge": judge,
+            "judge_prompt": JUDGE_PROMPT,
+        },
     }
     here = circumstances()
     identity = {**about, **{key: here[key] for key in ("hardware", "versions", "commit")}}

@@ -140,7 +140,9 @@ class Decoder:
             self.target.commit(paths, unfinished)
         if self.report.trace is not None:
             kept = [tokens[:count] for tokens, count in zip(outcome.tokens, counts, strict=True)]
-            sources = [self.drafter.sources_of(i, tokens[:-1]) for i, tokens in enumerate(kept)]
+            owns = [0 if verdict and verdict.accepted else 1 for verdict in outcome.verdicts or [None] * len(kept)]
+            drafted = [tokens[: len(tokens) - own] for tokens, own in zip(kept, owns, strict=True)]
+            sources = [self.drafter.sources_of(i, tokens) for i, tokens in enumerate(drafted)]
             self.report.trace.add_pass(self.rows, kept, sources, tree.num_drafted)
         self.streamer.feed([self.rows[i] for i in unfinished])
         return unfinished

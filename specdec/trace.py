@@ -18,7 +18,8 @@ class TracedPass:
     Args:
         number: Of the pass; the prefill is 0.
         row: Index in the batch.
-        tokens: Token ids: the accepted draft tokens, from the tree's first level down, and then the target's own.
+        tokens: Token ids: the accepted draft tokens, from the tree's first level down, and then the target's own, which
+            a reasoning step that was kept has not.
         sources: Who had drafted each accepted token; several names where several drafters agreed.
         num_drafted: Draft tokens of the row that were checked.
         seconds: Wall time since the pass before, drafting included.
@@ -30,6 +31,11 @@ class TracedPass:
     sources: list[Sources]
     num_drafted: int
     seconds: float
+
+    @property
+    def sources_by_token(self) -> list[Sources]:
+        """Who had drafted each token; `()` for the target's own."""
+        return [*self.sources, *[()] * (len(self.tokens) - len(self.sources))]
 
 
 @dataclass
@@ -78,10 +84,8 @@ class Trace:
         return sorted(counts, key=lambda names: (len(names) > 1, -counts[names], names))
 
     def count(self, sources: Sources) -> int:
-        """Tokens that exactly these sources had drafted; for `()`, tokens that nobody had: one per pass and row."""
-        if not sources:
-            return len(self.passes)
-        return sum(made.sources.count(sources) for made in self.passes)
+        """Tokens that exactly these sources had drafted; for `()`, the target's own."""
+        return sum(made.sources_by_token.count(sources) for made in self.passes)
 
     @property
     def num_tokens(self) -> int:

@@ -106,7 +106,7 @@ def _prompt(text: str) -> str:
 
 def _pass(made: TracedPass, pieces: list[str], classes: dict[Sources, str]) -> str:
     spans = []
-    for depth, (piece, sources) in enumerate(zip(pieces, [*made.sources, ()], strict=True), start=1):
+    for depth, (piece, sources) in enumerate(zip(pieces, made.sources_by_token, strict=True), start=1):
         kind = f"t {classes[sources]}" if sources else "own"
         where = f"{' + '.join(sources)}, depth {depth}" if sources else OWN
         spans.append(f'<span class="{kind}" data-t="{escape(f"{_about(made)}: {where}")}">{_escaped(piece)}</span>')
@@ -118,7 +118,7 @@ def _bars(passes: list[TracedPass], classes: dict[Sources, str]) -> str:
     unit = max(2, min(MAX_UNIT, MAX_BAR // max((len(made.tokens) for made in passes), default=1)))
     bars = []
     for made in passes:
-        kinds = ["o", *(classes[sources] for sources in reversed(made.sources))]
+        kinds = [classes[sources] if sources else "o" for sources in reversed(made.sources_by_token)]
         parts = "".join(f'<i class="{kind}" style="height:{unit}px"></i>' for kind in kinds)
         bars.append(f'<a href="#{_name(made)}" data-t="{escape(_about(made))}">{parts}</a>')
     most = max((len(made.tokens) for made in passes), default=0)

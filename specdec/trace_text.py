@@ -65,7 +65,7 @@ def _row_text(trace: Trace, row: int, prompt: list[int], colours: dict[Sources, 
     text = Text(visible("".join(pieces[: len(prompt)])), style="dim")
     rest = iter(pieces[len(prompt) :])
     for one in made:
-        for sources in [*one.sources, ()]:
+        for sources in one.sources_by_token:
             text.append(visible(next(rest)), style=f"not dim black on {colours[sources]}" if sources else "not dim")
     return text
 
@@ -74,7 +74,8 @@ def _legend(trace: Trace, colours: dict[Sources, str]) -> Text:
     text = Text()
     for sources, colour in colours.items():
         text.append(f" {' + '.join(sources)} ", style=f"black on {colour}").append(f" {trace.count(sources)}   ")
-    return text.append(f"{OWN} {trace.count(())}, one per pass   ").append("prompt", style="dim")
+    own, each = trace.count(()), ", one per pass" if trace.count(()) == len(trace.passes) else ""
+    return text.append(f"{OWN} {own}{each}   ").append("prompt", style="dim")
 
 
 def _tokens_by_pass(trace: Trace) -> Table:

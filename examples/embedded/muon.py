@@ -44,6 +44,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
+                if parameter.grad is None:  # frozen
+                    continue
                 by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
                 scale = 0.2 * max(shape) ** 0.5

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -183,6 +183,24 @@ class Run:
         for name in COUNTERS:
             setattr(self, name, state[name])
 
+    def schedule(self, settings: Settings) -> None:
+        """Sets this step's learning rates and forgets the last step's gradients."""
+        scale = settings.scale(self.step - self.optimizers_from, self.tokens)
+        for optimizer, rate in ((self.muon, settings.muon_lr), (self.adam, settings.adam_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+            optimizer.zero_grad(set_to_none=True)
+
+    def update(self, loss: Tensor, settings: Settings, tokens: int) -> float:
+        """Changes the weights by the loss on so many tokens; returns the loss."""
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.muon.step()
+        self.adam.step()
+        self.step += 1
+        self.tokens += tokens
+        return loss.item()
+
 
 def draw_windows(stream: np.ndarray, step: int, settings: Settings, answers: np.ndarray | None = None) -> Tensor:
     """Draws [batch, window + 1] token ids; a function of seed and step alone, so a resumed run repeats nothing."""
@@ -226,22 +244,12 @@ def mean_loss(model: torch.nn.Module, stream: np.ndarray, window: int, most_toke
 def train_step(
     run: Run, model: torch.nn.Module, windows: Tensor, settings: Settings, teacher: torch.nn.Module | None = None
 ) -> float:
-    scale = settings.scale(run.step - run.optimizers_from, run.tokens)
-    for optimizer, rate in ((run.muon, settings.muon_lr), (run.adam, settings.adam_lr)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * scale
-        optimizer.zero_grad(set_to_none=True)
+    run.schedule(settings)
     if teacher is None:
         loss = next_token_loss(model, windows, settings.bf16)
     else:
         loss = divergence(model, teacher, windows, settings.bf16)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
-    run.muon.step()
-    run.adam.step()
-    run.step += 1
-    run.tokens += windows[:, 1:].numel()
-    return loss.item()
+    return run.update(loss, settings, windows[:, 1:].numel())
 
 
 def _teacher(folder: str, model: LlamaForCausalLM) -> torch.nn.Module:
@@ -262,6 +270,48 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
+
+
+def run_steps(
+    run: Run,
+    settings: Settings,
+    checkpoint: Path,
+    one_step: Callable[[], float],
+    evaluate: Callable[[], str],
+    console: Console,
+) -> bool:
+    """Trains until `settings.tokens`, with checkpoints, and shows how far it is.
+
+    Args:
+        run: The model.
+        settings: How far, and how often it is saved and evaluated.
+        checkpoint: Its file, in a folder that bears the model's name.
+        one_step: Changes the weights once and returns the loss.
+        evaluate: Says in words how good the model is.
+        console: Shows the progress.
+
+    Returns:
+        Whether the run is complete; False when SIGINT or SIGTERM ended it early, after saving.
+    """
+    plain = not console.is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with caught_signals() as signals, Progress(*columns, console=console, disable=plain) as progress:
+        bar = progress.add_task(checkpoint.parent.name, total=settings.tokens, completed=run.tokens, note="")
+        started, started_at = time.perf_counter(), run.tokens
+        while run.tokens < settings.tokens and not signals:
+            run.losses.append(one_step())
+            rate = (run.tokens - started_at) / (time.perf_counter() - started)
+            note = f"loss {float(np.mean(run.losses[-LOG_EVERY:])):.3f}  {rate:,.0f} tokens/s"
+            progress.update(bar, completed=run.tokens, note=note)
+            if plain and run.step % LOG_EVERY == 0:
+                left = (settings.tokens - run.tokens) / rate / 60
+                print(f"step {run.step}  tokens {run.tokens:,}  {note}  {left:.0f} min left", flush=True)
+            if run.step % settings.eval_every == 0:
+                progress.console.print(f"step {run.step}: {evaluate()}", soft_wrap=True)
+            if run.step % settings.save_every == 0:
+                run.save(checkpoint)
+        run.save(checkpoint)
+    return not signals
 
 
 def train(
@@ -292,28 +342,17 @@ def train(
     model = torch.compile(run.model) if compiled else run.model
     teacher = _teacher(settings.teacher, run.model) if settings.teacher else None
     console = Console()
-    plain = not console.is_terminal
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with caught_signals() as signals, Progress(*columns, console=console, disable=plain) as progress:
-        bar = progress.add_task(folder.name, total=settings.tokens, completed=run.tokens, note="")
-        started, started_at = time.perf_counter(), run.tokens
-        while run.tokens < settings.tokens and not signals:
-            windows = draw_windows(train_stream, run.step, settings, answers).to(run.model.device)
-            run.losses.append(train_step(run, model, windows, settings, teacher))
-            rate = (run.tokens - started_at) / (time.perf_counter() - started)
-            recent = float(np.mean(run.losses[-LOG_EVERY:]))
-            note = f"loss {recent:.3f}  {rate:,.0f} tokens/s"
-            progress.update(bar, completed=run.tokens, note=note)
-            if plain and run.step % LOG_EVERY == 0:
-                left = (settings.tokens - run.tokens) / rate / 60
-                print(f"step {run.step}  tokens {run.tokens:,}  {note}  {left:.0f} min left", flush=True)
-            if run.step % settings.eval_every == 0:
-                run.held_out.append((run.tokens, mean_loss(run.model, held_out, settings.window, HELD_OUT_SAMPLE)))
-                progress.console.print(f"step {run.step}: held-out loss {run.held_out[-1][1]:.4f}")
-            if run.step % settings.save_every == 0:
-                run.save(checkpoint)
-        run.save(checkpoint)
-    if signals:
+
+    def one_step() -> float:
+        windows = draw_windows(train_stream, run.step, settings, answers).to(run.model.device)
+        return train_step(run, model, windows, settings, teacher)
+
+    def evaluate() -> str:
+        run.held_out.append((run.tokens, mean_loss(run.model, held_out, settings.window, HELD_OUT_SAMPLE)))
+        return f"held-out loss {run.held_out[-1][1]:.4f}"
+
+    is_complete = run_steps(run, settings, checkpoint, one_step, evaluate, console)
+    if not is_complete:
         console.print(f"{folder.name}: stopped and saved at {run.tokens:,} tokens")
         return False
     loss = mean_loss(run.model, held_out, settings.window)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,8 +15,8 @@ from task import (
     BREAK,
     HIGHEST,
     JUDGE_PROMPT,
-    KIND_OPENERS,
     LOWEST,
+    OPENERS,
     SIGNS,
     STEP,
     STEPS,
@@ -26,6 +25,7 @@ from task import (
     corrupt,
     draw_operation,
     draw_problem,
+    label,
     score,
     without_numbers,
     write_step,
@@ -48,10 +48,8 @@ HELD_OUT = 1000
 
 RESULT_WEIGHT = 4.0
 """A phrase may be said in many ways, a result and a score in one: they teach more than their share of tokens."""
-NO_MARK = -1
-MARKS = ("þ", "ÿ")
-"""Bytes that no text holds: the target is also taught to tell, by their logits, wrong digits from right ones where they
-stand, so that a score only has to sum up. Nothing reads them afterwards."""
+NONE = -1
+"""Stands in a batch where a token has no score, or none that ought to be in its place."""
 
 
 def held_out_problem(number: int) -> Problem:
@@ -116,18 +114,18 @@ class Example:
         ids: Prompt and chain.
         weights: One per id; 0 where nothing is to be learned.
         judged: For each judged step the length of the chain up to its end, and its score.
-        marks: One per id: 1 where the token of a sum or of its result is right, 0 where it is wrong, else NO_MARK.
+        rights: One per id: the token that ought to stand there, for digits and signs where that can be said; else NONE.
     """
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     judged: list[tuple[int, int]] = field(default_factory=list)
-    marks: list[int] = field(default_factory=list)
+    rights: list[int] = field(default_factory=list)
 
-    def add(self, ids: list[int], weight: float, marks: Iterable[int] | None = None) -> None:
+    def add(self, ids: list[int], weight: float, rights: Sequence[int] | None = None) -> None:
         self.ids += ids
         self.weights += [weight] * len(ids)
-        self.marks += [NO_MARK] * len(ids) if marks is None else marks
+        self.rights += [NONE] * len(ids) if rights is None else rights
 
 
 @dataclass(frozen=True)
@@ -138,18 +136,14 @@ class Mixture:
         by_draft: Share of chains that the draft wrote.
         wrong_chains: Share of the others that hold wrong steps.
         wrong: Share of the steps in these that are wrong.
-        judge_weight: Of a score in the loss; with 0 nothing is judged.
-        mark_weight: Of the marks of right and wrong digits.
-        word_weight: Of the words of a step.
+        judged: Whether scores are asked for; where they are not there is room for longer chains.
         short: Share of the steps that are in short.
     """
 
     by_draft: float = 0.3
     wrong_chains: float = 0.6
     wrong: float = 0.4
-    judge_weight: float = 4.0
-    mark_weight: float = 1.0
-    word_weight: float = 1.0
+    judged: bool = True
     short: float = 0.3
 
 
@@ -175,7 +169,6 @@ class Writer:
         self.end = tokenizer.eos_token_id
         self.pad = tokenizer.pad_token_id
         self.judge_ids = self.encode(JUDGE_PROMPT)
-        self.mark_ids = tokenizer.convert_tokens_to_ids(list(MARKS))
         self.digit_ids = [self.encode(str(digit))[0] for digit in range(10)]
 
     def encode(self, text: str) -> list[int]:
@@ -208,7 +201,7 @@ class Writer:
     def for_target(self, rng: random.Random) -> Example:
         """A solution to learn by, every step of it judged; or a chain of the draft's, only to be judged."""
         if self.draft_chains and rng.random() < self.mixture.by_draft:
-            return self._by_draft(rng.choice(self.draft_chains))
+            return self.of_chain(rng.choice(self.draft_chains))
         wrong = self.mixture.wrong if rng.random() < self.mixture.wrong_chains else 0.0
         value = start = rng.randint(LOWEST, HIGHEST)
         operations: list[Operation] = []
@@ -227,7 +220,7 @@ class Writer:
             short = rng.random() < self.mixture.short
             step = str(write_step(i, done, read, result, rng, short))
             is_model = not short and (done, read) == (operation, value)
-            steps.append((step, operation, value, self.mixture.word_weight if is_model else 0.0))
+            steps.append((step, operation, value, 1.0 if is_model else 0.0))
             value = result
             upcoming = draw_operation(value, rng)
         problem = Problem(start, tuple(operations))
@@ -237,16 +230,17 @@ class Writer:
         example.add(self.prompt(problem), 0.0)
         for i, step_so in enumerate(steps):
             self._add_judged(example, i, *step_so)
-        if self.mixture.judge_weight == 0:
-            example.judged.clear()  # room for longer chains
+        if not self.mixture.judged:
+            example.judged.clear()
         return self._finish(example, value)
 
-    def _by_draft(self, chain: dict[str, Any]) -> Example:
-        operations = tuple(Operation(kind, number) for kind, number in chain["operations"])
+    def of_chain(self, chain: dict[str, Any]) -> Example:
+        """A chain of the draft's, every step of it judged."""
+        problem = problem_of(chain)
         example = Example()
-        example.add(self.prompt(Problem(chain["start"], operations)), 0.0)
-        value = chain["start"]
-        for i, (operation, text) in enumerate(zip(operations, chain["steps"], strict=False)):
+        example.add(self.prompt(problem), 0.0)
+        value = problem.start
+        for i, (operation, text) in enumerate(zip(problem.operations, chain["steps"], strict=False)):
             if operation.apply(value) is None:
                 break  # a wrong value leads on to what the rubric knows nothing of
             self._add_judged(example, i, text, operation, value, 0.0)
@@ -266,34 +260,31 @@ class Writer:
             wanted = f"{value}{SIGNS[operation.kind]}{operation.number}="
             right = str(operation.apply(value))
             head = self.encode(text[: match.start("value")])
-            example.add(head, weight, self._marks_of_opener(head, match, operation, value))
-            marks = [wanted.startswith(total[: n + 1]) for n in range(len(total))]
+            example.add(head, weight, self._rights_of_opener(head, match["opener"], operation, value, index))
+            rights = [
+                token if total[:n] == wanted[:n] else NONE
+                for n, token in enumerate([*self.encode(wanted), *[NONE] * len(total)][: len(total)])
+            ]
             # once begun in short, a step goes on in short: all but its first digit is as good as in full
             follows = 1.0 if not match["opener"] and total == wanted else weight
-            example.add(self.encode(total[0]), weight, marks[:1])
-            example.add(self.encode(total[1:]), follows, marks[1:])
+            example.add(self.encode(total[0]), weight, rights[:1])
+            example.add(self.encode(total[1:]), follows, rights[1:])
             is_comparable = total == wanted and len(result) == len(right)
-            digits = [a == b for a, b in zip(result, right, strict=True)] if is_comparable else None
-            example.add(self.encode(result), RESULT_WEIGHT if points >= 8 else 0.0, digits)
+            result_weight = RESULT_WEIGHT if points >= 8 else 0.0
+            example.add(self.encode(result), result_weight, self.encode(right) if is_comparable else None)
             example.add(self.encode(text[match.end("result") :]), weight)
         example.judged.append((len(example.ids), points))
 
-    def _marks_of_opener(
-        self, ids: list[int], match: re.Match[str], operation: Operation, value: int
+    def _rights_of_opener(
+        self, ids: list[int], opener: str, operation: Operation, value: int, index: int
     ) -> list[int] | None:
-        """Marks the digits of the numbers in the words before a sum, and, at their end, the kind of operation."""
-        opener = match["opener"]
-        if not opener:
-            return None
-        pieces = re.split(r"(\d+)", match.string[: match.start("value")])
-        marks: list[int] = []
-        for n, piece in enumerate(pieces):
-            is_right = piece in (str(value), str(operation.number))
-            marks += [is_right if n % 2 else NO_MARK] * len(self.encode(piece)) if piece else []
-        if len(marks) != len(ids):
-            return None
-        marks[-1] = without_numbers(opener) in KIND_OPENERS[operation.kind]
-        return marks
+        """What the digits in the words before a sum ought to be, if the words are those of the operation."""
+        for words in OPENERS[operation.kind]:
+            if opener and without_numbers(words) == without_numbers(opener):
+                proper = self.encode(f"({label(index)}) {words.format(n=operation.number, v=value)}")
+                if len(proper) == len(ids):
+                    return [token if token in self.digit_ids else NONE for token in proper]
+        return None
 
     def size(self, example: Example) -> int:
         """Tokens of the example with its judgements."""
@@ -303,8 +294,9 @@ class Writer:
         """Examples as rows of one length, each judgement a branch that sees the chain up to its step.
 
         Returns:
-            `ids` and `position_ids`: [batch, length]; `mask`: additive, [batch, 1, length, length]; `targets`,
-            the next ids, `weights` and `marks`: [batch, length].
+            `ids` and `position_ids`: [batch, length]; `mask`: additive, [batch, 1, length, length]; `targets`, the next
+            ids, and `weights`, of chains alone; `rights`; `scores`, where a question ends, and `totals`, the same where
+            the step does; `is_chain`: [batch, length].
         """
         rows = [self._row(example, length) for example in examples]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -321,25 +313,30 @@ class Writer:
         ids[:chain] = torch.tensor(example.ids)
         targets[: chain - 1] = ids[1:chain]
         weights[: chain - 1] = torch.tensor(example.weights[1:])
-        marks = torch.full((length,), NO_MARK)
-        marks[:chain] = torch.tensor(example.marks, dtype=torch.long)
+        rights, scores, totals = (torch.full((length,), NONE) for _ in range(3))
+        rights[:chain] = torch.tensor(example.rights, dtype=torch.long)
         start = chain
         for anchor, points in example.judged:
             stop = start + branch
             ids[start:stop] = torch.tensor(self.judge_ids)
             positions[start:stop] = torch.arange(anchor, anchor + branch)
             allowed[start:stop, anchor:start] = False
-            targets[stop - 1], weights[stop - 1] = self.digit_ids[points], self.mixture.judge_weight
+            scores[stop - 1] = totals[anchor - 1] = points
             start = stop
         mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo(torch.float32).min)
-        learned = {"targets": targets, "weights": weights, "marks": marks}
+        learned = {"targets": targets, "weights": weights, "rights": rights, "scores": scores, "totals": totals}
+        learned["is_chain"] = torch.arange(length) < chain
         return {"ids": ids, "position_ids": positions, "mask": mask[None], **learned}
+
+
+def problem_of(chain: dict[str, Any]) -> Problem:
+    return Problem(chain["start"], tuple(Operation(kind, number) for kind, number in chain["operations"]))
 
 
 def read_chains(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def problems(count: int) -> Iterator[Problem]:
-    """The first held-out problems."""
-    return map(held_out_problem, range(count))
+def problems(count: int, first: int = 0) -> Iterator[Problem]:
+    """Held-out problems, from number `first` on."""
+    return map(held_out_problem, range(first, first + count))

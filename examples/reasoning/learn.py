@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import random
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from chains import NO_MARK, Example, Mixture, Writer
+from chains import NONE, Example, Mixture, Writer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "embedded"))
-from trainer import LOG_EVERY, Run, caught_signals
+from trainer import Run, run_steps
 from trainer import Settings as TrainerSettings
 
 BASE = {
@@ -28,9 +27,11 @@ BASE = {
     "num_key_value_heads": 2,
     "intermediate_size": 352,
 }
+DEEP = BASE | {"num_hidden_layers": 12}
 SHAPES: dict[str, dict[str, int]] = {
     "base": BASE,
-    "target": BASE | {"num_hidden_layers": 12},
+    "solver": DEEP,
+    "target": DEEP,
     "draft": BASE | {"hidden_size": 96, "intermediate_size": 256},
 }
 HELD_OUT_EXAMPLES = 64
@@ -38,14 +39,62 @@ HELD_OUT_EXAMPLES = 64
 
 @dataclass
 class Settings(TrainerSettings):
-    """Those of the embedded models' training, and what the examples are made of."""
+    """Those of the embedded models' training, what the examples are made of, and how judging is learned."""
 
     mixture: Mixture = field(default_factory=Mixture)
+    judge_weight: float = 1.0
+    """Of the scores in the loss of a model that learns to judge."""
+
+
+class Hints(torch.nn.Module):
+    """Read-outs of a judge's hidden states, which lead it to a score step by step; left out of the exported model.
+
+    Whether a token is right is a comparison, of which a loss on scores alone shows the first layers nothing. So behind
+    layer `PLACES[0]` each digit is to know which one ought to stand in its place (the token before has predicted it),
+    behind the next whether it is that one, and behind the third a step's last token is to know the step's score.
+
+    Args:
+        hidden_size: Of the model.
+        vocab_size: Of the model.
+    """
+
+    PLACES = (4, 5, 6)
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.right = torch.nn.Linear(hidden_size, vocab_size)
+        self.agrees = torch.nn.Linear(hidden_size, 2)
+        self.total = torch.nn.Linear(hidden_size, 10)
+
+    def loss(self, hidden_states: Sequence[Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """Sum of the three losses. `hidden_states`: [batch, length, hidden] behind each layer."""
+        right, agrees, total = (F.rms_norm(hidden_states[i], hidden_states[i].shape[-1:]) for i in self.PLACES)
+        agreement = torch.where(batch["rights"] == NONE, NONE, (batch["rights"] == batch["ids"]).long())
+        return (
+            known_loss(self.right(right), batch["rights"])
+            + known_loss(self.agrees(agrees), agreement)
+            + 0.5 * known_loss(self.total(total), batch["totals"])
+        )
+
+
+def known_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy where there is a label. `logits`: [batch, length, classes]; `labels`: [batch, length]."""
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=NONE)
+
+
+def learns_to_judge(run: Run, frozen: int) -> None:
+    """Gives a model hints, and keeps its embedding and its first layers as they are."""
+    config = run.model.config
+    run.model.hints = Hints(config.hidden_size, config.vocab_size)
+    run.adam.add_param_group({"params": list(run.model.hints.parameters())})
+    layers = run.model.model.layers
+    for module in (run.model.model.embed_tokens, run.model.model.norm, *layers[:frozen]):
+        module.requires_grad_(False)
 
 
 def draw(writer: Writer, which: str, name: str, count: int, length: int) -> list[Example]:
     """Examples of at most `length` tokens, a function of `name` alone, so a resumed run repeats nothing."""
-    write = writer.for_target if which == "target" else writer.for_draft
+    write = writer.for_draft if which == "draft" else writer.for_target
     rng = random.Random(name)
     examples: list[Example] = []
     while len(examples) < count:
@@ -55,60 +104,84 @@ def draw(writer: Writer, which: str, name: str, count: int, length: int) -> list
     return examples
 
 
-def losses(
-    model: torch.nn.Module, batch: dict[str, Tensor], mark_ids: Sequence[int], mark_weight: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted loss in nats a token, the most likely next ids and the most likely marks: both [batch, length]."""
-    logits = model(
-        input_ids=batch["ids"], attention_mask=batch["mask"], position_ids=batch["position_ids"], use_cache=False
-    ).logits.float()
-    each = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
+def forward(model: torch.nn.Module, batch: dict[str, Tensor], **options: bool) -> Any:
+    return model(
+        input_ids=batch["ids"],
+        attention_mask=batch["mask"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+        **options,
+    )
+
+
+def solving_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Weighted loss in nats a token."""
+    each = F.cross_entropy(
+        forward(model, batch).logits.float().flatten(0, 1), batch["targets"].flatten(), reduction="none"
+    )
     weights = batch["weights"].flatten()
-    loss = (each * weights).sum() / weights.sum()
-    marks = logits[..., list(mark_ids)]
-    if (batch["marks"] != NO_MARK).any():
-        told = F.cross_entropy(marks.flatten(0, 1), batch["marks"].flatten(), ignore_index=NO_MARK)
-        loss = loss + mark_weight * told
-    return loss, logits.detach().argmax(-1), marks.detach().argmax(-1)
+    return (each * weights).sum() / weights.sum()
+
+
+def judging_loss(
+    model: torch.nn.Module,
+    hints: Hints,
+    teacher: torch.nn.Module,
+    batch: dict[str, Tensor],
+    digit_ids: Sequence[int],
+    weight: float,
+) -> Tensor:
+    """Loss of the scores and the hints, and on half of the chains how far the model has gone from its teacher."""
+    output = forward(model, batch, output_hidden_states=True)
+    logits = output.logits.float()
+    scores = batch["scores"]
+    answers = torch.where(scores == NONE, NONE, torch.tensor(digit_ids, device=scores.device)[scores])
+    loss = weight * known_loss(logits, answers) + hints.loss(output.hidden_states, batch)
+    half = {name: values[: max(1, len(values) // 2)] for name, values in batch.items()}
+    with torch.no_grad():
+        wanted = forward(teacher, half).logits.float()
+    chain = half["is_chain"]
+    log_probs = [part[chain].log_softmax(-1) for part in (logits[: len(wanted)], wanted)]
+    return loss + F.kl_div(*log_probs, reduction="batchmean", log_target=True)
 
 
 @torch.inference_mode()
-def accuracies(model: torch.nn.Module, batch: dict[str, Tensor], mark_ids: Sequence[int]) -> dict[str, float]:
-    """Shares of right digits in results and in scores, and of wrong tokens that are marked as such."""
-    _, picks, marks = losses(model, batch, mark_ids)
-    right = picks == batch["targets"]
-    heavy = batch["weights"] > 1
-    # the judgements stand behind the chain, whose position ids equal their place
-    places = torch.arange(batch["ids"].shape[1], device=heavy.device)
-    branch = batch["position_ids"] != places
-    found = {"results": right[heavy & ~branch].float().mean().item()}
-    if (heavy & branch).any():
-        found["scores"] = right[heavy & branch].float().mean().item()
-    if (batch["marks"] == 0).any():
-        found["marks of wrong digits"] = (marks[batch["marks"] == 0] == 0).float().mean().item()
+def accuracies(model: torch.nn.Module, batch: dict[str, Tensor], digit_ids: Sequence[int]) -> dict[str, float]:
+    """Shares of right digits in results and in scores, and of the steps that a threshold of 7 sorts as it ought to.
+
+    Of right and of wrong steps the same share each, so that to keep all of them, or none, is 50 %.
+    """
+    logits = forward(model, batch).logits.float()
+    heavy, asked = batch["weights"] > 1, batch["scores"] != NONE
+    found = {"results": (logits.argmax(-1) == batch["targets"])[heavy].float().mean().item()}
+    if asked.any():
+        probs = logits[asked][:, list(digit_ids)].softmax(-1)
+        scores = batch["scores"][asked]
+        found["scores"] = (probs.argmax(-1) == scores).float().mean().item()
+        kept, good = probs @ torch.arange(10.0, device=probs.device) >= 7, scores >= 8
+        found["steps kept or not"] = (kept[good].float().mean().item() + (~kept[~good]).float().mean().item()) / 2
     return found
 
 
-def step(
-    run: Run, model: torch.nn.Module, batch: dict[str, Tensor], settings: Settings, mark_ids: Sequence[int]
-) -> float:
-    scale = settings.scale(run.step - run.optimizers_from, run.tokens)
-    for optimizer, rate in ((run.muon, settings.muon_lr), (run.adam, settings.adam_lr)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * scale
-        optimizer.zero_grad(set_to_none=True)
-    loss, *_ = losses(model, batch, mark_ids, settings.mixture.mark_weight)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
-    run.muon.step()
-    run.adam.step()
-    run.step += 1
-    run.tokens += batch["ids"].numel()
-    return loss.item()
-
-
-def learn(run: Run, writer: Writer, which: str, settings: Settings, folder: Path, compiled: bool = False) -> bool:
+def learn(
+    run: Run,
+    writer: Writer,
+    which: str,
+    settings: Settings,
+    folder: Path,
+    compiled: bool = False,
+    teacher: torch.nn.Module | None = None,
+) -> bool:
     """Trains until `settings.tokens`, going on from the checkpoint in `folder` where there is one.
+
+    Args:
+        run: The model; one that `learns_to_judge` where there is a teacher.
+        writer: Of the examples.
+        which: Model of `SHAPES`.
+        settings: All that decides the weights.
+        folder: Of the checkpoint.
+        compiled: Compile the model.
+        teacher: The model before it learned to judge, from which it is not to go away.
 
     Returns:
         Whether the run is complete; False when SIGINT or SIGTERM ended it early, after saving.
@@ -119,32 +192,26 @@ def learn(run: Run, writer: Writer, which: str, settings: Settings, folder: Path
     run.begin_phase(settings, compiled)
     model = torch.compile(run.model) if compiled else run.model
     device = run.model.device
+    weight = settings.judge_weight
+    loss_of = (
+        partial(solving_loss, model)
+        if teacher is None
+        else partial(judging_loss, model, run.model.hints, teacher, digit_ids=writer.digit_ids, weight=weight)
+    )
 
     def batch_of(name: str, count: int) -> dict[str, Tensor]:
         batch = writer.batch(draw(writer, which, name, count, settings.window), settings.window)
         return {key: value.to(device) for key, value in batch.items()}
 
     held_out = batch_of("evaluation", HELD_OUT_EXAMPLES)
-    console = Console()
-    plain = not console.is_terminal
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with caught_signals() as signals, Progress(*columns, console=console, disable=plain) as progress:
-        bar = progress.add_task(which, total=settings.tokens, completed=run.tokens, note="")
-        started, started_at = time.perf_counter(), run.tokens
-        while run.tokens < settings.tokens and not signals:
-            batch = batch_of(f"training {settings.seed} {run.step}", settings.batch)
-            run.losses.append(step(run, model, batch, settings, writer.mark_ids))
-            rate = (run.tokens - started_at) / (time.perf_counter() - started)
-            note = f"loss {float(np.mean(run.losses[-LOG_EVERY:])):.3f}  {rate:,.0f} tokens/s"
-            progress.update(bar, completed=run.tokens, note=note)
-            if plain and run.step % LOG_EVERY == 0:
-                left = (settings.tokens - run.tokens) / rate / 60
-                print(f"step {run.step}  tokens {run.tokens:,}  {note}  {left:.0f} min left", flush=True)
-            if run.step % settings.eval_every == 0:
-                shares = accuracies(run.model, held_out, writer.mark_ids)
-                shown = "  ".join(f"right {name} {share:.2%}" for name, share in shares.items())
-                progress.console.print(f"step {run.step}: {shown}")
-            if run.step % settings.save_every == 0:
-                run.save(checkpoint)
-        run.save(checkpoint)
-    return not signals
+
+    def one_step() -> float:
+        batch = batch_of(f"training {settings.seed} {run.step}", settings.batch)
+        run.schedule(settings)
+        return run.update(loss_of(batch), settings, batch["ids"].numel())
+
+    def evaluate() -> str:
+        shares = accuracies(run.model, held_out, writer.digit_ids)
+        return "  ".join(f"right {name} {share:.2%}" for name, share in shares.items())
+
+    return run_steps(run, settings, checkpoint, one_step, evaluate, Console())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from chains import training_problem
 from task import BREAK, Problem, written_answer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,14 +49,13 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem
 
 
 def draft_chains(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int = 0
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], seed: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Chains that `model` writes to `count` training problems, half of them sampled, so that more goes wrong."""
+    """Chains that `model` writes to problems, the second half of them sampled, so that more goes wrong."""
     torch.manual_seed(seed)
-    rng = random.Random(f"chains {seed}")
-    for sampled in (False, True):
-        problems = [training_problem(rng) for _ in range(count // 2)]
-        for problem, text in zip(problems, solve(model, tokenizer, problems, do_sample=sampled), strict=True):
+    half = len(problems) // 2
+    for part, sampled in ((problems[:half], False), (problems[half:], True)):
+        for problem, text in zip(part, solve(model, tokenizer, part, do_sample=sampled), strict=True):
             thought = text.partition("</think>")[0]
             steps = [part + BREAK for part in thought.split(BREAK) if part.strip()]
             operations = [(operation.kind, operation.number) for operation in problem.operations]

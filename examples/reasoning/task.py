@@ -79,7 +79,6 @@ def without_numbers(words: str) -> str:
     return re.sub(r"\d+|\{[nv]\}", "#", words)
 
 
-KIND_OPENERS = {kind: {without_numbers(words) for words in openers} for kind, openers in OPENERS.items()}
 CLOSERS = (
     " That is the new value.",
     " So we go on with this.",

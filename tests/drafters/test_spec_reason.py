@@ -10,6 +10,7 @@ import torch
 
 from specdec.audit import StepAudit
 from specdec.budget import Budget
+from specdec.trace_text import trace_text
 from tests.conformance import OracleDrafter, answers_of, assert_identical, draft_of, lookahead, reference, spec_reason
 from tests.drafters.reasoning import NO_END, always, asking, by_length, check_audit, continued, counted, never, run
 from tests.tiny_models import EOS, PAD, new_model, prompts, tiny_model, tiny_tokenizer
@@ -40,6 +41,16 @@ def test_steps_that_are_all_kept_are_the_draft_models_own_text(lengths: tuple[in
     assert {record.author for record in result.records if record.tokens > 1} == {"draft"}
     assert result.report.audit.kept_share == 1.0
     assert result.report.num_target_passes < 20
+
+
+def test_a_trace_credits_every_token_of_a_kept_step_to_the_draft() -> None:
+    report = run(prompts(3, 11), always, settings=NO_END, eos_token_id=None, trace=True).report
+    for made in report.trace.passes:
+        is_kept = made.num_drafted > 0
+        assert made.sources_by_token == [(report.drafter,) if is_kept else ()] * len(made.tokens)
+    assert 0 < report.trace.count(()) < len(report.trace.passes)
+    assert "one per pass" not in str(trace_text(report.trace, tiny_tokenizer()).renderables[1])
+    assert 'class="own"' in report.trace.to_html(tiny_tokenizer())
 
 
 @pytest.mark.parametrize("inner", INNERS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "embedded"
+from tests.examples.scripts import imported
+
 NAMES = ("answers", "corpus", "muon", "trainer", "export", "train")
 TINY = {
     "hidden_size": 32,
@@ -36,17 +36,9 @@ FUNCTION = '''def {name}(values, start={start}):
 
 
 @pytest.fixture(scope="module")
-def scripts() -> dict[str, ModuleType]:
-    """The modules of examples/embedded, which import each other by bare name as a script's neighbours do."""
-    kept = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return {name: __import__(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in NAMES:
-            sys.modules.pop(name, None)
-        sys.modules.update(kept)
+def scripts() -> Iterator[dict[str, ModuleType]]:
+    with imported(["embedded"], NAMES) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module", autouse=True)

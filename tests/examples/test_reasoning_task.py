@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "reasoning"
+from tests.examples.scripts import imported
+
 NAMES = ("task", "chains")
 
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    """The modules of examples/reasoning, which import each other by bare name as a script's neighbours do."""
-    kept = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield {name: __import__(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in NAMES:
-            sys.modules.pop(name, None)
-        sys.modules.update(kept)
+    with imported(["reasoning"], NAMES) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +148,12 @@ def test_a_judgement_sees_its_chain_and_nothing_else(writer):
         assert seen == [*range(anchor), *range(last - branch + 1, last + 1)]
         assert batch["ids"][0, seen].tolist() == example.ids[:anchor] + writer.judge_ids
         assert batch["position_ids"][0, seen].tolist() == list(range(anchor + branch))
-        assert batch["targets"][0, last] == writer.digit_ids[points]
-        assert batch["weights"][0, last] > 0
-    assert not batch["weights"][0, size:].any()
+        assert batch["scores"][0, last] == batch["totals"][0, anchor - 1] == points
+        assert not batch["is_chain"][0, last]
+    for name in ("scores", "totals"):
+        assert (batch[name] >= 0).sum() == len(example.judged)
+    assert not batch["weights"][0, chain:].any()
+    assert batch["is_chain"].sum() == chain
 
 
 def test_wrong_digits_are_not_learned(scripts, writer):
@@ -194,21 +188,24 @@ def learned(writer, example) -> str:
     return "".join(writer.tokenizer.decode([i]) for i, w in zip(example.ids, example.weights, strict=True) if w)
 
 
-def test_marks_tell_right_tokens_from_wrong_ones(scripts, writer):
-    chain = {
-        "start": 34,
-        "operations": [["add", 27]],
-        "steps": ["(a) Adding 26 to 34 gives 34+26=60. Good, the sum is done.\n\n"],
-    }
-    marking = scripts["chains"].Writer(writer.tokenizer, [chain], scripts["chains"].Mixture(by_draft=1.0))
-    example = marking.for_target(random.Random(0))
-    marked = [
-        (writer.tokenizer.decode([i]), int(mark))
-        for i, mark in zip(example.ids, example.marks, strict=True)
-        if mark >= 0
-    ]
-    assert "".join(text for text, _ in marked) == "2634 34+26="
-    assert [mark for _, mark in marked] == [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0]
+@pytest.mark.parametrize(
+    ("step", "ought"),
+    [
+        ("(a) Adding 26 to 34 gives 34+26=60. Good, the sum is done.", "2734 34+27"),
+        ("(a) Adding 27 to 34 gives 34+27=51. Good, the sum is done.", "2734 34+27=61"),
+        ("(a) Doubling 34 gives 34*2=68. Good, the sum is done.", " 34+"),
+        ("(a) 34+27=5.", "34+27="),
+        ("(a) 34+2=36.", "34+27"),
+        ("(a) 34+277=311.", "34+27="),
+    ],
+)
+def test_what_ought_to_stand_in_place_of_digits_and_signs(scripts, writer, step, ought):
+    """Up to the first that differs in a sum, and of a result only behind the right sum."""
+    chain = {"start": 34, "operations": [["add", 27]], "steps": [f"{step}\n\n"]}
+    example = writer.of_chain(chain)
+    assert len(example.rights) == len(example.ids)
+    known = [token for token in example.rights if token >= 0]
+    assert writer.tokenizer.decode(known).replace(" ", "") == ought.replace(" ", "")
 
 
 def test_too_long_an_example_is_an_error(writer):

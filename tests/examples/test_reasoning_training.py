@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,10 +17,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec.reasoning import StepText
 from specdec.verifiers import JudgedStep
+from tests.examples.scripts import EXAMPLES, imported
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-FOLDERS = (EXAMPLES / "reasoning", EXAMPLES / "embedded")
-NAMES = ("task", "chains", "solving", "learn", "packing", "judging", "make", "corpus", "muon", "trainer", "export")
+NAMES = (
+    "task",
+    "chains",
+    "solving",
+    "learn",
+    "packing",
+    "judging",
+    "scoring",
+    "make",
+    "corpus",
+    "muon",
+    "trainer",
+    "export",
+)
+LAYERS = {"solver": 2, "target": 6, "draft": 2}
 MODELS = EXAMPLES / "reasoning" / "models"
 TINY = {
     "hidden_size": 32,
@@ -33,17 +46,8 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    """The modules of examples/reasoning and of examples/embedded, which import each other by bare name."""
-    kept = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    path = list(sys.path)
-    sys.path[:0] = map(str, FOLDERS)
-    try:
-        yield {name: __import__(name) for name in NAMES}
-    finally:
-        sys.path[:] = path
-        for name in NAMES:
-            sys.modules.pop(name, None)
-        sys.modules.update(kept)
+    with imported(["reasoning", "embedded"], NAMES) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,15 +66,19 @@ def tokenizer(scripts, tmp_path_factory):
 def trained(scripts, tokenizer, folder: Path, which: str, tokens: list[int]) -> Any:
     """A tiny model trained in one go or in several."""
     for total in tokens:
-        settings = scripts["learn"].Settings(
-            tokens=total, decay_tokens=0, batch=1, window=400, eval_every=3, save_every=2
-        )
-        run = scripts["learn"].Run.fresh(TINY, len(tokenizer), settings)
-        assert scripts["learn"].learn(run, scripts["chains"].Writer(tokenizer), which, settings, folder / which)
+        learn = scripts["learn"]
+        settings = learn.Settings(tokens=total, decay_tokens=0, batch=1, window=400, eval_every=3, save_every=2)
+        run = learn.Run.fresh(TINY | {"num_hidden_layers": LAYERS[which]}, len(tokenizer), settings)
+        teacher = None
+        if which == "target":
+            teacher = copy.deepcopy(run.model)
+            learn.learns_to_judge(run, 2)
+        writer = scripts["chains"].Writer(tokenizer, None, scripts["chains"].Mixture(judged=which == "target"))
+        assert learn.learn(run, writer, which, settings, folder / which, teacher=teacher)
     return run
 
 
-@pytest.mark.parametrize("which", ["target", "draft"])
+@pytest.mark.parametrize("which", LAYERS)
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(scripts, tokenizer, tmp_path, which):
     whole = trained(scripts, tokenizer, tmp_path / "whole", which, [2000])
     parts = trained(scripts, tokenizer, tmp_path / "parts", which, [800, 2000])
@@ -93,9 +101,10 @@ def test_digits_of_results_and_scores_are_counted_apart(scripts, tokenizer):
             logits[..., writer.digit_ids[6]] = 1
             return type("Output", (), {"logits": logits})
 
-    shares = scripts["learn"].accuracies(Six(), batch, writer.mark_ids)
+    shares = scripts["learn"].accuracies(Six(), batch, writer.digit_ids)
     assert shares["scores"] == pytest.approx(scores.count(6) / len(scores))
     assert 0 < shares["results"] < 0.5
+    assert shares["steps kept or not"] == 0.5
 
 
 def test_exported_models_load_as_trained(scripts, tokenizer, tmp_path):
@@ -117,10 +126,46 @@ def test_chains_of_a_draft_are_its_steps(scripts, tokenizer, monkeypatch):
         "solve",
         lambda model, tokenizer, problems, do_sample: ["(a) 1+1=2.\n\n(b) 2+2=4.\n\n</think>\n\n4"] * 3,
     )
-    chains = list(solving.draft_chains(None, tokenizer, 6))
+    chains = list(solving.draft_chains(None, tokenizer, list(scripts["chains"].problems(6))))
     assert len(chains) == 6
     assert chains[0]["steps"] == ["(a) 1+1=2.\n\n", "(b) 2+2=4.\n\n"]
     assert json.loads(json.dumps(chains[0]))["operations"]
+
+
+def test_figures_of_judges(scripts, tokenizer):
+    """Of two right steps and two wrong ones, scored 9, 5 and 5, 1."""
+    scoring = scripts["scoring"]
+    digits = torch.eye(10)
+    steps = [
+        (points, JudgedStep(torch.tensor([0]), torch.zeros(1), digits[score]))
+        for points, score in ((9, 9), (8, 5), (6, 5), (0, 1))
+    ]
+    figures = scoring.figures_of(steps, scoring.judges_of(tokenizer)[:2])
+    assert figures["expectation"] == figures["argmax"]
+    assert figures["argmax"]["auc"] == 3.5 / 4
+    assert figures["argmax"]["sorted as they ought to be at 7"] == 0.75
+    assert (figures["argmax"]["right kept at 5"], figures["argmax"]["wrong kept at 5"]) == (1.0, 0.5)
+    assert scoring.table(figures, "title").row_count == len(figures["argmax"])
+
+
+def test_steps_are_judged_as_spec_reason_would(scripts, tokenizer):
+    """The digits and log-probabilities of one pass over all steps are those of a pass over each."""
+    learn, writer = scripts["learn"], scripts["chains"].Writer(tokenizer)
+    model = learn.Run.fresh(TINY, len(tokenizer), learn.Settings()).model.eval()
+    chain = {"start": 34, "operations": [["add", 27], ["halve", 2]], "steps": ["(a) 34+27=60.\n\n", "(b) 60/2=30.\n\n"]}
+    judged = list(scripts["scoring"].judged_steps(model, writer, [chain]))
+    assert [points for points, _ in judged] == [3, 8]
+    before = "<|user|>Start with 34.\n(a) add 27\n(b) halve\nWhat is left?<|assistant|><think>\n"
+    for (_, step), text in zip(judged, chain["steps"], strict=True):
+        assert (step.prefix, step.text) == (before, text)
+        ids = writer.encode(before + text + scripts["task"].JUDGE_PROMPT)
+        with torch.inference_mode():
+            log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        start, stop = len(writer.encode(before)), len(writer.encode(before + text))
+        each = log_probs[start - 1 : stop - 1].gather(-1, torch.tensor(ids[start:stop])[:, None])[:, 0]
+        torch.testing.assert_close(step.log_probs, each)
+        torch.testing.assert_close(step.digit_probs, log_probs[-1, writer.digit_ids].exp())
+        before += text
 
 
 # --- what is shipped ---
