@@ -130,7 +130,9 @@ class Pair:
         """The draft without a target."""
         return Method(DRAFT, lambda: Limited(self.draft, budget, self.end), guarantee="none")
 
-    def reasoner(self, name: str, threshold: float, inner: str | None, budget: int | None = None) -> Any:
+    def reasoner(
+        self, name: str, threshold: float, inner: str | None, budget: int | None = None, judge: str | None = None
+    ) -> Any:
         """SpecReason with `inner` under the target's own steps; `name` keeps apart what is learned of the pace."""
         drafter = SpecReasonDrafter(
             self.draft,
@@ -139,24 +141,27 @@ class Pair:
             token_budget=budget,
             budget_text=None if budget is None else END + BREAK,
         )
-        judge = CertaintyJudge(self.tokenizer) if self.judge == CERTAINTY else self.judge
-        verifier = StepVerifier(threshold=threshold, judge=judge)
+        judge = judge or self.judge
+        verifier = StepVerifier(threshold, CertaintyJudge(self.tokenizer) if judge == CERTAINTY else judge)
         return accelerate(self.target, drafter, verifier, budget=Budget(owner=name))
 
-    def spec_reason(self, threshold: float, inner: str | None, budget: int | None = None) -> Method:
+    def spec_reason(
+        self, threshold: float, inner: str | None, budget: int | None = None, judge: str | None = None
+    ) -> Method:
         name = f"SpecReason {threshold:g}" + ("" if inner is None else f" + {inner}")
-        return Method(name, lambda: self.reasoner(name, threshold, inner, budget), guarantee="approximate")
+        name += "" if judge is None else f", {judge}"
+        return Method(name, lambda: self.reasoner(name, threshold, inner, budget, judge), guarantee="approximate")
 
     def methods(self) -> list[Method]:
         """All of them without a limit, what they are compared with first."""
         return [
             Method(HF_GENERATE, lambda: self.target),
-            self.token_level(OFF, lambda: None),
             self.alone(None),
             self.token_level(LOOKAHEAD, LookaheadDrafter),
             self.token_level(DRAFT_MODEL, lambda: DraftModelDrafter(self.draft)),
             *(self.spec_reason(threshold, None) for threshold in THRESHOLDS),
             *(self.spec_reason(threshold, TOKENS_BY) for threshold in THRESHOLDS),
+            *(self.spec_reason(threshold, TOKENS_BY, judge=CERTAINTY) for threshold in (7, 9)),
         ]
 
     def budgeted_methods(self, budget: int) -> list[Method]:
@@ -220,7 +225,7 @@ def main(
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
     first: Annotated[int, typer.Option(help="Number of the first; those below 600 have been looked at before.")] = 600,
     budget: Annotated[int, typer.Option(min=1, help="Tokens of a thought, in the part with a limit.")] = 128,
-    judge: Annotated[str, typer.Option(help="certainty, argmax, expectation.")] = CERTAINTY,
+    judge: Annotated[str, typer.Option(help="certainty, argmax, expectation.")] = "argmax",
     folder: Annotated[Path | None, typer.Option(help="Keeps what was measured, so that the next call goes on.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Stop after so much time, to be gone on with.")] = 600,
     judging_problems: Annotated[int, typer.Option(min=1, help="Problems on which judging is timed.")] = 20,

@@ -44,6 +44,8 @@ class Settings(TrainerSettings):
     mixture: Mixture = field(default_factory=Mixture)
     judge_weight: float = 1.0
     """Of the scores in the loss of a model that learns to judge."""
+    keep_weight: float = 1.0
+    """Of what keeps it from going away from its teacher."""
 
 
 class Hints(torch.nn.Module):
@@ -129,20 +131,20 @@ def judging_loss(
     teacher: torch.nn.Module,
     batch: dict[str, Tensor],
     digit_ids: Sequence[int],
-    weight: float,
+    settings: Settings,
 ) -> Tensor:
     """Loss of the scores and the hints, and on half of the chains how far the model has gone from its teacher."""
     output = forward(model, batch, output_hidden_states=True)
     logits = output.logits.float()
     scores = batch["scores"]
     answers = torch.where(scores == NONE, NONE, torch.tensor(digit_ids, device=scores.device)[scores])
-    loss = weight * known_loss(logits, answers) + hints.loss(output.hidden_states, batch)
+    loss = settings.judge_weight * known_loss(logits, answers) + hints.loss(output.hidden_states, batch)
     half = {name: values[: max(1, len(values) // 2)] for name, values in batch.items()}
     with torch.no_grad():
         wanted = forward(teacher, half).logits.float()
     chain = half["is_chain"]
     log_probs = [part[chain].log_softmax(-1) for part in (logits[: len(wanted)], wanted)]
-    return loss + F.kl_div(*log_probs, reduction="batchmean", log_target=True)
+    return loss + settings.keep_weight * F.kl_div(*log_probs, reduction="batchmean", log_target=True)
 
 
 @torch.inference_mode()
@@ -192,11 +194,10 @@ def learn(
     run.begin_phase(settings, compiled)
     model = torch.compile(run.model) if compiled else run.model
     device = run.model.device
-    weight = settings.judge_weight
     loss_of = (
         partial(solving_loss, model)
         if teacher is None
-        else partial(judging_loss, model, run.model.hints, teacher, digit_ids=writer.digit_ids, weight=weight)
+        else partial(judging_loss, model, run.model.hints, teacher, digit_ids=writer.digit_ids, settings=settings)
     )
 
     def batch_of(name: str, count: int) -> dict[str, Tensor]:

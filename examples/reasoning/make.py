@@ -67,6 +67,7 @@ def train_command(
     wrong_chains: Annotated[float, typer.Option(help="Solver, target: share of the others with wrong steps.")] = 0.6,
     wrong: Annotated[float, typer.Option(help="Solver, target: share of the steps in these that are wrong.")] = 0.4,
     judge_weight: Annotated[float, typer.Option(help="Target: weight of a score in the loss.")] = 1.0,
+    keep_weight: Annotated[float, typer.Option(help="Target: weight of what keeps it by the solver's words.")] = 1.0,
     short: Annotated[float, typer.Option(help="Solver, target: share of the steps that are in short.")] = 0.3,
     window: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
@@ -90,6 +91,7 @@ def train_command(
         eval_every=200,
         mixture=chains.Mixture(by_draft, wrong_chains, wrong, which == "target", short),
         judge_weight=judge_weight,
+        keep_weight=keep_weight,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")

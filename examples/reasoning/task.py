@@ -212,8 +212,8 @@ def write_step(index: int, operation: Operation, value: int, result: int, rng: r
 def score(text: str, index: int, operation: Operation, value: int) -> int:
     """The rubric: how good the step `text` is when `operation` is to be done to `value`.
 
-    9 or 8: right, in full or in short. 6 or 5: only the tens of the result are wrong. 4 or 3: only the units are.
-    2 or 1: both are. 0: not this step, not this sum, or no step at all. A short step has one point less.
+    9: right. 6 or 5: only the tens of the result are wrong, in full or in short. 4 or 3: only the units are.
+    2 or 1: both are. 0: not this step, not this sum, or no step at all.
     """
     match = STEP.fullmatch(text.strip())
     right = operation.apply(value)
@@ -223,8 +223,8 @@ def score(text: str, index: int, operation: Operation, value: int) -> int:
     short = not match["opener"]
     result = int(match["result"])
     if result == right:
-        points = 9
-    elif result % 10 == right % 10:
+        return 9
+    if result % 10 == right % 10:
         points = 6
     else:
         points = 4 if result // 10 == right // 10 else 2
