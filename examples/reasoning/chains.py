@@ -270,7 +270,7 @@ class Writer:
             example.add(self.encode(total[0]), weight, rights[:1])
             example.add(self.encode(total[1:]), follows, rights[1:])
             is_comparable = total == wanted and len(result) == len(right)
-            result_weight = RESULT_WEIGHT if points >= 8 else 0.0
+            result_weight = RESULT_WEIGHT if points == 9 else 0.0
             example.add(self.encode(result), result_weight, self.encode(right) if is_comparable else None)
             example.add(self.encode(text[match.end("result") :]), weight)
         example.judged.append((len(example.ids), points))

@@ -160,7 +160,7 @@ def accuracies(model: torch.nn.Module, batch: dict[str, Tensor], digit_ids: Sequ
         probs = logits[asked][:, list(digit_ids)].softmax(-1)
         scores = batch["scores"][asked]
         found["scores"] = (probs.argmax(-1) == scores).float().mean().item()
-        kept, good = probs @ torch.arange(10.0, device=probs.device) >= 7, scores >= 8
+        kept, good = probs @ torch.arange(10.0, device=probs.device) >= 7, scores == 9
         found["steps kept or not"] = (kept[good].float().mean().item() + (~kept[~good]).float().mean().item()) / 2
     return found
 

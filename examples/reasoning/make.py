@@ -180,7 +180,7 @@ def judge_command(
     target, draft = (LlamaForCausalLM.from_pretrained(models / name).eval() for name in SHIPPED)
     written = solving.draft_chains(draft, tokenizer, list(chains.problems(count, first)))
     steps = list(scoring.judged_steps(target, chains.Writer(tokenizer), written))
-    wrong = sum(points < scoring.RIGHT for points, _ in steps)
+    wrong = sum(points != scoring.RIGHT for points, _ in steps)
     title = f"{len(steps)} steps of the draft, {wrong} of them wrong, problems {first} to {first + count - 1}"
     Console().print(scoring.table(scoring.figures_of(steps, scoring.judges_of(tokenizer)), title))
 

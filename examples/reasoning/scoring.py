@@ -15,8 +15,8 @@ from specdec.reasoning import StepText
 from specdec.verifiers import JudgedStep
 from specdec.verifiers.judges import Judge, resolve_judge
 
-RIGHT = 8
-"""Points from which on a step is right."""
+RIGHT = 9
+"""Points of a right step."""
 THRESHOLDS = (3, 5, 7, 9)
 
 
@@ -48,7 +48,7 @@ def judges_of(tokenizer: Any) -> list[Judge]:
 def figures_of(steps: Iterable[tuple[int, JudgedStep]], judges: Iterable[Judge]) -> dict[str, dict[str, float]]:
     """Per judge: how often a right step has a higher score than a wrong one (AUC), and what each threshold keeps."""
     listed = list(steps)
-    is_right = torch.tensor([points >= RIGHT for points, _ in listed])
+    is_right = torch.tensor([points == RIGHT for points, _ in listed])
     found = {}
     for judge in judges:
         scores = torch.tensor([judge.score(step) for _, step in listed])

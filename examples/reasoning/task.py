@@ -220,15 +220,11 @@ def score(text: str, index: int, operation: Operation, value: int) -> int:
     wanted = (label(index), str(value), SIGNS[operation.kind], str(operation.number))
     if match is None or match.group("label", "value", "sign", "number") != wanted or right is None:
         return 0
-    short = not match["opener"]
     result = int(match["result"])
     if result == right:
         return 9
-    if result % 10 == right % 10:
-        points = 6
-    else:
-        points = 4 if result // 10 == right // 10 else 2
-    return points - short
+    points = 6 if result % 10 == right % 10 else 4 if result // 10 == right // 10 else 2
+    return points - (not match["opener"])
 
 
 def corrupt(

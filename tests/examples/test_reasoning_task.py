@@ -48,7 +48,7 @@ def test_training_examples_never_hold_a_held_out_problem(scripts, writer, monkey
     ("text", "points"),
     [
         ("(b) Adding 27 to 34 gives 34+27=61. This looks right to me.\n\n", 9),
-        ("(b) 34+27=61.\n\n", 8),
+        ("(b) 34+27=61.\n\n", 9),
         ("(b) Adding 27 to 34 gives 34+27=51. This looks right to me.\n\n", 6),
         ("(b) 34+27=71.\n\n", 5),
         ("(b) Adding 27 to 34 gives 34+27=63. This looks right to me.\n\n", 4),
@@ -131,8 +131,8 @@ def test_every_step_of_the_targets_examples_is_judged_as_the_rubric_says(scripts
             value = int(task.STEP.fullmatch(step.strip())["result"])
             seen[points] += 1
         assert task.written_answer(text) == value
-    assert set(seen) >= {0, 2, 3, 4, 5, 6, 8, 9}
-    assert 0.5 < (seen[8] + seen[9]) / sum(seen.values()) < 0.9
+    assert set(seen) >= {0, 2, 3, 4, 5, 6, 9}
+    assert 0.5 < seen[9] / sum(seen.values()) < 0.9
 
 
 def test_a_judgement_sees_its_chain_and_nothing_else(writer):
@@ -166,7 +166,7 @@ def test_wrong_digits_are_not_learned(scripts, writer):
             step = step.partition("<think>\n")[2] or step
             result = task.STEP.fullmatch(step.strip())["result"]
             weights = torch.tensor(example.weights[start:anchor])
-            assert (weights > 1).sum() == (len(result) if points >= 8 else 0)
+            assert (weights > 1).sum() == (len(result) if points == 9 else 0)
             start = anchor
 
 

@@ -138,7 +138,7 @@ def test_figures_of_judges(scripts, tokenizer):
     digits = torch.eye(10)
     steps = [
         (points, JudgedStep(torch.tensor([0]), torch.zeros(1), digits[score]))
-        for points, score in ((9, 9), (8, 5), (6, 5), (0, 1))
+        for points, score in ((9, 9), (9, 5), (6, 5), (0, 1))
     ]
     figures = scoring.figures_of(steps, scoring.judges_of(tokenizer)[:2])
     assert figures["expectation"] == figures["argmax"]
@@ -154,7 +154,7 @@ def test_steps_are_judged_as_spec_reason_would(scripts, tokenizer):
     model = learn.Run.fresh(TINY, len(tokenizer), learn.Settings()).model.eval()
     chain = {"start": 34, "operations": [["add", 27], ["halve", 2]], "steps": ["(a) 34+27=60.\n\n", "(b) 60/2=30.\n\n"]}
     judged = list(scripts["scoring"].judged_steps(model, writer, [chain]))
-    assert [points for points, _ in judged] == [3, 8]
+    assert [points for points, _ in judged] == [3, 9]
     before = "<|user|>Start with 34.\n(a) add 27\n(b) halve\nWhat is left?<|assistant|><think>\n"
     for (_, step), text in zip(judged, chain["steps"], strict=True):
         assert (step.prefix, step.text) == (before, text)
