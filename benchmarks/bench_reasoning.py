@@ -49,7 +49,8 @@ from task import BREAK, JUDGE_PROMPT
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = Path(__file__).parents[1] / "examples" / "reasoning" / "models"
-THRESHOLDS = (3, 5, 7, 9)
+THRESHOLDS = (3, 5, 7, 8.5)
+"""Of the digit's expectation, which comes near 9 and does not reach it; the likeliest digit does."""
 UNLIMITED, BUDGETED = "unlimited", "budget"
 DRAFT, DRAFT_MODEL, LOOKAHEAD = "draft alone", "draft model", "lookahead"
 CERTAINTY = "certainty"
@@ -149,7 +150,7 @@ class Pair:
         self, threshold: float, inner: str | None, budget: int | None = None, judge: str | None = None
     ) -> Method:
         name = f"SpecReason {threshold:g}" + ("" if inner is None else f" + {inner}")
-        name += "" if judge is None else f", {judge}"
+        name += "" if judge is None else f" ({judge})"
         return Method(name, lambda: self.reasoner(name, threshold, inner, budget, judge), guarantee="approximate")
 
     def methods(self) -> list[Method]:
@@ -160,8 +161,9 @@ class Pair:
             self.token_level(LOOKAHEAD, LookaheadDrafter),
             self.token_level(DRAFT_MODEL, lambda: DraftModelDrafter(self.draft)),
             *(self.spec_reason(threshold, None) for threshold in THRESHOLDS),
+            self.spec_reason(9, None, judge="argmax"),
             *(self.spec_reason(threshold, TOKENS_BY) for threshold in THRESHOLDS),
-            *(self.spec_reason(threshold, TOKENS_BY, judge=CERTAINTY) for threshold in (7, 9)),
+            *(self.spec_reason(9, TOKENS_BY, judge=judge) for judge in ("argmax", CERTAINTY)),
         ]
 
     def budgeted_methods(self, budget: int) -> list[Method]:
@@ -171,7 +173,7 @@ class Pair:
             self.alone(budget),
             self.token_level(DRAFT_MODEL, lambda: DraftModelDrafter(self.draft), budget),
             self.spec_reason(7, None, budget),
-            *(self.spec_reason(threshold, TOKENS_BY, budget) for threshold in (7, 9)),
+            *(self.spec_reason(threshold, TOKENS_BY, budget) for threshold in (7, 8.5)),
         ]
 
 
@@ -224,8 +226,8 @@ def main(
     models: Annotated[Path, typer.Option(help="Folder of target/ and draft/.")] = MODELS,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
     first: Annotated[int, typer.Option(help="Number of the first; those below 600 have been looked at before.")] = 600,
-    budget: Annotated[int, typer.Option(min=1, help="Tokens of a thought, in the part with a limit.")] = 128,
-    judge: Annotated[str, typer.Option(help="certainty, argmax, expectation.")] = "argmax",
+    budget: Annotated[int, typer.Option(min=1, help="Tokens of a thought, in the part with a limit.")] = 192,
+    judge: Annotated[str, typer.Option(help="certainty, argmax, expectation.")] = "expectation",
     folder: Annotated[Path | None, typer.Option(help="Keeps what was measured, so that the next call goes on.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Stop after so much time, to be gone on with.")] = 600,
     judging_problems: Annotated[int, typer.Option(min=1, help="Problems on which judging is timed.")] = 20,

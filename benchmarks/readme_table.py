@@ -43,6 +43,8 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 def measured_table(results: dict[str, Any], parts: list[str]) -> str:
     """Markdown: one row per method, and a line on how it was measured."""
+    if "judging" in results:
+        return reasoning_table(results, parts)
     chosen = {name: part for name, part in results["parts"].items() if name in parts or not parts}
     rows = {name: {row["method"]: row for row in part["methods"]} for name, part in chosen.items()}
     methods = dict.fromkeys(method for part in rows.values() for method in part)
@@ -66,6 +68,32 @@ def _rows(rows: dict[str, dict[str, Any]], methods: list[str]) -> list[str]:
         cells = [cell for part in rows.values() for cell in _cells(part.get(method))]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return lines
+
+
+def reasoning_table(results: dict[str, Any], parts: list[str]) -> str:
+    """Markdown of a part of benchmarks/bench_reasoning.py."""
+    lines = []
+    for rows in (results["parts"][part] for part in parts or results["parts"]):
+        lines += [
+            "| method | solved | s a problem | speed-up | steps kept | tokens | same answer text |",
+            "|---" * 7 + "|",
+        ]
+        for row in rows:
+            kept = "" if row["kept_share"] is None else f"{row['kept_share']:.0%}"
+            figures = (f"{row['accuracy']:.1%}", f"{row['mean_seconds']:.3f}", f"{row['speedup']:.2f}×", kept)
+            same = f"{row['num_identical']} of {results['settings']['problems']}"
+            lines.append(f"| {row['method']} | {' | '.join(figures)} | {row['mean_tokens']:.0f} | {same} |")
+        lines.append("")
+    settings, machine, versions = (results[name] for name in ("settings", "hardware", "versions"))
+    first, last = settings["first_problem"], settings["first_problem"] + settings["problems"] - 1
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    told = [
+        f"Held-out problems {first} to {last}, greedy, batch 1, judge `{settings['judge']}`",
+        f"{machine['cpu']}, {threads}",
+        f"torch {versions['torch']}, transformers {versions['transformers']}",
+        f"commit {(results['commit'] or 'unknown')[:12]}. Mean seconds; speed-up against the first row: median.",
+    ]
+    return "\n".join([*lines, "; ".join(told), ""])
 
 
 def _cells(row: dict[str, Any] | None) -> list[str]:

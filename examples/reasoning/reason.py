@@ -35,7 +35,7 @@ def main(
     drafter: Annotated[str, typer.Option(help="Drafts the target's own tokens: draft-model, lookahead, none.")] = (
         "draft-model"
     ),
-    judge: Annotated[str, typer.Option(help="certainty, argmax, expectation.")] = "certainty",
+    judge: Annotated[str, typer.Option(help="expectation, argmax, certainty.")] = "expectation",
     models: Annotated[Path, typer.Option(help="Folder of target/ and draft/.")] = MODELS,
 ) -> None:
     """Solve a problem by SpecReason and print the audit."""

