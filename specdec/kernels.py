@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -31,22 +32,31 @@ def kernel_part(function: Function) -> Function:
 
 
 class _FirstCompilation(event.Listener):
-    """Calls something when Numba compiles for the first time; what it finds on the disk is not compiled."""
+    """Tells of the first kernel of ours that Numba compiles; what it finds on the disk is not compiled."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self.tell = tell
+    tell: Callable[[], None] | None
 
     def on_start(self, event: Any) -> None:
-        tell, self.tell = self.tell, lambda: None
-        tell()
+        is_ours = event.data["dispatcher"].py_func.__module__.startswith("specdec")
+        if is_ours and self.tell is not None:
+            tell, self.tell = self.tell, None
+            tell()
 
     def on_end(self, event: Any) -> None:
         """Nothing is told."""
 
 
+_LISTENER = _FirstCompilation()
+_LISTENER.tell = lambda: logging.getLogger("specdec").warning(
+    "compiling loops that run on the CPU, which takes some seconds; the next process finds them in Numba's cache, if "
+    "there is a folder for it that can be written (NUMBA_CACHE_DIR names one)"
+)
+event.register("numba:compile", _LISTENER)
+
+
 def tell_of_compiling(tell: Callable[[], None]) -> None:
-    """Has something called before the first kernel of this process that must be compiled, which takes its time."""
-    event.register("numba:compile", _FirstCompilation(tell))
+    """Has something else called before the first kernel of this process that must be compiled."""
+    _LISTENER.tell = tell
 
 
 def host_array(tensor: Tensor) -> NDArray[Any]:

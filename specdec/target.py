@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 from specdec.attention.choice import AttentionChoice
 from specdec.attention.plan import TreePlan
 from specdec.attention.switch import switched_attention
+from specdec.experts import ExpertsSwitch
 from specdec.hidden_states import HiddenStates
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.masks import MaskFormat
@@ -233,6 +234,7 @@ class TreeTarget(TargetModel):
         self.keep_cache = keep_cache
         self.max_nodes = max_nodes
         self.ended: dict[int, Any] = {}
+        self.experts = ExpertsSwitch(model, input_device(model))
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -291,12 +293,16 @@ class TreeTarget(TargetModel):
         Returns:
             Logits, `[batch, nodes, vocab]`.
         """
+        self.experts.use_for(tokens.shape[1])
         inputs: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
         inputs |= {"position_ids": positions} if positions is not None else {}
         outputs = self.model(
             input_ids=tokens, past_key_values=self.cache, use_cache=True, return_dict=True, **inputs, **self.extra
         )
         return outputs.logits
+
+    def close(self) -> None:
+        self.experts.restore()
 
     def _masked(self, tree: TokenTree, is_plain: bool) -> AbstractContextManager[Tensor | dict[str, Tensor] | None]:
         """Gives the mask to pass; inside, the chosen backend computes attention."""

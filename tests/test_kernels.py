@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numba
 import numpy as np
 import pytest
 import torch
 
+from specdec import kernels
 from specdec.kernels import (
     ancestors_and_depths,
     best_size,
@@ -33,6 +39,34 @@ def test_without_a_folder_to_cache_in_kernels_compile_all_the_same(monkeypatch: 
         return 2 * value
 
     assert kernel(double)(21) == 42
+
+
+def test_the_first_compilation_of_ours_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(kernels._LISTENER, "tell", lambda: told.append("compiling"))
+
+    def double(value: int) -> int:
+        return 2 * value
+
+    assert numba.njit(double)(21) == 42
+    assert not told, "that one is the user's"
+    for _ in range(2):
+        double.__module__ = "specdec.somewhere"
+        assert numba.njit(double)(21) == 42
+        assert told == ["compiling"]
+
+
+def test_the_library_tells_of_it_in_its_log(tmp_path: Path) -> None:
+    code = "import specdec.kernels as k, numpy as n; k.is_valid(n.zeros((1, 1), int), -n.ones((1, 1), int), 3)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.startswith("compiling loops that run on the CPU")
+    assert any(tmp_path.rglob("*.nbi")), "the next process need not"
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -98,6 +98,7 @@ class StaticTarget(TreeTarget):
 
     def close(self) -> None:
         """Gives the store back; the cache must not be used any more."""
+        super().close()
         self.store.end()
 
     def place(self, tree: TokenTree) -> TokenTree:

@@ -103,16 +103,17 @@ def read_text(file: Path) -> str:
 def prepare_torch(threads: int | None) -> None:
     """Sets torch's number of CPU threads, if one is given, and keeps transformers' advice out of the output.
 
-    In a terminal it also tells when kernels are compiled: a new user would take that for a standstill.
+    In a terminal it also tells when kernels are compiled: a new user would take that for a standstill. Elsewhere
+    nothing but the output is wanted.
     """
     import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if sys.stderr.isatty():
-        from specdec.kernels import tell_of_compiling
+    from specdec.kernels import tell_of_compiling
 
-        tell_of_compiling(lambda: print("compiling, once on this machine: about a minute ...", file=sys.stderr))
+    is_read = sys.stderr.isatty()
+    tell_of_compiling(lambda: print("compiling, once on this machine ...", file=sys.stderr) if is_read else None)
     if threads is not None:
         torch.set_num_threads(threads)
