@@ -104,11 +104,12 @@ def one_step(
     after = [text[: length + len(nodes) + 1] for text, nodes in zip(texts, accepted, strict=True)]
     context = DraftContext(list(range(rows)), after, [1] * rows, [100] * rows)
     step = Step(context.rows, chosen, [len(nodes) for nodes in accepted])
+    picked = [right[row][: len(nodes) + 1].tolist() for row, nodes in enumerate(accepted)]
     passing.passed += PASS_SECONDS
     observing = clock()
     drafter.observe(context, step)
     observed = clock()
-    budget.observe(chosen, accepted)
+    budget.observe(chosen, accepted, picked)
     counted = clock()
     times = [drafted - began, chose - drafted, observed - observing, counted - observed]
     return {part: taken / 1e3 for part, taken in zip(PARTS, [*times, sum(times)], strict=True)}

@@ -63,6 +63,7 @@ class PendingStep:
         started: When the step began, in seconds.
         nodes: What all sources named.
         max_depths: Largest depth of a node, `[rows]`.
+        roots: How many roots each row has: ones, `[rows]`.
         chained: What was continued; None where nothing was.
         proposals: By source, of those that were asked.
         alone: The source whose tree was taken as it is, None for a merged tree.
@@ -73,6 +74,7 @@ class PendingStep:
     started: float
     nodes: CandidateStore
     max_depths: Ints
+    roots: Ints
     proposals: dict[int, Proposal] = field(default_factory=dict)
     chained: Chained | None = None
     alone: int | None = None

@@ -238,7 +238,7 @@ def grow_merged(
         hit: Those among them that were accepted, each for 1.
         prior: How many of them a score is worth by itself.
         tokens: Written: token ids, `[rows, nodes]`.
-        parents: Written: parents, `[rows, nodes]`; the others stay -1.
+        parents: Written: parents, `[rows, nodes]`; -1 for the others.
         scores: Written: P(accepted | parent accepted), `[rows, nodes]`.
 
     Returns:
@@ -252,6 +252,7 @@ def grow_merged(
     for row in range(tokens.shape[0]):
         nodes.written[row, 1 : nodes.counts[row]] = -1
         nodes.open_shares[row, 1 : nodes.counts[row]] = 1.0  # of those too whose parent does not come into the tree
+        tokens[row], parents[row], scores[row] = 0, -1, 0.0
         tokens[row, 0] = nodes.tokens[row, 0]
         paths[0] = 1.0
         node, waiting, made = 0, 0, 1

@@ -156,22 +156,25 @@ class MergedDrafter(Drafter):
         nodes = call.candidates(roots, width)
         lengths = [len(sequence) for sequence in context.sequences]
         max_depths = np.array(context.max_depth, np.int64)
-        pending = call.pending = PendingStep(list(context.rows), lengths, self._clock(), nodes, max_depths)
+        of_rows = nodes, max_depths, np.ones_like(roots)
+        pending = call.pending = PendingStep(list(context.rows), lengths, self._clock(), *of_rows)
         worth = call.known.worth(len(roots))
         for source in call.idle:
             call.records[source].skipped += 1
+        grown = None
         for source in self._order(call, worth):
             sureness = 0
             if worth.is_dear(source):
-                sureness = sureness_of(self._grow_arrays(call.known, nodes, width)[1] / len(roots))
+                grown = grown or self._grow_arrays(call.known, nodes, width)
+                sureness = sureness_of(grown[1] / len(roots))
                 if call.drawing is None and not worth.is_asked(source, sureness, self._clock()):
                     call.records[source].skipped += 1
                     continue
-            tree = self._ask(call, source, context, width, sureness)
+            tree, grown = self._ask(call, source, context, width, sureness), None
             if tree is not None and tree.draft_probs is not None:
                 call.drawing = pending.alone = source
                 return tree
-        tree = self._grow(call, nodes, width)
+        tree = TokenTree.of_arrays(*(grown or self._grow_arrays(call.known, nodes, width))[0])
         if 1 < tree.num_nodes < width and self._is_chaining(call) and worth.pays(len(self.sources), self._clock()):
             return self._continued(call, context, tree, roots, width)
         return tree
@@ -278,7 +281,8 @@ class MergedDrafter(Drafter):
 
             if call.pending.room() >= most:
                 is_longer |= bool(self._guarded(call, source, "extend", context, extend))
-        tree = self._grow(call, call.pending.nodes, width) if is_longer else tree
+        if is_longer:
+            tree = TokenTree.of_arrays(*self._grow_arrays(call.known, call.pending.nodes, width)[0])
         call.pending.chained = Chained(paths, self._clock() - started)
         return tree
 
@@ -304,7 +308,7 @@ class MergedDrafter(Drafter):
         if tree.num_nodes == 1 or tree.draft_probs is not None:
             return None
         node_of = np.empty(tree.tokens.shape, np.int64)
-        given = np.ones(len(node_of), np.int64) if num_given is None else num_given
+        given = call.pending.roots if num_given is None else num_given
         scores = np.full(node_of.shape, UNKNOWN_SCORE, np.float32) if tree.host_scores is None else tree.host_scores
         pending = call.pending
         arrays = tree.host_tokens, tree.host_parents, scores, pending.max_depths
@@ -314,16 +318,10 @@ class MergedDrafter(Drafter):
         call.records[source].proposed += taken
         return node_of
 
-    def _grow(self, call: MergedCall, nodes: CandidateStore, width: int) -> TokenTree:
-        """The merged tree."""
-        return TokenTree.of_arrays(*self._grow_arrays(call.known, nodes, width)[0])
-
     def _grow_arrays(self, known: Known, nodes: CandidateStore, width: int) -> tuple[tuple[Ints, Ints, Any], float]:
         """Tokens, parents and scores of the merged tree, and how many draft tokens it should bring, over all rows."""
-        rows = nodes.shape[0]
-        tokens = np.zeros((rows, width), np.int64)
-        parents = np.full((rows, width), -1, np.int64)
-        scores = np.zeros((rows, width), np.float32)
+        shape = nodes.shape[0], width
+        tokens, parents, scores = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.float32)
         with known.lock:
             counted = known.tried, known.hit, float(self.prior_weight)
             used, expected = grow_merged(nodes, *counted, tokens, parents, scores)

@@ -43,6 +43,8 @@ TRIAL_SHARE = 0.005
 """Share of the time that goes into drafts while drafting does not pay, to see when it does again; and by which what
 drafting has lost is forgiven."""
 LONGEST_REST = 128
+PLAIN_STEPS_PER_LOOK = 4
+"""Steps without a draft of which one is taken into the step times."""
 FIRST_LENGTH = 1024
 """Tokens in the kv cache up to which step times count as the same; from there on they are told apart by doublings."""
 PATIENCE_AT_LENGTH = 0.5
@@ -192,6 +194,7 @@ class Budget:
         self._length = 0
         self._manner = ""
         self._rows = 1
+        self._num_plain = 0
         self._pending: Pending | None = None
 
     def begin(self, model: nn.Module, kind: Hashable, manner: str = "") -> None:
@@ -289,10 +292,10 @@ class Budget:
         if tree.steps is not None:  # a step is judged as a whole or not at all
             return tree
         tree = tree.first(self.max_nodes)
-        times = self._times.get(_size(len(tree.tokens)))
+        times = self._times.get(_size(tree.tokens.shape[0]))
         if self.fixed or times is None or tree.num_nodes == 1 or tree.scores is None:
             return tree
-        learned, rows, scores = self.learned, len(tree.tokens), tree.host_scores
+        learned, rows, scores = self.learned, tree.tokens.shape[0], tree.host_scores
         assert scores is not None
         counts = learned.tried, learned.hit, PRIOR_WEIGHT
         trust, standing = learned.trust, learned.standing(rows)
@@ -345,7 +348,11 @@ class Budget:
 
     def record(self, rows: int, nodes: int, seconds: float) -> None:
         """Takes in the time a step took, drafting left out."""
-        self.learned.standing(rows).book(TRIAL_SHARE)
+        standing = self.learned.standing(rows)
+        standing.credit = max(standing.credit, min(standing.credit + TRIAL_SHARE, 0.0))
+        self._num_plain += nodes == 1
+        if nodes == 1 and self._num_plain % PLAIN_STEPS_PER_LOOK:  # that time is well known
+            return
         if times := self._times.get(_size(rows)):
             times.update(nodes, seconds)
 
