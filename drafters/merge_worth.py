@@ -6,7 +6,6 @@ from bisect import bisect
 from collections import deque
 from collections.abc import Sequence
 from math import inf
-from statistics import median
 from typing import Any, NamedTuple
 
 SURENESS = (0.5, 1.5, 4.0)
@@ -139,7 +138,7 @@ class Worth:
             now: When it was over.
         """
         self.step_seconds.append(now - started)
-        self.usual_step = median(self.step_seconds)
+        self.usual_step = sorted(self.step_seconds)[len(self.step_seconds) // 2]
         self.tokens_per_step += LEARNING_RATE * (tokens - self.tokens_per_step)
         price = self.tokens_per_step / max(self.usual_step, 1e-9)
         for source, (seconds, sureness, gain) in asked.items():

@@ -103,6 +103,7 @@ class MergedDrafter(Drafter):
         self.needs_hidden_states = any(source.needs_hidden_states for source in sources)
         self.needs_step_seconds = any(source.needs_step_seconds for source in sources)
         self.num_top_tokens = max(source.num_top_tokens for source in sources)
+        self._listening = {i for i, source in enumerate(sources) if type(source).observe is not Drafter.observe}
         self._known = new_known(len(sources))
         self._target = lambda: None
 
@@ -183,7 +184,7 @@ class MergedDrafter(Drafter):
         call = self._of_thread(context)
         pending, call.pending = call.pending, None
         if pending is None or pending.alone is not None or pending.rows != context.rows:
-            for source in tuple(call.active):
+            for source in [source for source in call.active if source in self._listening]:
                 is_shown = pending is not None and source == pending.alone
                 self._tell(call, source, context, step if is_shown else None, step)
             return
@@ -199,10 +200,9 @@ class MergedDrafter(Drafter):
                 asked[len(self.sources)] = Asked(pending.chained.seconds, 0, pending.chained.gain(known, counts))
             call.known.worth(len(counts)).observe(asked, len(counts), tokens, pending.started, self._clock())
         verified = None
-        for source in tuple(call.active):
+        for source in [source for source in call.active if source in self._listening]:
             drafter, proposal, shown = self.sources[source], pending.proposals.get(source), None
-            listens = type(drafter).observe is not Drafter.observe and not drafter.num_top_tokens
-            if listens and proposal is not None and proposal.node_of is not None:
+            if not drafter.num_top_tokens and proposal is not None and proposal.node_of is not None:
                 if verified is None:
                     verified = np.zeros(pending.nodes.shape, np.bool_)
                     mark_verified(pending.nodes, step.tree.host_tokens, step.tree.host_parents, verified)
@@ -330,8 +330,6 @@ class MergedDrafter(Drafter):
     def _tell(self, call: MergedCall, source: int, context: DraftContext, shown: Step | None, step: Step) -> None:
         """Tells a source what became of its nodes, if it had any; one that wants top tokens, of the whole tree."""
         drafter = self.sources[source]
-        if type(drafter).observe is Drafter.observe:
-            return
         if drafter.num_top_tokens and step.top_tokens is not None:
             shown = step
             if drafter.num_top_tokens < step.top_tokens.shape[-1]:
