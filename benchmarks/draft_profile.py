@@ -15,7 +15,8 @@ import torch
 
 from specdec.api import accelerate
 from specdec.budget import Budget
-from specdec.drafters import draft_call, draft_compiled, draft_model
+from specdec.compiled.passes import CompiledPasses
+from specdec.drafters import draft_call, draft_model
 from specdec.drafters.draft_depth import Pace
 from specdec.drafters.draft_lists import DraftLists
 from specdec.drafters.draft_model import DraftModelDrafter
@@ -125,7 +126,7 @@ def profile(
     drafter = make(twin)
     forwards: tuple[Any, str] = (twin, "forward")
     if drafter.compiled:  # wrappers inside would be compiled too
-        forwards = (draft_compiled.CompiledPass, "__call__")
+        forwards = (CompiledPasses, "__call__")
     # Only "auto" decides by itself how much to draft; the others draft at each step, whether it pays or not.
     fast = accelerate(target, drafter, budget=Budget(fixed=drafter.growth != "auto"))
     method = Method("profile", lambda: fast)

@@ -14,7 +14,7 @@ from specdec.capture.graphs import describe
 from specdec.capture.store import StaticStore, acquire
 from specdec.capture.target import width_of
 from specdec.capture.transfers import Upload
-from specdec.drafters.draft_compiled import run
+from specdec.compiled.forward import Layout, SlotForward
 from specdec.kernels import Ints
 from specdec.kv_cache import TreeCache
 from specdec.masks import MaskFormat
@@ -87,7 +87,7 @@ class CapturedPass:
         width = min(width_of(used), cache.capacity)
         try:
             ints, masks = self._sent(cache, tokens, positions, tree, shape, width)
-            step = self._step(cache, ints, masks, shape, width)
+            step = self._step(cache, ints, masks, shape)
             if not self.store.is_compared:
                 step()
                 if differ(self._logits(shape)[:, :nodes], as_it_is(), self.model.dtype):
@@ -147,18 +147,19 @@ class CapturedPass:
         return self._uploads[key]
 
     def _step(
-        self, cache: TreeCache, ints: Tensor, masks: dict[str, Tensor], shape: tuple[int, int], width: int
+        self, cache: TreeCache, ints: Tensor, masks: dict[str, Tensor], shape: tuple[int, int]
     ) -> Callable[[], None]:
         """The pass: tensor functions on buffers."""
-        layers = cache.tree_layers()
-        keys = [layer.keys[:, :, :width] for layer in layers if layer.keys is not None]
-        values = [layer.values[:, :, :width] for layer in layers if layer.values is not None]
         rows = self.store.counting(shape[0])[:, None]
         tokens, positions, slots = ints.unbind()
+        kinds = tuple(masks) if self.mask_format.by_layer_type else None
+        forward = SlotForward(self.model, Layout(cache.places(), kinds, True, ()))
+        pools = [part for pool in cache.pools() for part in pool]
 
         def step() -> None:
             mask = self.mask_format.formed(masks, self.model.dtype)
-            self.store.keep("logits", shape, run(self.model, tokens, positions, mask, rows, slots, keys, values))
+            seen = [*mask.values()] if isinstance(mask, dict) else [mask]
+            self.store.keep("logits", shape, forward(tokens, rows, slots, positions, *seen, *pools)[0])
 
         return step
 

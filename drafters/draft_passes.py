@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from specdec.capability import Capability
+from specdec.compiled.passes import CompiledPasses, begin_compiled
 from specdec.drafters.draft_captured import CapturedPass
-from specdec.drafters.draft_compiled import CompiledPass, check_compilable, compiled_pass
 from specdec.kernels import Ints, visible_slots
 from specdec.kv_cache import TreeCache
 from specdec.target import CausalLM, accepts, cache_layer_types, input_device, is_on_one_device
@@ -45,7 +45,7 @@ class DraftPasses(ABC):
         self,
         model: CausalLM,
         capability: Capability,
-        compiled: CompiledPass | None = None,
+        compiled: CompiledPasses | None = None,
         captured: CapturedPass | str | None = None,
     ) -> None:
         self.model = model
@@ -125,6 +125,8 @@ class TreePasses(DraftPasses):
     def prefill(self, sequences: Sequence[Ints], room: int) -> None:
         self.lengths = [len(sequence) for sequence in sequences]
         longest = max(self.lengths)
+        if self.compiled is not None and not self.compiled.begin(self.model):
+            self.compiled = None
         self.cache = self._new_cache(longest + room, len(sequences))
         if longest:
             # Padding stands on the right, where no real token sees it; the first pending tokens overwrite it.
@@ -141,8 +143,7 @@ class TreePasses(DraftPasses):
         types = cache_layer_types(self.model)
         if self.captured is not None:
             return self.captured.new_cache(types, slots, batch)
-        # What is compiled writes to each layer's own allocation.
-        return TreeCache(types, slots, self.compiled is None and is_on_one_device(self.model))
+        return TreeCache(types, slots, is_on_one_device(self.model))
 
     def feed_pending(self, pending: Sequence[Ints]) -> Tensor:
         counts = [len(tokens) for tokens in pending]
@@ -243,18 +244,22 @@ class TreePasses(DraftPasses):
             on = {kind: part.to(self.device) for kind, part in mask.items()} if isinstance(mask, dict) else None
             mask = on or mask.to(self.device)
         ids, at = (torch.from_numpy(array).to(self.device) for array in (tokens, positions))
+
+        def as_it_is(**options: Any) -> tuple[Tensor, None]:
+            logits: Tensor = self.model(
+                input_ids=ids,
+                position_ids=at,
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+                **options,
+            ).logits
+            return logits, None
+
         if self.compiled is not None and self.cache.is_allocated and not self.cache.is_prefilling:
-            return self.compiled(self.model, self.cache, ids, at, mask)
-        logits: Tensor = self.model(
-            input_ids=ids,
-            position_ids=at,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **options,
-        ).logits
-        return logits
+            return self.compiled(self.model, self.cache, ids, at, mask, {}, as_it_is)[0]
+        return as_it_is(**options)[0]
 
 
 class ChainPasses(DraftPasses):
@@ -332,14 +337,19 @@ class ChainPasses(DraftPasses):
 
 
 @torch.no_grad()
-def warmed_up(model: CausalLM, capability: Capability) -> CompiledPass:
-    """The model's compiled pass, compiled for one node and for several of one row.
+def warmed_up(model: CausalLM, capability: Capability) -> CompiledPasses | None:
+    """The model's compiled passes, ready for one row; None where they cannot be had now, which is told once.
 
     Raises:
-        ValueError: The model's passes cannot be compiled.
+        ValueError: The model's passes have no fixed places for keys and values.
     """
-    check_compilable(model, capability)
-    compiled = compiled_pass(model)
+    if capability.mode != "tree":
+        raise ValueError(
+            f"compiled=True cannot be used with {type(model).__name__}: it can only be run on chains "
+            f"({capability.reason}); leave it out"
+        )
+    if (compiled := begin_compiled(model, capability)) is None:
+        return None
     passes = TreePasses(model, capability, compiled)
     passes.prefill([np.zeros(1, np.int64)], 4)
     passes.feed_pending([np.zeros(1, np.int64)])

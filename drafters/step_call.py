@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from specdec.audit import StepAudit, StepRecord
 from specdec.capability import Capability
+from specdec.compiled.passes import CompiledPasses
 from specdec.drafters.base import DraftContext, Step
-from specdec.drafters.draft_compiled import CompiledPass
 from specdec.drafters.draft_passes import ChainPasses, DraftPasses, TreePasses
 from specdec.drafters.draft_vocabulary import RowTexts, Vocabularies
 from specdec.drafters.judge_prompts import Question
@@ -70,7 +70,7 @@ class StepSettings:
     max_entropy: float | None = None
     min_confidence: float = 0.0
     has_inner: bool = False
-    compiled: CompiledPass | None = None
+    compiled: CompiledPasses | None = None
 
 
 @dataclass

@@ -43,6 +43,7 @@ def accelerate(
     near_tie_guard: bool | float = False,
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
+    compiled: bool = False,
 ) -> SpeculativeModel:
     """Wraps a causal LM so that `generate()` gives the same tokens sooner.
 
@@ -62,6 +63,8 @@ def accelerate(
         budget: Takes the place of the budget that `max_nodes` would make.
         cuda_graphs: Replay whole steps as CUDA graphs: `"auto"` where that is possible, True to demand it, False for
             never. `"eager"` runs the same step of static shapes without capturing it, on any device, for tests.
+        compiled: Compile the model's passes ahead of time, which takes half a minute once per model and machine; see
+            docs/compiled.md.
 
     Returns:
         A stand-in for `model`, with `generate`, `report`, `capability`, `drafter` and `verifier`.
@@ -72,7 +75,7 @@ def accelerate(
     """
     _check_model(model)
     speculation = _speculation(
-        drafter, verifier, strict, max_nodes, capability, attention, near_tie_guard, budget, cuda_graphs
+        drafter, verifier, strict, max_nodes, capability, attention, near_tie_guard, budget, cuda_graphs, compiled
     )
     fast = SpeculativeModel(model, speculation)
     fast.speculation.bind(unwrapped(model))
@@ -90,6 +93,7 @@ def speculate(
     near_tie_guard: bool | float = False,
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
+    compiled: bool = False,
     streamer: Any = None,
     trace: bool = False,
 ) -> Speculation:
@@ -106,7 +110,7 @@ def speculate(
         about its last call.
     """
     speculation = _speculation(
-        drafter, verifier, strict, max_nodes, capability, attention, near_tie_guard, budget, cuda_graphs
+        drafter, verifier, strict, max_nodes, capability, attention, near_tie_guard, budget, cuda_graphs, compiled
     )
     speculation.streamer, speculation.is_traced = streamer, trace
     return speculation
@@ -122,6 +126,7 @@ def _speculation(
     near_tie_guard: bool | float,
     budget: Budget | None,
     cuda_graphs: GraphMode,
+    compiled: bool,
 ) -> Speculation:
     check_mode(capability)
     check_attention(attention)
@@ -129,7 +134,9 @@ def _speculation(
     drafter, verifier = resolve_drafter(drafter), resolve_verifier(verifier)
     check_guard(near_tie_guard, verifier)
     budget = budget or Budget(max_nodes)
-    return Speculation(drafter, verifier, budget, strict, capability, attention, near_tie_guard, cuda_graphs)
+    return Speculation(
+        drafter, verifier, budget, strict, capability, attention, near_tie_guard, cuda_graphs, compiled
+    )
 
 
 def resolve_drafter(drafter: Any) -> Drafter | None:
@@ -259,7 +266,9 @@ class SpeculativeModel:
         Returns:
             Tokens and seconds with and without drafts. The random generators are left as they were.
         """
-        plain = accelerate(self.model, None, capability=self.speculation.capability)
+        plain = accelerate(
+            self.model, None, capability=self.speculation.capability, compiled=self.speculation.compiled
+        )
         return tune(self, plain, prompts, max_new_tokens, **kwargs)
 
     def save_profile(self, path: str | os.PathLike[str], text: str = "") -> None:

@@ -38,6 +38,7 @@ class Capability:
         rejected: Backends that were tried too, and why they are not used.
         rounding: How far the logits of a wide pass were from those of passes over one token; None where not tried.
         cuda_graphs: Whether steps are replayed as CUDA graphs, and why not, in words; empty where it is not told.
+        compiled: Whether passes are compiled, and why not, in words; empty where that is not asked for.
     """
 
     mode: Mode
@@ -47,13 +48,15 @@ class Capability:
     rejected: Mapping[str, str] = field(default_factory=dict)
     rounding: float | None = None
     cuda_graphs: str = ""
+    compiled: str = ""
 
     def __str__(self) -> str:
         text = f"{self.mode}: {self.reason}"
         if self.attention != ("model",):
             text += f"; attention by {', '.join(self.attention)}"
         text += "".join(f"; not by {name} ({why})" for name, why in self.rejected.items())
-        return text + (f"; CUDA graphs: {self.cuda_graphs}" if self.cuda_graphs else "")
+        text += f"; CUDA graphs: {self.cuda_graphs}" if self.cuda_graphs else ""
+        return text + (f"; compiled: {self.compiled}" if self.compiled else "")
 
     def attention_of(self, model: CausalLM, wanted: AttentionLike) -> str:
         """In words, what computes attention over trees, and why.

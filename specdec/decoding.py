@@ -56,6 +56,9 @@ class Decoder:
         with self.report.timed("verify"):
             outcome = self.step.verify(tree, logits, self.rows)
         unfinished = self._commit(tree, outcome)
+        if unfinished:
+            with self.report.timed("compile"):
+                self.target.compile_passes(self.sequences.roots(self.rows)[:, None])
         try:
             self.drafter.start(self.sequences, self.rows)
             while unfinished:

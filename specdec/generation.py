@@ -14,7 +14,6 @@ from transformers.generation import GenerationMixin, LogitsProcessorList, Stoppi
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 
-from specdec import kv_cache, sampling, stopping
 from specdec.attention.choice import AttentionLike
 from specdec.budget import Budget
 from specdec.capability import Capability, probe
@@ -22,6 +21,7 @@ from specdec.capture.step import step_for
 from specdec.capture.store import GraphMode, acquire, check_demand, describe
 from specdec.capture.target import StaticTarget
 from specdec.chain_target import ChainTarget
+from specdec.compiled.passes import begin_compiled, describe_compiled
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
 from specdec.drafting import GuardedDrafter
@@ -29,20 +29,14 @@ from specdec.hidden_states import HiddenStates
 from specdec.limits import length_limit
 from specdec.near_ties import HALF, NearTies, gap_of
 from specdec.noise import NoiseQueue
+from specdec.obstacles import foreign_inputs, impossible
 from specdec.ranks import Ranks, obstacle
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.sequences import Sequences
 from specdec.stopping import StopRule
 from specdec.streaming import StreamFeeder
-from specdec.target import (
-    DECODE_KWARGS_HANDLED,
-    CacheNotFilledError,
-    CausalLM,
-    TargetModel,
-    TreeTarget,
-    embedding_rows,
-)
+from specdec.target import CacheNotFilledError, CausalLM, TargetModel, TreeTarget, embedding_rows
 from specdec.trace import Trace
 from specdec.verifiers.base import Verifier
 
@@ -66,6 +60,7 @@ class Speculation:
         attention: `"auto"`, or what computes attention over trees.
         near_tie_guard: Let passes over one token decide near-ties; a number is the gap of one.
         cuda_graphs: See `accelerate`.
+        compiled: See `accelerate`.
     """
 
     def __init__(
@@ -78,6 +73,7 @@ class Speculation:
         attention: AttentionLike = "auto",
         near_tie_guard: bool | float = False,
         cuda_graphs: GraphMode = "auto",
+        compiled: bool = False,
     ) -> None:
         self.drafter = drafter
         self.verifier = verifier
@@ -87,6 +83,7 @@ class Speculation:
         self.attention = attention
         self.near_tie_guard = near_tie_guard
         self.cuda_graphs = cuda_graphs
+        self.compiled = compiled
         self.streamer: Any = None
         self.is_traced = False
         self.report = self._new_report()
@@ -114,7 +111,9 @@ class Speculation:
     def capability_of(self, model: CausalLM) -> Capability:
         """How a model is run ahead."""
         found = probe(model, self.capability, self.attention)
-        return replace(found, cuda_graphs=describe(model, self.cuda_graphs)) if found.mode == "tree" else found
+        compiled = describe_compiled(model, found) if self.compiled else ""
+        graphs = describe(model, self.cuda_graphs) if found.mode == "tree" else ""
+        return replace(found, cuda_graphs=graphs, compiled=compiled)
 
     def begin_fallback(self, reason: str) -> None:
         """Starts a report of a call that the model's own `generate` does, and warns once per reason."""
@@ -143,7 +142,7 @@ class Speculation:
         streamer = streamer if streamer is not None else self.streamer
         self.bind(model)
         _check_ids(model, input_ids)
-        reason = _foreign_inputs(model) or _impossible(
+        reason = foreign_inputs(model) or impossible(
             generation_config, model_kwargs, input_ids, logits_processor, stopping_criteria
         )
         if synced_gpus:
@@ -188,18 +187,25 @@ class Speculation:
     ) -> TargetModel:
         """The model as this call runs it: on trees, captured if possible, or on chains."""
         if capability.mask_format is None:
+            if self.compiled:
+                begin_compiled(model, capability)  # tells why not
             check_demand(self.cuda_graphs, f"it runs on chains, because {capability.reason}")
             return ChainTarget(model, config, model_kwargs)
         nodes = self.budget.max_nodes if self.drafter else 1
-        arguments = (
-            model, config, model_kwargs, capability.mask_format, keep_cache, nodes, capability.choice(model)
-        )  # fmt: skip
+        compiled = begin_compiled(model, capability) if self.compiled else None
+        attention = None if compiled is not None else capability.choice(model)
+        arguments = model, config, model_kwargs, capability.mask_format, keep_cache, nodes, attention
         store = acquire(model, self.cuda_graphs, device)
+        target: TreeTarget
         if isinstance(store, str):
             if (self.cuda_graphs, device.type) != ("auto", "cpu"):  # where nobody expects them nothing is said
                 self.report.cuda_graphs = f"none, because {store}"
-            return TreeTarget(*arguments)
-        return StaticTarget(*arguments, store)
+            target = TreeTarget(*arguments)
+        else:
+            target = StaticTarget(*arguments, store)
+        target.compiled = compiled
+        target.manner += "" if compiled is None else ", compiled"
+        return target
 
     def _plain(
         self,
@@ -278,6 +284,8 @@ class Speculation:
         finally:
             generated = [sequences.num_generated(row) for row in range(len(sequences))]
             report.num_generated_tokens = sum(generated)
+            if self.compiled:
+                report.compiled = describe_compiled(target.model, self.capability_of(target.model))
             if isinstance(target, StaticTarget):
                 report.cuda_graphs = target.store.describe()
             if noise is not None and not is_sampled_from:  # else the next call would repeat draws of the verifier
@@ -344,14 +352,6 @@ def _check_ids(model: CausalLM, input_ids: Tensor) -> None:
         )
 
 
-def _foreign_inputs(model: CausalLM) -> str | None:
-    """Prompt-learning adapters prepare the model's inputs themselves: virtual tokens come in that nobody is told of."""
-    prepare = vars(model).get("prepare_inputs_for_generation")
-    if prepare is None or getattr(prepare, "__self__", None) is model:
-        return None
-    return "the model's inputs are prepared by something else, such as an adapter with virtual tokens"
-
-
 def _by_position(rows: list[list[tuple[Tensor, Tensor]]]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Scores and logits per generated position, `[batch, vocab]` each; zeros where a row had ended."""
     empty = (torch.zeros_like(rows[0][0][0]), torch.zeros_like(rows[0][0][1]))
@@ -363,37 +363,3 @@ def _by_position(rows: list[list[tuple[Tensor, Tensor]]]) -> tuple[tuple[Tensor,
 def _keeps_cache(config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:
     past = model_kwargs.get("past_key_values")
     return bool(config.return_dict_in_generate or getattr(past, "_is_user_defined", False))
-
-
-def _impossible(
-    config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-    input_ids: Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-) -> str | None:
-    """Why a call cannot be speculated on, or None."""
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        return f"the decoding method is {mode.value.replace('_', ' ')}"
-    if not model_kwargs.get("use_cache", True):
-        return "use_cache is False"
-    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
-        return "attentions or hidden states of every pass are wanted"
-    past = model_kwargs.get("past_key_values")
-    if past is None:
-        return "the model keeps no kv cache that could be rolled back"
-    if not kv_cache.supports(past):
-        return f"the kv cache is a {type(past).__name__}, not a DynamicCache"
-    tensors = [
-        name for name, value in model_kwargs.items() if isinstance(value, Tensor) and name not in DECODE_KWARGS_HANDLED
-    ]
-    if tensors:
-        return f"the model is given {', '.join(tensors)}"
-    if input_ids.ndim != 2:
-        return f"input_ids have {input_ids.ndim} dimensions"
-    if len(input_ids) > 1 and not stopping.pads_finished_rows(criteria):
-        return "rows that stop would go on generating until all have stopped, because there is no end-of-sequence token"
-    if len(input_ids) > 1 and (names := sampling.not_row_wise(processors) + stopping.not_row_wise(criteria)):
-        return f"{', '.join(names)} may look at the whole batch, whose rows are at different positions"
-    return None

@@ -15,7 +15,7 @@ from rich.table import Table
 from specdec.audit import StepAudit
 from specdec.trace import Trace
 
-PHASES = ("prefill", "calibrate", "draft", "target", "verify", "commit")
+PHASES = ("prefill", "compile", "calibrate", "draft", "target", "verify", "commit")
 
 
 @dataclass
@@ -45,6 +45,7 @@ class SpeculationReport:
         trace: Which pass and which source each token came from, if `generate(trace=True)` asked for it.
         cuda_graphs: Whether steps were replayed as CUDA graphs, and why not; None where that was no question.
         attention: What computed attention over trees, and why; None where there were none.
+        compiled: Whether passes were compiled, and why not; None where that was not asked for.
     """
 
     drafter: str = "none"
@@ -68,6 +69,7 @@ class SpeculationReport:
     trace: Trace | None = field(default=None, repr=False)
     cuda_graphs: str | None = None
     attention: str | None = None
+    compiled: str | None = None
 
     @property
     def tokens_per_pass(self) -> float:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.masks import MaskFormat
 from specdec.sequences import Sequences
 from specdec.tree import NODE_BUCKETS, TokenTree, padded_width
+
+if TYPE_CHECKING:
+    from specdec.compiled.passes import CompiledPasses
 
 MAX_NEW_SLOTS = 1024
 """New tokens that get slots from the start; for more the cache grows."""
@@ -99,6 +102,7 @@ class TargetModel(ABC):
         self.past: Cache | None = model_kwargs.get("past_key_values")
         self.device = torch.device("cpu")
         self.hidden_states: HiddenStates | None = None
+        self.compiled: CompiledPasses | None = None
         self.extra = {
             name: value
             for name, value in model_kwargs.items()
@@ -177,6 +181,9 @@ class TargetModel(ABC):
         self.commit([[]] * len(tokens))
         if logits.device.type != "cpu":
             torch.get_device_module(logits.device).synchronize(logits.device)
+
+    def compile_passes(self, tokens: Tensor) -> None:
+        """Does what compiled passes take longer for at first. `tokens` are run and rolled back, `[batch, 1]`."""
 
     def prepare_pass(self, tokens: Tensor, nodes: int) -> None:
         """Does what the first pass of a size takes longer for; see `trial_pass`."""
@@ -282,6 +289,16 @@ class TreeTarget(TargetModel):
         with self._masked(tree, is_plain) as mask:
             return self.run_pass(tree.tokens, mask, positions)
 
+    def compile_passes(self, tokens: Tensor) -> None:
+        if self.compiled is None:
+            return
+        for nodes in (1, 2)[: self.max_nodes]:
+            trial = tokens.expand(-1, nodes)
+            # As every target runs its passes: what is captured finds them compared. The second node is padding, whose
+            # position exists wherever the root's does.
+            TreeTarget.forward(self, TokenTree(trial, torch.full_like(trial, -1)))
+            self.cache.commit([[]] * len(tokens))
+
     def run_pass(self, tokens: Tensor, mask: Tensor | dict[str, Tensor] | None, positions: Tensor | None) -> Tensor:
         """The model's own forward behind what is in the cache.
 
@@ -296,10 +313,19 @@ class TreeTarget(TargetModel):
         self.experts.use_for(tokens.shape[1])
         inputs: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
         inputs |= {"position_ids": positions} if positions is not None else {}
-        outputs = self.model(
-            input_ids=tokens, past_key_values=self.cache, use_cache=True, return_dict=True, **inputs, **self.extra
-        )
-        return outputs.logits
+
+        def as_it_is() -> tuple[Tensor, Tensor | None]:
+            logits: Tensor = self.model(
+                input_ids=tokens, past_key_values=self.cache, use_cache=True, return_dict=True, **inputs, **self.extra
+            ).logits
+            return logits, None if self.hidden_states is None else self.hidden_states.last_pass
+
+        if self.compiled is None:
+            return as_it_is()[0]
+        logits, hidden = self.compiled(self.model, self.cache, tokens, positions, mask, self.extra, as_it_is)
+        if self.hidden_states is not None:
+            self.hidden_states.last_pass = hidden
+        return logits
 
     def close(self) -> None:
         self.experts.restore()

@@ -332,6 +332,7 @@ def assert_identical(
     attention: AttentionLike = "auto",
     near_tie_guard: bool | float = False,
     cuda_graphs: Any = "auto",
+    compiled: bool = False,
     **kwargs: Any,
 ) -> SpeculationReport:
     """Asserts that speculation gives the tokens of plain decoding, and leaves the same generator state.
@@ -347,6 +348,7 @@ def assert_identical(
         attention: What computes attention over trees.
         near_tie_guard: Which near-ties a pass over one token decides.
         cuda_graphs: As for `accelerate`.
+        compiled: As for `accelerate`.
         kwargs: Other arguments of `generate`.
 
     Returns:
@@ -365,6 +367,7 @@ def assert_identical(
         attention=attention,
         near_tie_guard=near_tie_guard,
         cuda_graphs=cuda_graphs,
+        compiled=compiled,
     )
     torch.manual_seed(seed)
     ids = fast.generate(**inputs, **kwargs)

@@ -280,6 +280,7 @@ class StaticTarget(TreeTarget):
             self.positions is None or self.positions.shape[:-2],
             self.prompt_mask is None,
             self.hidden_states is None,
+            self.compiled is None,
             None if self.attention is None else tuple(self.attention.backends),
             repr(sorted(self.extra.items())),
             None if tail is None else tail.key(),
