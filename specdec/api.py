@@ -134,9 +134,7 @@ def _speculation(
     drafter, verifier = resolve_drafter(drafter), resolve_verifier(verifier)
     check_guard(near_tie_guard, verifier)
     budget = budget or Budget(max_nodes)
-    return Speculation(
-        drafter, verifier, budget, strict, capability, attention, near_tie_guard, cuda_graphs, compiled
-    )
+    return Speculation(drafter, verifier, budget, strict, capability, attention, near_tie_guard, cuda_graphs, compiled)
 
 
 def resolve_drafter(drafter: Any) -> Drafter | None:
@@ -266,9 +264,7 @@ class SpeculativeModel:
         Returns:
             Tokens and seconds with and without drafts. The random generators are left as they were.
         """
-        plain = accelerate(
-            self.model, None, capability=self.speculation.capability, compiled=self.speculation.compiled
-        )
+        plain = accelerate(self.model, None, capability=self.speculation.capability, compiled=self.speculation.compiled)
         return tune(self, plain, prompts, max_new_tokens, **kwargs)
 
     def save_profile(self, path: str | os.PathLike[str], text: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from specdec.drafters import DraftModelDrafter
 from specdec.drafters.draft_lists import DraftLists
 from specdec.measuring import EncodedPrompt, Settings
+from tests.compiled.builders import built_by, uncompiled
 from tests.conformance import draft_of
 from tests.test_cli import PROMPT, save_model
 from tests.tiny_models import prompts, tiny_model
@@ -30,9 +32,10 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleT
 
 
 @pytest.fixture(autouse=True)
-def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_a_compiler() -> Iterator[None]:
     """What would be compiled runs as it is."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with built_by(uncompiled):
+        yield
 
 
 @pytest.mark.parametrize("compiled", [False, True])

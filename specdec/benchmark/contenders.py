@@ -13,6 +13,7 @@ from specdec.benchmark.settings import Part
 from specdec.budget import Budget
 from specdec.commands.contenders import HF_GENERATE, OFF, hf_methods
 from specdec.drafters import DRAFTERS
+from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.measuring import Method
 from specdec.verifiers.base import Verifier
@@ -32,6 +33,7 @@ class Contender:
         verifier: A name or a verifier.
         optional: It is left out, with the reason, where it cannot run.
         max_nodes: Largest token tree per target pass.
+        compiled: Whether the target's passes are compiled, and the draft model's where it is asked by name.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Contender:
     verifier: str | Verifier = "exact"
     optional: bool = False
     max_nodes: int = 64
+    compiled: bool = False
 
     @classmethod
     def named(cls, drafter: str, draft_model: Any = None, optional: bool = False) -> Contender:
@@ -70,13 +73,19 @@ class Contender:
 
         def prepare() -> SpeculativeModel:
             budget = Budget(self.max_nodes, owner=(self.name, part))
-            return accelerate(model, self.make(), verifier=self.verifier, budget=budget)
+            return accelerate(model, self._drafter(), verifier=self.verifier, budget=budget, compiled=self.compiled)
 
         return Method(self.name, prepare, optional=self.optional, guarantee=verifier.guarantee)
 
+    def _drafter(self) -> Drafter | None:
+        drafter = resolve_drafter(self.make())
+        if self.compiled and isinstance(drafter, DraftModelDrafter):
+            drafter.compiled = True
+        return drafter
+
     def described(self) -> dict[str, Any]:
         """Everything that decides its figures, ready for JSON."""
-        drafter, verifier = resolve_drafter(self.make()), resolve_verifier(self.verifier)
+        drafter, verifier = self._drafter(), resolve_verifier(self.verifier)
         found = {
             "name": self.name,
             "drafter": drafter.name if drafter is not None else None,
@@ -84,6 +93,7 @@ class Contender:
             "verifier": verifier.name,
             "verifier_settings": vars(verifier),
             "max_nodes": self.max_nodes,
+            "compiled": self.compiled,
         }
         # A name for what has no value in JSON, such as a model.
         plain: dict[str, Any] = json.loads(json.dumps(found, default=lambda value: type(value).__name__))
@@ -135,6 +145,11 @@ def at_sizes(contenders: Sequence[Contender], max_nodes: Sequence[int]) -> list[
     return [replace(c, name=f"{c.name}{AT_SIZE.format(n)}", max_nodes=n) for c in contenders for n in max_nodes]
 
 
+def and_compiled(contenders: Sequence[Contender]) -> list[Contender]:
+    """The contenders, and then each of them compiled; where that cannot be had it is left out, with the reason."""
+    return [*contenders, *(replace(c, name=f"{c.name}, compiled", compiled=True, optional=True) for c in contenders)]
+
+
 def methods_of(
     model: Any,
     contenders: Sequence[Contender],
@@ -147,7 +162,7 @@ def methods_of(
 
     Args:
         model: The target.
-        contenders: The drafters.
+        contenders: Drafting off, and the drafters.
         part: Of the benchmark. When sampling, transformers' own speculation keeps the distribution, but draws other
             tokens.
         draft_model: For transformers' assisted generation.
@@ -160,5 +175,4 @@ def methods_of(
     ]
     if compiled is not None:
         theirs.insert(1, Method(COMPILED, compiled.prepare, optional=True))
-    off = Contender(OFF, lambda: None)
-    return [*theirs, *(contender.method(model, part.name) for contender in [off, *contenders])]
+    return [*theirs, *(contender.method(model, part.name) for contender in contenders)]

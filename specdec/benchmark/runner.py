@@ -12,14 +12,14 @@ from typing import Any
 from rich.console import Console
 
 from specdec.benchmark.compiled import COMPILED, CompiledGenerate
-from specdec.benchmark.contenders import Contender, as_contenders, at_sizes, methods_of
+from specdec.benchmark.contenders import Contender, and_compiled, as_contenders, at_sizes, methods_of
 from specdec.benchmark.differences import note_differences
 from specdec.benchmark.progress import MeasuringProgress
 from specdec.benchmark.prompts import EMBEDDED_PROMPTS, batches, random_prompts, read_benchmark_prompts
 from specdec.benchmark.record import RunRecord
 from specdec.benchmark.results import BenchmarkResults, PartResults
 from specdec.benchmark.settings import BenchmarkSettings, Part
-from specdec.commands.contenders import assisted_kwargs
+from specdec.commands.contenders import OFF, assisted_kwargs
 from specdec.commands.loading import EMBEDDED
 from specdec.embedded import embedded_path
 from specdec.measuring import EncodedPrompt, Method, run_interleaved
@@ -62,7 +62,8 @@ def run_benchmark(
         TypeError: A drafter is neither a name nor a contender.
     """
     settings = settings or BenchmarkSettings()
-    contenders = at_sizes(as_contenders(drafters, draft_model), settings.max_nodes)
+    contenders = [Contender(OFF, lambda: None), *at_sizes(as_contenders(drafters, draft_model), settings.max_nodes)]
+    contenders = and_compiled(contenders) if settings.methods_compiled else contenders
     measured, first = _encoded(prompts, warm_up, tokenizer)
     kwargs = {} if draft_tokenizer is None else assisted_kwargs(tokenizer, draft_tokenizer)
     plans = [
@@ -78,7 +79,7 @@ def run_benchmark(
         "settings": asdict(settings),
         "models": models,
         "prompts": {"number": len(measured), "digest": _digest([*measured, first])},
-        "drafters": {contender.name: contender.described() for contender in contenders},
+        "drafters": {contender.name: contender.described() for contender in contenders if contender.name != OFF},
         **{name: started[name] for name in ("hardware", "versions", "commit")},
     }
     record = RunRecord(Path(folder) if folder is not None else None, identity, started)

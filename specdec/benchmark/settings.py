@@ -43,6 +43,7 @@ class BenchmarkSettings:
             continuations of random tokens, batch 1.
         compiled: Whether to measure HF generate with a static kv cache and a compiled forward too; compiling takes its
             time before each part.
+        methods_compiled: Whether to measure drafting off and each drafter with compiled passes too.
         max_nodes: Largest token tree per target pass, 1, 2, 4, ... 128; with several values each drafter is measured at
             each. None: the contenders' own.
 
@@ -57,6 +58,7 @@ class BenchmarkSettings:
     seed: int = 0
     random_prompts: bool = False
     compiled: bool = False
+    methods_compiled: bool = False
     max_nodes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -64,8 +64,9 @@ def run(
         list[int] | None, typer.Option(help="Largest token tree per pass; may be repeated. Default: 64.")
     ] = None,
     compiled: Annotated[
-        bool, typer.Option(help="Measure HF generate with a static cache and a compiled forward too.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Measure all methods compiled too, HF generate and specdec's, or none. Default: HF's."),
+    ] = None,
     chat: Annotated[
         bool | None, typer.Option(help="Apply the chat template. Default: to prompts that are turns.")
     ] = None,
@@ -103,7 +104,8 @@ def run(
             repeats=repeats,
             seed=seed,
             random_prompts=random,
-            compiled=compiled,
+            compiled=compiled is not False,
+            methods_compiled=compiled is True,
             max_nodes=tuple(nodes or ()),
         )
     prepare_torch(threads)

@@ -53,14 +53,16 @@ def specdec_method(
     optional: bool = False,
     whole: bool = False,
     verifier: str | Verifier = "exact",
+    compiled: bool = False,
 ) -> Method:
     """Ours with a drafter, made anew for each run unless it `remembers`: repeats must not help it.
 
-    With `whole`, each draft is verified whole, whether that pays or not.
+    With `whole`, each draft is verified whole, whether that pays or not; with `compiled`, by compiled passes.
     """
 
     def prepare() -> SpeculativeModel:
-        return accelerate(model, make_drafter(), rule, budget=Budget(max_nodes, whole, owner=name))
+        budget = Budget(max_nodes, whole, owner=name)
+        return accelerate(model, make_drafter(), rule, budget=budget, compiled=compiled)
 
     rule = resolve_verifier(verifier)
     return Method(name, prepare, remembers=remembers, optional=optional, guarantee=rule.guarantee)

@@ -79,6 +79,7 @@ def run(
     verifier_option: options.VerifierSettings = None,
     max_nodes: MaxNodes = 64,
     max_new_tokens: MaxNewTokens = 128,
+    compiled: options.Compiled = False,
     sample: options.Sample = False,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -108,7 +109,7 @@ def run(
     loaded, tokenizer = load_model(model, dtype, device, device_map, attn, trust_remote_code)
     inputs = encode_prompt(text, tokenizer, chat).to(loaded.device)
     with user_errors(ValueError, TypeError, OSError):
-        fast = specdec.accelerate(loaded, first_drafter, rule, max_nodes=max_nodes)
+        fast = specdec.accelerate(loaded, first_drafter, rule, max_nodes=max_nodes, compiled=compiled)
     completion = _complete(fast, tokenizer, inputs, seed, kwargs, stream)
     if report is not Report.NONE:
         typer.echo(json.dumps(fast.report.to_dict()) if report is Report.JSON else str(fast.report), err=True)
@@ -175,7 +176,14 @@ def _compared(
     model, max_nodes = fast.model, fast.speculation.budget.max_nodes
     methods = [
         Method(HF_GENERATE, lambda: model),
-        specdec_method("specdec", model, drafted.build, max_nodes=max_nodes, verifier=fast.verifier),
+        specdec_method(
+            "specdec",
+            model,
+            drafted.build,
+            max_nodes=max_nodes,
+            verifier=fast.verifier,
+            compiled=fast.speculation.compiled,
+        ),
     ]
     prompt = EncodedPrompt("prompt", inputs.input_ids, inputs.attention_mask)
     result = run_interleaved(methods, [prompt], model, Settings(kwargs, seed), repeats=COMPARED_RUNS)

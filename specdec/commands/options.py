@@ -23,4 +23,7 @@ Sample = Annotated[bool, typer.Option("--sample", help="Sample instead of greedy
 Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto: cuda if there is one.")]
+Compiled = Annotated[
+    bool, typer.Option("--compiled", help="Compile the target's passes: half a minute, once per model.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")]

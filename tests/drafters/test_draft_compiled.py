@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import specdec
 from specdec.budget import Budget
 from specdec.capability import Capability
-from specdec.drafters import DraftModelDrafter, draft_compiled, draft_loading
-from specdec.drafters.draft_compiled import compiled_pass
+from specdec.compiled import package
+from specdec.compiled.passes import begin_compiled, compiled_passes
+from specdec.drafters import DraftModelDrafter, draft_loading
 from specdec.drafters.draft_loading import capability_of
-from specdec.drafters.draft_passes import TreePasses
+from specdec.drafters.draft_passes import TreePasses, warmed_up
+from tests.compiled.builders import built_by, exported
 from tests.conformance import assert_identical, draft_of
 from tests.tiny_models import VOCAB, prompts, tiny_model
 
@@ -22,20 +27,21 @@ ATTENTION = ("llama", "gpt2", "mistral-window", "gemma3-mixed-windows", "llama4-
 
 
 @pytest.fixture
-def as_it_is(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def as_it_is() -> Iterator[list[Any]]:
     """Everything but the compiler: what would be compiled runs as it is; the list holds its calls' numbers of nodes."""
     calls: list[Any] = []
 
-    def uncompiled(function: Any, **_: Any) -> Any:
-        def call(*args: Any) -> Any:
-            calls.append(args[1].shape[1])
-            return function(*args)
+    def noted(module: nn.Module, *args: Any) -> package.Function:
+        function = exported(module, *args)
+
+        def call(*inputs: Tensor) -> Sequence[Tensor]:
+            calls.append(inputs[0].shape[1])
+            return function(*inputs)
 
         return call
 
-    monkeypatch.setattr(torch, "compile", uncompiled)
-    monkeypatch.setattr(draft_compiled, "_PASSES", type(draft_compiled._PASSES)())
-    return calls
+    with built_by(noted):
+        yield calls
 
 
 @pytest.mark.parametrize("growth", ["chain", "static", "dynamic", "auto", "paced"])
@@ -54,7 +60,7 @@ def test_logits_are_those_of_the_model(name: str, as_it_is: list[Any]) -> None:
     capability = capability_of(model)
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, VOCAB, size) for size in (40, 29, 33)]
-    both = [TreePasses(model, capability), TreePasses(model, capability, compiled_pass(model))]
+    both = [TreePasses(model, capability), TreePasses(model, capability, begin_compiled(model, capability))]
     logits: list[list[torch.Tensor]] = [[], []]
     with torch.no_grad():
         for passes, seen in zip(both, logits, strict=True):
@@ -73,17 +79,17 @@ def test_logits_are_those_of_the_model(name: str, as_it_is: list[Any]) -> None:
     assert len(as_it_is) == len(logits[1])
 
 
-def test_a_model_that_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(function: Any, **_: Any) -> Any:
-        def call(*_: Any) -> Any:
-            raise RuntimeError("no compiler here")
+def test_a_model_that_cannot_be_compiled_runs_as_it_is() -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no compiler here")
 
-        return call
+    with built_by(broken):
+        _check_runs_as_it_is()
 
-    monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(draft_compiled, "_PASSES", type(draft_compiled._PASSES)())
+
+def _check_runs_as_it_is() -> None:
     drafter = DraftModelDrafter(draft_of("llama"), compiled=True)
-    with pytest.warns(RuntimeWarning, match=r"cannot be compiled, and runs as it is.*no compiler here"):
+    with pytest.warns(RuntimeWarning, match=r"are not compiled, and run as they are.*no compiler here"):
         fast = specdec.accelerate(tiny_model(), drafter, strict=True, budget=Budget(fixed=True))
     inputs = prompts(12)
     expected = tiny_model().generate(**inputs, max_new_tokens=24)
@@ -100,17 +106,18 @@ def test_a_model_for_chains_alone_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_drafters_of_one_model_share_what_is_compiled(as_it_is: list[Any]) -> None:
     model = draft_of("llama")
-    assert compiled_pass(model) is compiled_pass(model)
     for _ in range(2):
         DraftModelDrafter(model, compiled=True).bind(tiny_model())
     assert as_it_is == [1, 2, 1, 2]
+    assert warmed_up(model, capability_of(model)) is compiled_passes(model)
 
 
 @pytest.mark.slow
-def test_compiled_for_real() -> None:
+def test_compiled_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     drafter = DraftModelDrafter(draft_of("llama"), growth="dynamic", compiled=True)
     for inputs in (prompts(12), prompts(3, 11, 5)):
         for do_sample in (False, True):
             report = assert_identical(tiny_model(), drafter, inputs, max_new_tokens=24, do_sample=do_sample)
             assert report.num_accepted_tokens > 0
-    assert compiled_pass(draft_of("llama")).failure is None
+    assert compiled_passes(draft_of("llama")).is_ready

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import specdec
-from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, SpecReasonDrafter, draft_compiled
+from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, SpecReasonDrafter
 from specdec.drafters.base import DrafterSwitchedOffWarning
 from specdec.generation import FallbackWarning
 from specdec.tree import TokenTree
 from specdec.verifiers import StepVerifier
+from tests.compiled.builders import built_by, uncompiled
 from tests.conformance import draft_of, lookahead, spec_reason
 from tests.drafters.reasoning import NO_END, always, asking, check_audit, continued, never, run
 from tests.drafters.small_tokenizers import byte_level, sentencepiece, words
@@ -307,17 +308,11 @@ def test_the_targets_own_first_layers_write_steps() -> None:
     assert {record.author for record in result.records if record.tokens > 1} == {"draft"}
 
 
-def test_compiled_passes_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def uncompiled(function: Any, **_: Any) -> Any:
-        return lambda *args: calls.append(1) or function(*args)
-
-    monkeypatch.setattr(torch, "compile", uncompiled)
-    monkeypatch.setattr(draft_compiled, "_PASSES", type(draft_compiled._PASSES)())
-    results = [run(prompts(3, 7), settings=NO_END | {"compiled": on}, eos_token_id=None) for on in (False, True)]
+def test_compiled_passes_write_the_same() -> None:
+    with built_by(uncompiled) as built:
+        results = [run(prompts(3, 7), settings=NO_END | {"compiled": on}, eos_token_id=None) for on in (False, True)]
     assert results[0].ids.tolist() == results[1].ids.tolist()
-    assert calls
+    assert built == ["LlamaForCausalLM"]
 
 
 def test_as_transformers_own_hook() -> None:
