@@ -153,8 +153,8 @@ class CapturedPass:
         rows = self.store.counting(shape[0])[:, None]
         tokens, positions, slots = ints.unbind()
         kinds = tuple(masks) if self.mask_format.by_layer_type else None
-        forward = SlotForward(self.model, Layout(cache.places(), kinds, True, ()))
-        pools = [part for pool in cache.pools() for part in pool]
+        pools, places = cache.pools()
+        forward = SlotForward(self.model, Layout(places, kinds, True, ()))
 
         def step() -> None:
             mask = self.mask_format.formed(masks, self.model.dtype)

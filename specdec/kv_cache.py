@@ -161,14 +161,11 @@ class TreeCache(Cache):
         """The layers that hold keys and values."""
         return [layer for layer in self.layers if isinstance(layer, TreeLayer)]
 
-    def pools(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values, `[layers, batch, heads, slots, head_dim]` each, of layers that share an allocation."""
-        return [(pool.keys, pool.values) for pool in self._pools]
-
-    def places(self) -> tuple[tuple[int, int] | None, ...]:
-        """Per layer the number of its pool and its place there; None for a layer that holds nothing."""
+    def pools(self) -> tuple[list[Tensor], tuple[tuple[int, int] | None, ...]]:
+        """Keys and values of each pool in turn, and per layer the number of its pool and its place there, or None."""
         at = {id(layer): (n, i) for n, pool in enumerate(self._pools) for i, layer in enumerate(pool.members)}
-        return tuple(at.get(id(layer)) for layer in self.layers)
+        tensors = [part for pool in self._pools for part in (pool.keys, pool.values)]
+        return tensors, tuple(at.get(id(layer)) for layer in self.layers)
 
     def allocate(self, layer: TreeLayer, key: Tensor, value: Tensor) -> None:
         """Gives `layer` its place in a pool of its shape, creating the pool if there is none."""

@@ -294,8 +294,7 @@ class TreeTarget(TargetModel):
             return
         for nodes in (1, 2)[: self.max_nodes]:
             trial = tokens.expand(-1, nodes)
-            # As every target runs its passes: what is captured finds them compared. The second node is padding, whose
-            # position exists wherever the root's does.
+            # In changing shapes whatever the target: what is captured must be compared before. Padding is never too deep.
             TreeTarget.forward(self, TokenTree(trial, torch.full_like(trial, -1)))
             self.cache.commit([[]] * len(tokens))
 
@@ -313,11 +312,10 @@ class TreeTarget(TargetModel):
         self.experts.use_for(tokens.shape[1])
         inputs: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
         inputs |= {"position_ids": positions} if positions is not None else {}
+        inputs |= {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True, "return_dict": True}
 
         def as_it_is() -> tuple[Tensor, Tensor | None]:
-            logits: Tensor = self.model(
-                input_ids=tokens, past_key_values=self.cache, use_cache=True, return_dict=True, **inputs, **self.extra
-            ).logits
+            logits: Tensor = self.model(**inputs, **self.extra).logits
             return logits, None if self.hidden_states is None else self.hidden_states.last_pass
 
         if self.compiled is None:

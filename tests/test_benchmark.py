@@ -24,6 +24,7 @@ from specdec.drafters import DraftContext, Drafter, LookaheadDrafter
 from specdec.measuring import EncodedPrompt, Measurement, Method, Sample
 from specdec.samples import Settings, spread
 from specdec.tree import TokenTree
+from tests.compiled.builders import built_by, uncompiled
 from tests.tiny_models import EOS, tiny_model, tiny_tokenizer
 
 TEXTS = [f"def add(a, b):\n    return a{i}" for i in range(3)]
@@ -207,6 +208,17 @@ def test_sizes_of_the_tree_and_a_compiled_generate(monkeypatch: pytest.MonkeyPat
     assert lines["specdec lookahead"] == lines["HF prompt lookup"] == [4, 16]
     with pytest.raises(ValueError, match=r"max_nodes=\(3,\) is not allowed; give distinct values out of 1, 2"):
         replace(GREEDY, max_nodes=(3,))
+
+
+def test_our_methods_compiled() -> None:
+    with built_by(uncompiled) as built:
+        measurement = measured(["lookahead"], replace(GREEDY, methods_compiled=True)).parts["greedy"].measurement
+    rows = {row.method: row for row in measurement.rows()}
+    assert list(rows)[-4:] == [
+        "specdec off", "specdec lookahead", "specdec off, compiled", "specdec lookahead, compiled"
+    ]  # fmt: skip
+    assert all(row.num_identical == row.num_runs for row in list(rows.values())[-4:])
+    assert len(built) == 1
 
 
 def test_compiled_generate_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from specdec.api import DrafterLike, SpeculativeModel, accelerate, resolve_draft
 from specdec.benchmark.compiled import COMPILED, CompiledGenerate
 from specdec.benchmark.settings import Part
 from specdec.budget import Budget
-from specdec.commands.contenders import HF_GENERATE, OFF, hf_methods
+from specdec.commands.contenders import HF_GENERATE, hf_methods
 from specdec.drafters import DRAFTERS
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter

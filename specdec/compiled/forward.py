@@ -115,10 +115,13 @@ class SlotForward(nn.Module):
         kinds = layout.mask_kinds
         given["attention_mask"] = masks[0] if kinds is None else dict(zip(kinds, masks, strict=True))
         width = masks[0].shape[-1]
-        layers: list[Any] = [
-            DummyLayer() if at is None else _SlotLayer(*pools[2 * at[0] : 2 * at[0] + 2], at[1], rows, slots, width)
-            for at in layout.places
-        ]
+        layers: list[Any] = []
+        for at in layout.places:
+            if at is None:
+                layers.append(DummyLayer())
+            else:
+                keys, values = pools[2 * at[0] : 2 * at[0] + 2]
+                layers.append(_SlotLayer(keys, values, at[1], rows, slots, width))
         with _output_embedding_inputs(self.model) as hidden:
             cache = Cache(layers=layers)
             logits = self.model(
@@ -171,7 +174,7 @@ def grouped_sdpa(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' SDPA attention, but for keys that query heads share.
+    """SDPA as transformers has it, but for keys that query heads share.
 
     Args:
         module: The model's attention module.

@@ -98,10 +98,10 @@ class CompiledPasses:
         if mask is None:
             mask = torch.ones((batch, 1, nodes, width), dtype=torch.bool, device=tokens.device)
         masks, kinds = ([mask], None) if isinstance(mask, Tensor) else ([*mask.values()], tuple(mask))
-        pools = [part for pool in cache.pools() for part in pool]
+        pools, places = cache.pools()
         if self.failure is not None or not all(part.is_contiguous() for part in pools):
             return eager()
-        layout = Layout(cache.places(), kinds, positions is not None, tuple(sorted(extra.items())))
+        layout = Layout(places, kinds, positions is not None, tuple(sorted(extra.items())))
         small = [tokens, rows, slots, *([] if positions is None else [positions]), *masks]
         shapes = tuple((part.ndim, part.dtype) for part in small), tuple((p.shape[2::2], p.dtype) for p in pools)
         key = layout.places, kinds, repr(layout.extra), shapes, tokens.device

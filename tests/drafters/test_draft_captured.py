@@ -15,6 +15,7 @@ import specdec
 from specdec.capability import probe
 from specdec.capture import store as stores
 from specdec.capture.store import StaticStore
+from specdec.compiled.forward import SlotForward
 from specdec.drafters import DraftModelDrafter, draft_captured
 from specdec.drafters.draft_captured import MOST_NODES, CapturedPass, captured_pass
 from specdec.drafters.draft_model import Mode
@@ -119,8 +120,8 @@ def test_nothing_is_told_where_nobody_asks() -> None:
 
 
 def test_static_passes_that_are_wrong_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = draft_captured.run
-    monkeypatch.setattr(draft_captured, "run", lambda *args: 2 * run(*args))
+    right = SlotForward.forward
+    monkeypatch.setattr(SlotForward, "forward", lambda *args: tuple(2 * part for part in right(*args)))
     draft_model = new_model("llama", seed=1)
     with captured_by(Replays()) as found:
         drafter = DraftModelDrafter(draft_model, growth="static", max_nodes=8)
