@@ -294,7 +294,7 @@ class TreeTarget(TargetModel):
             return
         for nodes in (1, 2)[: self.max_nodes]:
             trial = tokens.expand(-1, nodes)
-            # In changing shapes whatever the target: what is captured must be compared before. Padding is never too deep.
+            # In changing shapes, as what is captured must be compared before. Padding is never too deep.
             TreeTarget.forward(self, TokenTree(trial, torch.full_like(trial, -1)))
             self.cache.commit([[]] * len(tokens))
 
