@@ -175,7 +175,7 @@ def table(results: dict[str, dict[str, dict[str, float]]], part: str) -> Table:
 def main(
     parts: Annotated[list[str], typer.Argument(help="greedy-N or sampled-N with N rows, or nodes-N.")],
     count: Annotated[int, typer.Option(min=1, help="Prompts, or batches of them, of each kind.")] = 3,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 128,
     only: Annotated[str, typer.Option(help="auto: no single sources and pairs.")] = "",
     output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "sources.json",
 ) -> None:

@@ -15,7 +15,7 @@ DEAR_SHARE = 0.05
 FIRST_WORTH = 0.1
 """Tokens that a source is thought to bring above its cost before it was tried."""
 LEARNING_RATE = 0.1
-FIRST_STANDING, STANDING_RATE = 0.02, 0.3
+FIRST_STANDING, STANDING_RATE = 0.01, 0.4
 """Share of its tokens that a call is thought to owe to a source, above cost, before one was seen; learning rate."""
 STANDING_SHARE = 0.005
 """Share of the time of a call that it takes to keep a source ready which wants to know more than tokens."""

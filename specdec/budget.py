@@ -25,7 +25,7 @@ IDLE_DECAY = 0.995
 PRIOR_WEIGHT = 4.0
 """How many observations the drafter's own score is worth against what was counted."""
 PATIENCE = 4
-"""Drafts in a row that may promise less than they cost before drafting rests."""
+"""Drafts that may promise less than they cost, since one has brought more, before drafting rests."""
 LEAST_PROMISE = 1.05
 """Speed-up that a draft must promise to count as one that pays: less is within the error of what is known."""
 FIRST_CREDIT, MOST_CREDIT = 1.0, 2.0
@@ -63,7 +63,7 @@ class Standing:
 
     Args:
         credit: What drafts have brought above their cost of late, in passes without a draft; what they owe if negative.
-        losses: Drafts in a row that promised less than they cost.
+        losses: Drafts that promised less than they cost, since one has brought more.
         rest: Steps for which drafting still rests.
     """
 
@@ -77,8 +77,17 @@ class Standing:
         return 1.0 + DEBT_MARGIN * max(-self.credit, 0.0)
 
     def book(self, passes: float) -> None:
-        """Adds to the credit, in passes without a draft."""
+        """Adds to the credit what a draft has brought above its cost, in passes without a draft."""
         self.credit = min(max(self.credit + passes, -MOST_DEBT), MOST_CREDIT)
+        if passes > 0.0:
+            self.losses = 0
+
+    def lose(self, passes: float) -> None:
+        """Notes a draft that promises less than it costs: rests double up to where such drafts take `TRIAL_SHARE`."""
+        self.losses += 1
+        if self.losses >= PATIENCE:
+            doubled = 2 ** min(self.losses - PATIENCE, 10)
+            self.rest = min(int(passes / TRIAL_SHARE), doubled, LONGEST_REST)
 
 
 @dataclass
@@ -214,7 +223,8 @@ class Budget:
         _compile_kernels()
         learned = self.learned = _LEARNED.setdefault(model, {}).setdefault((self.owner, kind), Learned())
         for standing in learned.standings.values():  # another prompt is worth a draft
-            standing.rest, standing.credit = 0, max(standing.credit, -DEBT_AT_START)
+            standing.rest, standing.losses = 0, min(standing.losses, PATIENCE + 2)
+            standing.credit = max(standing.credit, -DEBT_AT_START)
 
     @property
     def tried(self) -> Floats:
@@ -302,9 +312,8 @@ class Budget:
         best, tokens, taken, plain = best_size(
             tree.host_parents, scores, *counts, *times.known(), float(spent), float(trust), standing.margin
         )
-        standing.losses = 0 if tokens * plain > LEAST_PROMISE * rows * (taken + spent) else standing.losses + 1
-        if standing.losses >= PATIENCE:
-            standing.rest = min(int((spent + taken - plain) / (TRIAL_SHARE * plain)), LONGEST_REST)
+        if tokens * plain <= LEAST_PROMISE * rows * (taken + spent):
+            standing.lose((spent + taken - plain) / plain)
         if best == 1:
             learned.forget(IDLE_DECAY)
         cost = (spent + taken - plain) / plain

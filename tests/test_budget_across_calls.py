@@ -194,6 +194,21 @@ def test_what_was_promised_and_not_kept_makes_for_higher_demands() -> None:
     assert budget.learned.standing(1).margin == 1.0, "of another model nothing is known"
 
 
+def test_rests_are_short_at_first_and_double() -> None:
+    """Text in which drafts paid a moment ago is not slept through, and a draft that pays ends all rests."""
+    budget, poor, good = with_times(CPU), chain(0.02, nodes=8), chain(0.95, nodes=8)
+    rests = []
+    for _ in range(10):
+        budget.choose(poor, spent=8.0)
+        rests.append(0)
+        while budget.nodes_to_draft() == 1:
+            rests[-1] += 1
+    assert rests == [0, 0, 0, 1, 2, 4, 8, 16, 32, 38], "at last so long that they take `TRIAL_SHARE`"
+    budget.observe(budget.choose(good), [list(range(1, 8))])
+    budget.choose(poor, spent=8.0)
+    assert budget.nodes_to_draft() > 1
+
+
 def test_rows_that_end_take_along_how_drafting_stands() -> None:
     budget = Budget(8)
     budget.learned.standing(8).book(-2.5)
