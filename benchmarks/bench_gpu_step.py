@@ -18,7 +18,7 @@ shape. So drafts of any acceptance can be scripted. Parts:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -223,8 +223,8 @@ def hf_compiled(model: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: model.generate(*args, cache_implementation="static", **kwargs)
 
 
-def off(model: Any, preset: Preset, limits: DeviceLimits, mode: Any) -> list[dict[str, Any]]:
-    costs, rows = step_costs(model), []
+def off(model: Any, preset: Preset, limits: DeviceLimits, mode: Any) -> Iterator[dict[str, Any]]:
+    costs = step_costs(model)
     for context in preset.contexts:
         ids = prompt(1, context, model.config.vocab_size, model.device)
         fast = specdec_generate(model, None, False, mode)
@@ -234,12 +234,16 @@ def off(model: Any, preset: Preset, limits: DeviceLimits, mode: Any) -> list[dic
         for of in figures.values():
             if "seconds_per_token" in of:
                 of["of_copy_bandwidth"] = bytes_read / limits.bandwidth / of["seconds_per_token"]
-        rows.append({"context": context, "methods": figures, "cuda_graphs": fast.report.cuda_graphs})
-    return rows
+        told = {"cuda_graphs": fast.report.cuda_graphs, "attention": fast.report.attention}
+        yield {"context": context, "methods": figures} | told
 
 
-def accept(model: Any, preset: Preset, mode: Any) -> list[dict[str, Any]]:
-    rows = []
+def step(model: Any, preset: Preset, mode: Any) -> dict[str, Any]:
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= preset.nodes]
+    return measure_roofline(model, sizes, preset.contexts, 1, mode).to_dict()
+
+
+def accept(model: Any, preset: Preset, mode: Any) -> Iterator[dict[str, Any]]:
     for context in preset.contexts:
         ids = prompt(1, context, model.config.vocab_size, model.device)
         methods: dict[str, Any] = {"HF generate": hf_generate(model), "HF compiled": hf_compiled(model)}
@@ -251,12 +255,10 @@ def accept(model: Any, preset: Preset, mode: Any) -> list[dict[str, Any]]:
         figures = in_turn(methods, ids, preset)
         reached = {name: run.report.tokens_per_pass for name, run in runs.items()}
         phases = {name: run.report.seconds for name, run in runs.items()}
-        rows.append({"context": context, "methods": figures, "tokens_per_pass": reached, "phases": phases})
-    return rows
+        yield {"context": context, "methods": figures, "tokens_per_pass": reached, "phases": phases}
 
 
-def batches(model: Any, preset: Preset, mode: Any) -> list[dict[str, Any]]:
-    rows = []
+def batches(model: Any, preset: Preset, mode: Any) -> Iterator[dict[str, Any]]:
     for batch in preset.batches:
         ids = prompt(batch, preset.contexts[0], model.config.vocab_size, model.device)
         vocab = model.config.vocab_size
@@ -270,9 +272,8 @@ def batches(model: Any, preset: Preset, mode: Any) -> list[dict[str, Any]]:
         }
         figures = in_turn(methods, ids, preset)
         sizes = dict(sorted(chosen.speculation.budget.sizes.items()))
-        rows.append({"batch": batch, "methods": figures, "sizes_chosen": sizes})
+        yield {"batch": batch, "methods": figures, "sizes_chosen": sizes}
         release(model)
-    return rows
 
 
 def table(part: str, rows: Sequence[dict[str, Any]]) -> Table:
@@ -310,19 +311,20 @@ def main(
     model = counting_model(chosen, torch.device(device))
     limits = device_limits(model.device, chosen.dtype)
     results: dict[str, Any] = circumstances() | {"model": model_info(preset, model), "limits": limits.to_dict()}
+    file = output / f"gpu_step_{name or preset}.json"
     for wanted in part or PARTS:
         if wanted == "step":
-            sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= chosen.nodes]
-            found = measure_roofline(model, sizes, chosen.contexts, 1, mode)
-            results[wanted] = found.to_dict()
+            results[wanted] = step(model, chosen, mode)
         else:
             run = {"off": lambda: off(model, chosen, limits, mode), "accept": lambda: accept(model, chosen, mode)}
-            rows = run.get(wanted, lambda: batches(model, chosen, mode))()
-            results[wanted] = rows
+            rows = results[wanted] = []
+            for row in run.get(wanted, lambda: batches(model, chosen, mode))():
+                rows.append(row)
+                write_json(file, results)  # a time limit may come before the next one
             console.print(table(wanted, rows))
         release(model)
-        write_json(output / f"gpu_step_{name or preset}.json", results)
-    console.print(f"written to {output / f'gpu_step_{name or preset}.json'}", soft_wrap=True)
+        write_json(file, results)
+    console.print(f"written to {file}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -253,6 +253,11 @@ class Budget:
             return 1
         return self.max_nodes
 
+    @property
+    def rests_next(self) -> bool:
+        """Whether drafting rests in the next step, whatever comes of this one."""
+        return self.learned.standing(self._rows).rest > 0
+
     def set_size(self, rows: int, tokens: int) -> None:
         """Tells how many rows there are, and how many tokens the kv cache of the longest one holds."""
         self._rows = rows

@@ -99,6 +99,11 @@ class GuardedDrafter:
         return tree.up_to_depth(context.max_depth)
 
     @property
+    def sits_out(self) -> bool:
+        """Whether the next step has no draft, whatever comes of this one."""
+        return self.drafter is None or (self._is_resting and self.budget is not None and self.budget.rests_next)
+
+    @property
     def num_top_tokens(self) -> int:
         """How many of the target's likeliest tokens the drafter wants to know per node."""
         return self._num_top_tokens if self.drafter is not None else 0

@@ -153,7 +153,7 @@ def test_line_of_bash_means_something(
         words = words[1:]
     checks = {
         "specdec": specdec_line, "make": make_line, "pip": pip_line, "python": python_line,
-        "torchrun": launched_line, "accelerate": launched_line,
+        "bash": script_line, "torchrun": launched_line, "accelerate": launched_line,
         **dict.fromkeys(("cd", "git", "pytest", "source", "vllm"), known_line),
     }  # fmt: skip
     assert words[0] in checks, f"{block.page}: what is {words[0]}? Teach this test, or make it a block of text"
@@ -211,6 +211,13 @@ def launched_line(words: list[str]) -> None:
         specdec_line(words[started + 2 :])
     elif words[started].startswith("examples/"):
         python_line(words[started:])
+
+
+def script_line(words: list[str]) -> None:
+    script = ROOT / words[0]
+    assert script.is_file(), f"{words[0]} does not exist"
+    named = script.read_text(encoding="utf-8")
+    assert all(word in named for word in words[2:]), f"{words[0]} knows nothing of some of {words[2:]}"
 
 
 def known_line(words: list[str]) -> None:

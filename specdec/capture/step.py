@@ -143,8 +143,9 @@ class _Started:
 class CapturedStep(Step):
     """Runs whole steps as graphs, as far as the call allows; otherwise the target pass alone is one.
 
-    Without a drafter a step needs nothing from the host that is not known beforehand, but for where rows end. So the
-    next one is started before the tokens of the last one are waited for; if a row has ended, it was for nothing.
+    Without a drafter, and while drafting rests, a step needs nothing from the host that is not known beforehand, but
+    for where rows end. So the next one is started before the tokens of the last one are waited for; if a row has ended,
+    it was for nothing.
     """
 
     target: StaticTarget
@@ -175,7 +176,8 @@ class CapturedStep(Step):
 
     def _may_run_ahead(self, tree: TokenTree, rows: Sequence[int]) -> bool:
         sequences, cache = self.sampler.sequences, self.target.cache
-        is_plain = self.drafter.drafter is None and tree.num_nodes == 1
+        # A buffer of hidden states holds those of one step.
+        is_plain = tree.num_nodes == 1 and self.drafter.sits_out and self.target.hidden_states is None
         return is_plain and min(map(sequences.room, rows)) > 1 and cache.width + 2 <= cache.capacity
 
     def _start(self, tree: TokenTree, rows: Sequence[int], after: _Started | None = None) -> _Started | None:

@@ -14,6 +14,7 @@ from specdec.capture import target as static_targets
 from specdec.capture import transfers
 from specdec.capture.step import CapturedStep
 from specdec.capture.target import StaticTarget, width_of
+from specdec.drafters import RecyclingDrafter
 from tests.capture.recorders import Replays, recorded_by
 from tests.conformance import DRAFTERS, assert_identical, reference
 from tests.test_identity import PROCESSORS, SAMPLE_ONLY, call, plain_decoding
@@ -230,3 +231,42 @@ def test_step_times_are_those_of_whole_static_steps() -> None:
     assert report.seconds["calibrate"] > 0
     assert {key[1] for key in keys} >= {1, 2, 4, 8}
     assert all(key[-1] is not None for key in keys), "a trial pass is followed by what real ones are followed by"
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize(
+    ("drafter", "is_ahead"),
+    [(lambda _: RecyclingDrafter(), True), (DRAFTERS["random-tree"], True), (DRAFTERS["medusa-taught"], False)],
+    ids=["recycling", "random-tree", "medusa-taught"],
+)
+def test_while_drafting_rests_the_next_step_is_started_ahead(
+    drafter: Any, is_ahead: bool, do_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, started = [0], []
+
+    def nodes_to_draft(self: Budget) -> int:
+        step[0] += 1
+        return self.max_nodes if step[0] % 5 == 0 else 1
+
+    monkeypatch.setattr(Budget, "nodes_to_draft", nodes_to_draft)
+    monkeypatch.setattr(Budget, "rests_next", property(lambda self: (step[0] + 1) % 5 != 0))
+    start = CapturedStep._start
+
+    def noted(self: CapturedStep, tree: Any, rows: Any, after: Any = None) -> Any:
+        started.append(after is not None)
+        return start(self, tree, rows, after)
+
+    monkeypatch.setattr(CapturedStep, "_start", noted)
+    model, recorder = new_model("llama"), Replays()
+    with recorded_by(recorder) as found:
+        for inputs in (prompts(12), prompts(3, 12, 7)):
+            kwargs = {
+                "max_new_tokens": 40,
+                "do_sample": do_sample,
+                "budget": Budget(8, fixed=True),
+                "eos_token_id": None,
+            }
+            report = assert_identical(model, drafter, inputs, cuda_graphs="eager", **kwargs)
+            assert report.num_draft_tokens > 0
+    assert found[model].graphs.failure is None
+    assert any(started) == is_ahead
