@@ -9,7 +9,7 @@
 #
 #   part     limit  what
 #   smoke     120   a tiny model through all of bench_gpu_step.py: what is broken at all
-#   kernels   150   the attention backends and the commit kernel against their definitions
+#   kernels   150   the attention backends (but for Flex) and the commit kernel against their definitions
 #   off       300   drafting off against HF generate, as it is and compiled, and the copy bandwidth
 #   step      240   steps of 1 to 64 nodes, the time outside the target pass, and where it goes
 #   tests     300   the other tests marked gpu: identity in float32, captured and not; near-ties in bfloat16
@@ -33,7 +33,7 @@ python=${PYTHON:-}
 preset=${PRESET:-llama-8b}
 device=${DEVICE:-cuda}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-KERNELS="attention or paths_move"
+KERNELS="(attention or paths_move) and not flex" # FlexAttention takes its time to compile
 TESTS=(-m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py)
 "$python" -c "import xdist" 2>/dev/null && TESTS+=(-n "${WORKERS:-8}")
 

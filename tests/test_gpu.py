@@ -10,11 +10,13 @@ import torch
 
 import specdec
 from specdec.attention.base import TreeAttention
-from specdec.attention.choice import BACKENDS, AttentionChoice
+from specdec.attention.choice import BACKENDS, AttentionChoice, seconds_of
 from specdec.budget import Budget
 from specdec.cache_commit import move_slots
 from specdec.capture.graphs import MAX_GRAPHS
 from specdec.capture.store import store_of
+from specdec.drafters import DraftModelDrafter
+from specdec.drafters.draft_model import Mode
 from specdec.target import TreeTarget
 from specdec.tree import NODE_BUCKETS
 from tests.attention.reference import SHAPES, Shape, call_of
@@ -63,6 +65,35 @@ def test_tokens_and_generator_state_are_those_of_generate(
         )
         assert ("captured so far" in str(report.cuda_graphs)) == cuda_graphs
         assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("growth", ["chain", "static", "dynamic", "auto"])
+def test_passes_of_a_draft_model_are_replayed(growth: Mode) -> None:
+    model, draft_model = new_model("llama").cuda(), new_model("llama", seed=1).cuda()
+    accepted = []
+    for captured in (False, True):
+        for lengths in ((12,), (12, 3, 9)):
+            drafter = DraftModelDrafter(draft_model, growth=growth, max_nodes=16, cuda_graphs=captured)
+            report = assert_identical(
+                model, lambda _, of=drafter: of, on_gpu(*lengths), max_new_tokens=32, do_sample=True, eos_token_id=None
+            )
+            accepted.append(report.num_accepted_tokens)
+    assert "captured so far" in report.drafter_figures["draft_cuda_graphs"]
+    if growth != "auto":  # which asks the clock
+        assert accepted[:2] == accepted[2:]
+
+
+def test_attention_that_cannot_be_captured_is_timed_all_the_same() -> None:
+    """The host reads a value: capturing fails, and the stream and the generator are as before."""
+    value, stream = torch.ones(4, device="cuda"), torch.cuda.current_stream()
+    state = torch.cuda.get_rng_state()
+    seconds, reason = seconds_of(lambda: float(value.sum()), value.device)
+    assert seconds > 0
+    assert reason is not None
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    torch.rand(3, device="cuda")
+    assert seconds_of(lambda: value.mul_(1.0), value.device)[1] is None, "the next one can be"
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["captured", "uncaptured"])
@@ -210,6 +241,7 @@ def test_the_fastest_attention_is_measured() -> None:
         (seconds,) = attention.seconds.values()
         assert set(seconds) == set(attention.backends)
         assert not attention.dropped
+        assert not attention.uncaptured
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3-mixed-windows", "gemma2-softcap"])
