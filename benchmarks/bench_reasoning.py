@@ -48,6 +48,7 @@ from solving import MAX_NEW_TOKENS, prompt_text
 from task import BREAK, JUDGE_PROMPT
 
 RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
 MODELS = Path(__file__).parents[1] / "examples" / "reasoning" / "models"
 THRESHOLDS = (3, 5, 7, 8.5)
 """Of the digit's expectation, which comes near 9 and does not reach it; the likeliest digit does."""
@@ -222,7 +223,7 @@ def _trimmed(sample: Sample) -> Sample:
 @app.command()
 @with_short_errors
 def main(
-    name: Annotated[str, typer.Option(help="Of the files in benchmarks/results.")] = "reasoning",
+    name: Annotated[str, typer.Option(help="Of the results and their picture.")] = "reasoning",
     models: Annotated[Path, typer.Option(help="Folder of target/ and draft/.")] = MODELS,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
     first: Annotated[int, typer.Option(help="Number of the first; those below 600 have been looked at before.")] = 600,
@@ -233,7 +234,7 @@ def main(
     judging_problems: Annotated[int, typer.Option(min=1, help="Problems on which judging is timed.")] = 20,
     threads: options.Threads = None,
 ) -> None:
-    """Measure and write benchmarks/results/NAME.json and NAME.png."""
+    """Measure and write benchmarks/results/NAME.json and docs/images/NAME.png."""
     console, until = Console(), time.monotonic() + 60 * minutes
     prepare_torch(threads)
     target, tokenizer = load_model(str(models / "target"), "float32", "cpu")
@@ -275,8 +276,8 @@ def main(
     console.print(judging, highlight=False)
     results = {**window.record.circumstances, **about, "parts": parts, "judging": judging}
     write_json(RESULTS / f"{name}.json", results)
-    plot(parts, RESULTS / f"{name}.png", titles)
-    console.print(f"written to {RESULTS / name}.json and {name}.png", highlight=False, soft_wrap=True)
+    plot(parts, PICTURES / f"{name}.png", titles)
+    console.print(f"written to {RESULTS / name}.json and {PICTURES / name}.png", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from specdec.audit import Author, StepRecord
@@ -97,6 +97,27 @@ class RowSteps:
         if self._tokens:
             self.record.author = "draft"
             self.close(now)
+
+    def within_step(self, tokens: Sequence[int], parents: Sequence[int]) -> list[int]:
+        """Parents of a tree for the step at hand, without the tokens that end it and what is behind them.
+
+        The target's own token behind the others then ends the step, and the next step is drafted as a whole: the text is
+        the same as without such a tree.
+
+        Args:
+            tokens: Of the nodes, the root's first.
+            parents: Of the nodes; -1 for the root and for padding.
+        """
+        kept, so_far = list(parents), {0: self.so_far}
+        for node in range(1, len(tokens)) if not self.has_ended else ():
+            if parents[node] not in so_far:
+                kept[node] = -1
+                continue
+            so_far[node], bound = so_far[parents[node]].add(self.text(tokens[node]))
+            if bound:
+                kept[node] = -1
+                del so_far[node]
+        return kept
 
     def judge(self, verdict: Verdict) -> None:
         """Notes what was said of a draft of the step at hand."""

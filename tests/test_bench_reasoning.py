@@ -26,7 +26,8 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     for name in NAMES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.import_module("bench_reasoning")
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    for name in ("RESULTS", "PICTURES"):
+        monkeypatch.setattr(module, name, tmp_path)
     yield module
     for name in NAMES:
         sys.modules.pop(name, None)

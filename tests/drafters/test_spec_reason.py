@@ -68,6 +68,30 @@ def test_without_a_step_kept_the_text_is_the_targets(inner: str, do_sample: bool
 
 @pytest.mark.parametrize("inner", INNERS)
 @pytest.mark.parametrize("do_sample", [False, True])
+def test_a_drafter_of_tokens_changes_no_word(inner: str, do_sample: bool) -> None:
+    """It ends where the step ends, so that the next one is drafted as without it."""
+    # Rows of a batch draw their steps from one generator, in the order in which they come to them.
+    inputs = prompts(7) if do_sample else prompts(3, 11, 5)
+    settings: dict[str, Any] = {"judge_prompt": "Score: ", "step_end": "e", "max_step_tokens": 9}
+    options: dict[str, Any] = {"judge": asking(by_length), "do_sample": do_sample, "max_new_tokens": 60}
+    plain = run(inputs, settings=settings, **options)
+    answers = plain.ids[:, inputs["input_ids"].shape[1] :].tolist()
+    drafter = OracleDrafter(answers) if inner == "oracle" else INNERS[inner]()
+    drafted = run(inputs, settings=settings | {"drafter": drafter}, **options)
+    assert drafted.ids.tolist() == plain.ids.tolist()
+    for row in range(len(answers)):
+        mine, theirs = (
+            [(record.author, record.text, record.score) for record in of.report.audit.of_row(row)]
+            for of in (drafted, plain)
+        )
+        assert mine == theirs
+    assert {record.author for record in plain.records} == {"draft", "target"}
+    if inner == "oracle":
+        assert drafted.report.num_target_passes < 0.8 * plain.report.num_target_passes
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("do_sample", [False, True])
 def test_exact_steps_are_token_identical(inner: str, do_sample: bool) -> None:
     for settings in ({}, {"min_confidence": 0.0}, {"first_steps": 1}):
         drafter = spec_reason(drafter=INNERS[inner](), **settings)

@@ -210,7 +210,29 @@ def test_the_target_solves_more_than_the_draft(scripts, pair):
     assert shares["draft"] < shares["target"]
 
 
-def test_the_judge_tells_right_steps_from_wrong_ones(scripts, pair):
+def test_the_target_judges_with_a_digit(scripts, pair):
+    """Steps in full and in short of held-out problems, each once right and once with another result."""
+    model, tokenizer = pair["target"]
+    task, writer = scripts["task"], scripts["chains"].Writer(tokenizer)
+    chains = []
+    for number in range(24):
+        problem = scripts["chains"].held_out_problem(number)
+        values, operation = problem.values, problem.operations[0]
+        for result in (values[1], values[1] + 1):
+            step = str(task.write_step(0, operation, values[0], result, random.Random(number), short=number % 2 == 1))
+            operations = [(operation.kind, operation.number) for operation in problem.operations]
+            chains.append({"start": problem.start, "operations": operations, "steps": [step]})
+    steps = list(scripts["scoring"].judged_steps(model, writer, chains))
+    judges = scripts["scoring"].judges_of(tokenizer)
+    figures = scripts["scoring"].figures_of(steps, judges)
+    assert min(float(step.digit_probs.sum()) for _, step in steps) > 0.9
+    for name in ("expectation", "argmax"):
+        assert figures[name]["auc"] > 0.9
+        assert figures[name]["right kept at 7"] > 0.9
+        assert figures[name]["wrong kept at 7"] < 0.2
+
+
+def test_certainty_tells_right_steps_from_wrong_ones(scripts, pair):
     """In full and in short, behind nothing or behind the target's own first words."""
     model, tokenizer = pair["target"]
     task, writer = scripts["task"], scripts["chains"].Writer(tokenizer)
