@@ -75,7 +75,7 @@ def reasoning_table(results: dict[str, Any], parts: list[str]) -> str:
     lines = []
     for rows in (results["parts"][part] for part in parts or results["parts"]):
         lines += [
-            "| method | solved | s a problem | speed-up | steps kept | tokens | same answer text |",
+            "| method | solved | s a problem | speed-up | steps kept | tokens | same text |",
             "|---" * 7 + "|",
         ]
         for row in rows:

@@ -175,5 +175,5 @@ def plot(parts: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, titles: M
         axes.set(title=titles[part], xlabel="seconds a problem, mean", ylabel="problems solved, %")
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="lower right")
+        axes.legend(fontsize=7, loc="center right")
     figure.savefig(path, dpi=110)
