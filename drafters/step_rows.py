@@ -101,8 +101,8 @@ class RowSteps:
     def within_step(self, tokens: Sequence[int], parents: Sequence[int]) -> list[int]:
         """Parents of a tree for the step at hand, without the tokens that end it and what is behind them.
 
-        The target's own token behind the others then ends the step, and the next step is drafted as a whole: the text is
-        the same as without such a tree.
+        The target's own token behind the others then ends the step, and the next step is drafted as a whole: the text
+        is the same as without such a tree.
 
         Args:
             tokens: Of the nodes, the root's first.

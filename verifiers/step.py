@@ -33,8 +33,8 @@ class StepVerifier(Verifier):
     exactly as it would behind these words.
 
     Args:
-        threshold: Score from which on a step is kept; 7 of 9 in the paper. Where accuracy matters most, 9 with `"argmax"`; an
-            expectation is 9 only where nothing else is likely at all.
+        threshold: Score from which on a step is kept; 7 of 9 in the paper. Where accuracy matters most, 9 with
+            `"argmax"`; an expectation is 9 only where nothing else is likely at all.
         judge: `"expectation"` or `"argmax"` of the digit that answers the question, `"log-prob"`, the mean
             log-probability of the step's tokens, or a function of a `JudgedStep`.
         min_digit_mass: Probability of all digits together below which a judge by digits rejects: the target has not
