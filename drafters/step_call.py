@@ -275,9 +275,10 @@ class StepCall:
             tokens[free, :used], parents[free, :used] = host_array(inner.tokens)[free], host_array(inner.parents)[free]
             if inner.scores is not None:
                 scores[free, :used] = host_array(inner.scores)[free]
-            for i in free if context.is_judged else ():
+            for i in free:
                 steps = self.rows[context.rows[i]]
-                parents[i, :used] = steps.within_step(tokens[i, :used].tolist(), parents[i, :used].tolist())
+                if context.is_judged:
+                    parents[i, :used] = steps.within_step(tokens[i, :used].tolist(), parents[i, :used].tolist())
         parts = torch.from_numpy(tokens), torch.from_numpy(parents)
         if any(proposal.is_judged for proposal in proposals):
             return TokenTree(*parts, steps=self._drafted_steps(context, proposals))

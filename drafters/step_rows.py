@@ -109,7 +109,9 @@ class RowSteps:
             parents: Of the nodes; -1 for the root and for padding.
         """
         kept, so_far = list(parents), {0: self.so_far}
-        for node in range(1, len(tokens)) if not self.has_ended else ():
+        if self.has_ended:
+            return kept
+        for node in range(1, len(tokens)):
             if parents[node] not in so_far:
                 kept[node] = -1
                 continue
