@@ -78,7 +78,7 @@ class DraftModelDrafter(Drafter):
         top_k: Children of a node that are looked at, unless the growth is a chain's.
         beam: Nodes fed per level of a dynamic tree.
         acceptances: Of a static tree: P(accepted | parent accepted) by rank, falling.
-        min_confidence: Of chains and dynamic trees: nothing follows a token that is accepted less often than this.
+        min_confidence: Of chains and dynamic trees: nothing follows a token whose whole path is accepted less often.
         coupled: Use the target's noise under sampling. Without, the likeliest tokens are proposed.
         prior_weight: How many counted lists the draft model's own probabilities are worth.
         memory: Lists after which a count is worth 1/e.
@@ -290,11 +290,11 @@ class DraftModelDrafter(Drafter):
         num_children = min(self.top_k, DRAWN_CHILDREN, size - 1) if is_drawn else self.top_k
         is_chain = isinstance(call.passes, ChainPasses)
         if self.growth == "chain":
-            return Growth(1, max_depths, rates, lambda _: 1, least_score=self.min_confidence, most=most)
+            return Growth(1, max_depths, rates, lambda _: 1, least_fed_order=self.min_confidence, most=most)
         if self.growth == "dynamic":
             beam = 1 if is_chain else self.beam
             least = self.min_confidence
-            return Growth(num_children, max_depths, rates, lambda _: beam, least_score=least, most=most)
+            return Growth(num_children, max_depths, rates, lambda _: beam, least_fed_order=least, most=most)
         if self.growth == "paced":
             growth = Growth(num_children, max_depths, rates, lambda _: 1, most=most)
             return paced_growth(growth, self._pacing, size, is_chain)
