@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.api import SpeculativeModel, accelerate
+from specdec.benchmark.compiled import COMPILED, CompiledGenerate
 from specdec.benchmark.progress import measure_with_progress as measure
 from specdec.commands import options
 from specdec.commands.contenders import HF_ASSISTED, HF_GENERATE, OFF, assisted_kwargs, encode_prompts, specdec_method
@@ -64,11 +65,12 @@ class Pair:
     compiled: Sequence[str] = ()
     runs: dict[str, list[SpeculativeModel]] = field(default_factory=lambda: defaultdict(list))
 
-    def ours(self, name: str, verifier: str = "exact", **settings: Any) -> Method:
+    def ours(self, name: str, verifier: str = "exact", target_compiled: bool = False, **settings: Any) -> Method:
         """A draft model with these settings, made anew for each run."""
 
         def prepare() -> SpeculativeModel:
-            fast = accelerate(self.target, DraftModelDrafter(self.draft, **settings), verifier)
+            drafter = DraftModelDrafter(self.draft, **settings)
+            fast = accelerate(self.target, drafter, verifier, compiled=target_compiled)
             self.runs[name].append(fast)
             return fast
 
@@ -90,6 +92,10 @@ class Pair:
         """Each growth; under sampling without the target's noise too."""
         methods = [self.ours(f"draft model, {growth}", growth=growth) for growth in GROWTHS]
         methods += [self.ours(f"{growth}, compiled", growth=growth, compiled=True) for growth in self.compiled]
+        methods += [
+            self.ours(f"{growth}, both compiled", growth=growth, compiled=True, target_compiled=True)
+            for growth in self.compiled
+        ]
         if is_sampled:
             methods += [self.ours(f"{growth}, uncoupled", growth=growth, coupled=False) for growth in ("chain", "auto")]
         return methods
@@ -196,6 +202,11 @@ def run_part(
     pair.runs.clear()
     off = specdec_method(OFF, pair.target, lambda: None)
     exact = [pair.hf_assisted(), best, off, *pair.exact_methods(is_sampled)]
+    if pair.compiled:
+        longest = max(prompt.input_ids.shape[1] for prompt in prompts)
+        fastest = CompiledGenerate(pair.target, 1, longest, dict(settings.arguments))
+        compiled_off = specdec_method(f"{OFF}, compiled", pair.target, lambda: None, compiled=True)
+        exact[0:0] = [Method(COMPILED, fastest.prepare, optional=True), compiled_off]
     loose = pair.distribution_methods() if is_sampled else []
     result = measure(part, [pair.plain(), *exact, *loose], prompts, pair.target, settings, repeats)
     parts = {part: only(result, exact)} | ({"distribution": only(result, loose)} if loose else {})
@@ -235,7 +246,10 @@ def main(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per completion.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Runs per prompt and method.")] = 1,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Measure the draft model compiled too; some minutes of warm-up.")
+        bool,
+        typer.Option(
+            "--compile", help="Measure the draft model, and both models, compiled too; some minutes of warm-up."
+        ),
     ] = False,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
@@ -256,7 +270,7 @@ def main(
     encoded = encode_prompts(chosen, tokenizer, target.device)
     tuning = [encoded[i * len(encoded) // tuning_prompts] for i in range(tuning_prompts)]
     measured = [prompt for prompt in encoded if prompt.id not in {p.id for p in tuning}]
-    pair = Pair(target, draft, assisted_kwargs(tokenizer, draft_tokenizer), GROWTHS if compiled else ())
+    pair = Pair(target, draft, assisted_kwargs(tokenizer, draft_tokenizer), ("chain", "auto") if compiled else ())
     figures: dict[str, Any] = defaultdict(dict)
     for part, settings in {
         "greedy": Settings.of(tokens),
