@@ -36,8 +36,7 @@ class Growth:
         measured: Called after each level with the nodes, those that were fed, and the seconds it took.
         acceptances: See `add_children`.
         least_order: See `add_children`.
-        least_fed_order: Nodes ranked lower are not fed.
-        least_score: Nodes whose score is below are not fed: they stay, but nothing follows them.
+        least_fed_order: Nodes ranked lower are not fed: they stay, but nothing follows them.
         any_level: Older nodes may be fed after all.
         choose: Takes the nodes to be fed next in place of `choose_level`: sets `fed` of them from the given place on,
             writes them, and returns how many there are.
@@ -52,7 +51,6 @@ class Growth:
     acceptances: Floats = field(default_factory=lambda: np.zeros(0))
     least_order: float = 0.0
     least_fed_order: float = 0.0
-    least_score: float = 0.0
     any_level: bool = False
     choose: Callable[[DraftNodes, int, Ints], int] | None = None
     most: int = MAX_CANDIDATES
@@ -207,7 +205,6 @@ class DraftCall:
             widest = choose_level(
                 nodes,
                 since,
-                growth.least_score,
                 growth.least_fed_order,
                 growth.max_depths,
                 self.passes.num_fed,
@@ -235,7 +232,7 @@ def compile_kernels() -> None:
     listed: NDArray[np.int64] = np.zeros((1, 1, 2), np.int64)
     table = np.zeros((1, 2))
     add_children(nodes, level, listed, np.full((1, 1, 2), 0.4, np.float32), table, np.zeros(0), 0.0, depths)
-    choose_level(nodes, np.ones(1, np.int64), 0.0, 0.0, depths, 1, level)
+    choose_level(nodes, np.ones(1, np.int64), 0.0, depths, 1, level)
     level_inputs(nodes, level)
     largest(np.zeros((1, 1, 2), np.float32), 1)
     pace, times = Pace(), StepTimes(2)

@@ -119,14 +119,13 @@ def add_children(
 
 @kernel
 def choose_level(
-    nodes: DraftNodes, since: Ints, least_score: float, least_order: float, max_depths: Ints, num_fed: int, level: Ints
+    nodes: DraftNodes, since: Ints, least_order: float, max_depths: Ints, num_fed: int, level: Ints
 ) -> int:
     """Takes each row's best nodes that have not been fed, to be fed next.
 
     Args:
         nodes: `fed` of those taken is set.
         since: Nodes before are too old to be fed, `[rows]`.
-        least_score: Nodes whose score is below are not fed.
         least_order: Nodes whose rank is below are not fed.
         max_depths: Largest depth of a node, `[rows]`: nodes there are not fed.
         num_fed: Nodes that were fed so far, padding included.
@@ -144,7 +143,7 @@ def choose_level(
             for node in range(max(since[row], 1), nodes.counts[row]):
                 if nodes.fed[row, node] >= 0 or nodes.depths[row, node] >= max_depths[row]:
                     continue
-                if nodes.scores[row, node] < least_score or nodes.orders[row, node] < least_order:
+                if nodes.orders[row, node] < least_order:
                     continue
                 if best < 0 or nodes.orders[row, node] > nodes.orders[row, best]:
                     best = node

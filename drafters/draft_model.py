@@ -292,8 +292,7 @@ class DraftModelDrafter(Drafter):
         if self.growth == "chain":
             return Growth(1, max_depths, rates, lambda _: 1, least_fed_order=self.min_confidence, most=most)
         if self.growth == "dynamic":
-            beam = 1 if is_chain else self.beam
-            least = self.min_confidence
+            beam, least = 1 if is_chain else self.beam, self.min_confidence
             return Growth(num_children, max_depths, rates, lambda _: beam, least_fed_order=least, most=most)
         if self.growth == "paced":
             growth = Growth(num_children, max_depths, rates, lambda _: 1, most=most)

@@ -270,14 +270,14 @@ def test_draws_follow_the_distribution() -> None:
     np.testing.assert_allclose(after_zero, [0, 0.6, 0.3, 0.1], atol=0.015)
 
 
-def test_a_chain_ends_after_its_first_doubtful_token() -> None:
+def test_a_chain_ends_where_its_whole_path_is_doubtful() -> None:
     trees = recorded(drafter_of("chain", min_confidence=0.3, prior_weight=1e6), prompts(9), max_new_tokens=32)
     stopped = 0
     for tree in trees:
         assert tree.is_chain
-        scores = tree.scores[0, 1:].tolist()  # type: ignore[index]
-        assert all(score >= 0.3 for score in scores[:-1])
-        stopped += scores[-1] < 0.3
+        paths = tree.scores[0, 1:].cumprod(0).tolist()  # type: ignore[index]
+        assert all(path >= 0.3 for path in paths[:-1])
+        stopped += paths[-1] < 0.3
     assert stopped > 0
 
 
