@@ -75,7 +75,10 @@ def test_time_of_inner_parts_counts_once(benchmark_module: ModuleType, monkeypat
     assert split.seconds == {"forwards": 12, "rest": 2, "prompt": 8}
 
 
-def test_benchmark_writes_all_its_tables(benchmark_module: ModuleType, tmp_path: Path) -> None:
+def test_benchmark_writes_all_its_tables(
+    benchmark_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark_module.CompiledGenerate, "prepare", lambda self: self.model)
     target = save_model(tmp_path / "target", layers=2, seed=0)
     draft = save_model(tmp_path / "draft", layers=1, seed=1)
     file = tmp_path / "prompts.jsonl"
@@ -87,14 +90,14 @@ def test_benchmark_writes_all_its_tables(benchmark_module: ModuleType, tmp_path:
     assert set(written["parts"]) == {"greedy", "sampled", "distribution"}
     rows = {part: {row["method"]: row for row in figures["methods"]} for part, figures in written["parts"].items()}
     exact = {"draft model, chain", "draft model, static", "draft model, dynamic", "draft model, auto"}
-    exact |= {f"{growth}, compiled" for growth in benchmark_module.GROWTHS}
+    compiled = {f"{growth}, {which}" for growth in ("chain", "auto") for which in ("compiled", "both compiled")}
+    exact |= compiled | {"HF generate, compiled", "specdec off, compiled"}
     assert exact | {"HF generate", "HF assisted", "HF assisted, best setting"} < set(rows["greedy"])
     assert exact | {"chain, uncoupled", "auto, uncoupled"} < set(rows["sampled"])
     for part in ("greedy", "sampled"):
         assert all(row["num_identical"] == row["num_runs"] for name, row in rows[part].items() if "HF" not in name)
         assert written["hf_assisted_settings"][part]["best"]["num_assistant_tokens"] in benchmark_module.ASSISTED_TOKENS
-        growths = set(benchmark_module.GROWTHS)
-        assert set(written["profile"][part]) == growths | {f"{growth}, compiled" for growth in growths}
+        assert set(written["profile"][part]) == {*benchmark_module.GROWTHS, "chain, compiled", "auto, compiled"}
     assert set(rows["distribution"]) == {
         "HF generate", "chain, block", "static, traversal", "dynamic, traversal", "auto, traversal",
     }  # fmt: skip
