@@ -84,7 +84,7 @@ class DraftModelDrafter(Drafter):
         memory: Lists after which a count is worth 1/e.
         pipelined: Draft on while weights of an offloaded target are loading. Goes with `"paced"`, which it makes of
             `"auto"`.
-        compiled: Compile the draft model's passes with `torch.compile`, which takes some seconds before the first call
+        compiled: Compile the draft model's passes ahead of time, which takes some seconds before the first call
             (less where it was done before): for small models, which spend most of a pass outside their arithmetic.
         cuda_graphs: On a GPU, replay the draft model's passes as CUDA graphs; not together with the two above.
         tokenizer: The draft model's, its folder or hub name; None for the one that lies beside its weights.
