@@ -297,6 +297,17 @@ class Budget:
         self._times[size] = known[surroundings]
         self._lengths[size] = self._length
 
+    def pass_over(self, rows: int, spent: float) -> None:
+        """Notes that a drafter found nothing to propose.
+
+        Args:
+            rows: Of the batch.
+            spent: Seconds that it took to find that out.
+        """
+        times = self._times.get(_size(rows))
+        if not self.fixed and times is not None and times.seconds:
+            self.learned.standing(rows).lose(spent / float(times.known()[1][0]))
+
     def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
         """The part of a proposal that is worth a target pass; the root alone when none is.
 

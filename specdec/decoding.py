@@ -93,8 +93,11 @@ class Decoder:
             return TokenTree.root_only(self.sequences.roots(self.rows))
         self.budget.set_size(len(self.rows), max(self.sequences.lengths[row] for row in self.rows))
         started = time.perf_counter()
-        tree = self.drafter.propose(self.sequences, self.rows, self.budget.nodes_to_draft())
+        nodes = self.budget.nodes_to_draft()
+        tree = self.drafter.propose(self.sequences, self.rows, nodes)
         spent = time.perf_counter() - started
+        if tree is None and nodes > 1:
+            self.budget.pass_over(len(self.rows), spent)
         is_ready = tree is None or tree.steps is not None or self.budget.is_ready(len(self.rows))
         if self.ranks is not None:
             is_ready = self.ranks.agree(is_ready)

@@ -209,6 +209,21 @@ def test_rests_are_short_at_first_and_double() -> None:
     assert budget.nodes_to_draft() > 1
 
 
+def test_finding_nothing_in_step_after_step_is_rested_from_too() -> None:
+    """Looking takes its time, and where a pass is short that is a part of it."""
+    dear, cheap = with_times(CPU), with_times(CPU)
+    asked = {}
+    for name, budget, spent in (("dear", dear, 0.05 * 42.0), ("cheap", cheap, 0.004 * 42.0)):
+        asked[name] = 0
+        for _ in range(200):
+            if budget.nodes_to_draft() > 1:
+                asked[name] += 1
+                budget.pass_over(1, spent)
+    assert asked["cheap"] == 200, "less than `TRIAL_SHARE`"
+    assert asked["dear"] < 30
+    Budget(8).pass_over(1, 1.0)  # while nothing is measured, nothing is known
+
+
 def test_rows_that_end_take_along_how_drafting_stands() -> None:
     budget = Budget(8)
     budget.learned.standing(8).book(-2.5)
