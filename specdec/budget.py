@@ -47,9 +47,6 @@ PLAIN_STEPS_PER_LOOK = 4
 """Steps without a draft of which one is taken into the step times."""
 FIRST_LENGTH = 1024
 """Tokens in the kv cache up to which step times count as the same; from there on they are told apart by doublings."""
-PATIENCE_AT_LENGTH = 0.5
-"""Seconds for measuring anew because the kv cache has grown."""
-
 
 Surroundings = tuple[int, int, str]
 """What step times are measured for: rows and length by powers of two; where, in what type and how the model runs."""
@@ -291,9 +288,12 @@ class Budget:
             times = known[surroundings] = StepTimes(max(widest, 1))
             for nodes in times.buckets:
                 target.prepare_pass(tokens, nodes)
-            patience = {"patience": PATIENCE_AT_LENGTH} if size in self._times else {}
-            patience |= {"patience": float("inf")} if in_full else {}
-            times.measure(lambda nodes: target.trial_pass(tokens, nodes), **patience)
+            before = self._times.get(size)
+            if before is not None and before.seconds and before.buckets[-1] >= times.buckets[-1] and not in_full:
+                times.measure_change(lambda nodes: target.trial_pass(tokens, nodes), before)
+            else:
+                patience = {"patience": float("inf")} if in_full else {}
+                times.measure(lambda nodes: target.trial_pass(tokens, nodes), **patience)
         self._times[size] = known[surroundings]
         self._lengths[size] = self._length
 

@@ -54,6 +54,28 @@ class StepTimes:
                 if time.perf_counter() - start > patience and len(self.seconds) > 1:
                     return
 
+    def measure_change(self, run: Callable[[int], None], before: StepTimes) -> None:
+        """Takes over what is known at another length of the kv cache, and times what has changed.
+
+        A longer cache adds something to every pass, and something for each node, so that two sizes tell all others.
+
+        Args:
+            run: One pass with this many nodes, ending when the device has finished.
+            before: Times of the same sizes.
+        """
+        old = StepTimes(self.buckets[-1])
+        old.seconds = {**before.seconds, **before.measured}
+        ends = self.buckets[0], self.buckets[-1]
+        taken: dict[int, list[float]] = {nodes: [] for nodes in ends}
+        for nodes in 2 * ends:
+            started = time.perf_counter()
+            run(nodes)
+            taken[nodes].append(time.perf_counter() - started)
+        change = [min(taken[nodes]) - old.of(nodes) for nodes in ends]
+        for nodes in self.buckets:
+            self.seconds[nodes] = max(old.of(nodes) + float(np.interp(nodes, ends, change)), min(taken[ends[0]]))
+        self._known = None
+
     def known(self) -> tuple[Ints, Floats]:
         """Node counts that were measured, ascending, and their seconds, `[sizes]` each."""
         if self._known is not None:

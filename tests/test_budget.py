@@ -313,17 +313,34 @@ def test_last_choice_tells_why() -> None:
 
 
 def test_times_are_measured_anew_when_the_cache_has_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(StepTimes, "measure", lambda self, *_, **how: measured.append(how) or self.seconds.update(GPU))
+    measured: list[str] = []
+    monkeypatch.setattr(StepTimes, "measure", lambda self, _: measured.append("all") or self.seconds.update(GPU))
+    change = lambda self, _, before: measured.append("change") or self.seconds.update(before.seconds)  # noqa: E731
+    monkeypatch.setattr(StepTimes, "measure_change", change)
     monkeypatch.setattr(budget_module, "FIRST_LENGTH", 16)
     model, inputs = new_model("llama"), prompts(10)
     expected = reference(model, inputs, max_new_tokens=60, eos_token_id=None)
     for _ in range(2):  # the second call knows all of them
         fast = specdec.accelerate(model, OracleDrafter(expected.answers, max_nodes=4), strict=True)
         assert fast.generate(**inputs, max_new_tokens=60, eos_token_id=None).tolist() == expected.ids.tolist()
-    assert len(measured) == 4, "up to 16 tokens, 32, 64 and beyond"
-    assert measured[0] == {}
-    assert measured[1] == {"patience": budget_module.PATIENCE_AT_LENGTH}
+    assert measured == ["all", "change", "change", "change"], "up to 16 tokens, 32, 64 and beyond"
+
+
+def test_two_sizes_tell_what_a_longer_cache_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], []
+    monkeypatch.setattr("specdec.step_times.time.perf_counter", lambda: now[0])
+    short, long = StepTimes(64), StepTimes(64)
+    short.seconds = {1: 10.0, 8: 12.0, 64: 30.0}
+
+    def run(nodes: int) -> None:
+        asked.append(nodes)
+        now[0] += short.of(nodes) + 2.0 + 0.5 * nodes
+
+    long.measure_change(run, short)
+    assert set(asked) == {1, 64}
+    assert len(asked) == 4
+    for nodes in (1, 2, 8, 32, 64):
+        assert long.of(nodes) == pytest.approx(short.of(nodes) + 2.0 + 0.5 * nodes)
 
 
 def test_lengths_are_told_apart_by_doublings() -> None:
