@@ -245,6 +245,7 @@ def test_useless_drafts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepTimes, "measure", lambda self, run: self.seconds.update(CPU))
     monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: None)
     monkeypatch.setattr(budget_module, "_TIMES", {})
+    monkeypatch.setattr(budget_module, "_LEARNED", {})  # other tests use the same model
     model, inputs = tiny_model(), prompts(6)
     answers = reference(model, inputs, max_new_tokens=200, eos_token_id=None).answers
     reports = []
