@@ -41,15 +41,6 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
         yield modules
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost a tiny model more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def work(scripts: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the corpus and tokenizer commands have run on fifty small files."""

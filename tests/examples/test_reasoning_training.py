@@ -50,14 +50,6 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
         yield modules
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(scripts, tmp_path_factory):
     return scripts["chains"].make_tokenizer(tmp_path_factory.mktemp("work") / "tokenizer")
