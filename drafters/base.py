@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,7 +75,8 @@ class Step:
             source of a merged drafter is shown its own nodes of it, unless it asks for top tokens.
         accepted: Per row, how many draft tokens were accepted.
         top_tokens: What the target holds likeliest behind each node, best first, `[rows, nodes, num_top_tokens]` (fewer
-            where the vocabulary is smaller); of no meaning at padding. None unless the drafter asks for it.
+            where the vocabulary is smaller); of no meaning at padding, and -1 at unlikely nodes where that would take
+            its time. None unless the drafter asks for it.
         verdicts: Per row what was said of its step, None where there was none to judge; None for no row.
     """
 
@@ -208,6 +209,13 @@ class Drafter(ABC):
     def settings(self) -> dict[str, Any]:
         """Hyper-parameters by name, for reports."""
         return {}
+
+    def kind(self) -> tuple[Hashable, ...]:
+        """Class, settings, and whatever else tells which drafts of one score are accepted about as often.
+
+        Asked between `needs` and `start`.
+        """
+        return type(self), str(self.settings())
 
 
 def supposed(context: DraftContext, paths: Sequence[NDArray[np.int32]]) -> DraftContext:

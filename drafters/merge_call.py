@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from specdec.drafters.base import DraftContext, Drafter
+from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.merge_chain import Chained
 from specdec.drafters.merge_growth import CandidateStore, candidates_in, child_with
 from specdec.drafters.merge_known import Known
@@ -24,16 +25,18 @@ class SourceRecord:
         calls: Steps in which it was asked.
         skipped: Steps in which it was not, because it did not seem worth its time.
         seconds: Time of its proposals.
+        observing: Time of telling it what became of them.
         proposed: Draft tokens that it named.
-        gain: Accepted tokens that would not be if it had named nothing.
+        saved: Time saved by accepted tokens that would not be if it had named nothing, each worth its part of the step.
         error: What it raised before it was switched off; None when it did not.
     """
 
     calls: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    observing: float = 0.0
     proposed: int = 0
-    gain: int = 0
+    saved: float = 0.0
     error: str | None = None
 
 
@@ -66,7 +69,6 @@ class PendingStep:
         roots: How many roots each row has: ones, `[rows]`.
         chained: What was continued; None where nothing was.
         proposals: By source, of those that were asked.
-        alone: The source whose tree was taken as it is, None for a merged tree.
     """
 
     rows: list[int]
@@ -77,7 +79,6 @@ class PendingStep:
     roots: Ints
     proposals: dict[int, Proposal] = field(default_factory=dict)
     chained: Chained | None = None
-    alone: int | None = None
 
     def room(self) -> int:
         """Candidates that every row has room for."""
@@ -104,8 +105,11 @@ class MergedCall:
         idle: Sources that are not kept ready in this call, because they have not earned it of late.
         credits: Accepted tokens by the sources that named them, `[2 ** sources]`.
         started: When the call began, in seconds.
+        merging: Time that it took to merge what several sources had named.
         drawing: The source that draws its drafts at random; None while there is none.
-        pending: The step that is under way.
+        alone: The source whose tree was taken as it is in the step that is under way; None for a merged tree.
+        lengths: Tokens of each row when it was proposed.
+        pending: The merged tree that is under way.
         nodes: Room for what the sources name, used by one step after the other.
     """
 
@@ -116,7 +120,10 @@ class MergedCall:
     idle: set[int]
     credits: Ints
     started: float
+    merging: float = 0.0
     drawing: int | None = None
+    alone: int | None = None
+    lengths: Sequence[int] = ()
     pending: PendingStep | None = None
     nodes: CandidateStore | None = None
 
@@ -129,13 +136,18 @@ class MergedCall:
 
     def close(self, context: DraftContext, now: float) -> None:
         """Notes what each source was worth in this call, which is over; `context` lists all rows."""
-        ends = zip(context.sequences, context.prompt_lengths, strict=True)
-        tokens, seconds = sum(len(sequence) - prompt for sequence, prompt in ends), now - self.started
-        if tokens > 0 and seconds > 0.0:
+        seconds = now - self.started
+        if seconds > 0.0:
             worth = self.known.worth(len(context.rows))
             for source in self.active:
                 record = self.records[source]
-                worth.close_call(source, record.gain / tokens, record.seconds / seconds)
+                taken = record.seconds + record.observing + self.merging / max(len(self.active) - 1, 1)
+                worth.close_call(source, record.saved / seconds, taken / seconds)
+
+    def credit_alone(self, source: int, context: DraftContext) -> None:
+        """Counts the accepted tokens of a tree that was taken as it is; the last token of each row is the target's."""
+        for sequence, length in zip(context.sequences, self.lengths, strict=True):
+            self.credits[1 << source] += len(sequence) - length - 1
 
     def candidates(self, roots: Ints, width: int) -> CandidateStore:
         """The roots `[rows]` alone, with room for a tree of some width from each source."""
@@ -148,10 +160,10 @@ class MergedCall:
 
     def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
         """The sources that named each token of a path, by their names; see `Drafter.sources_of`."""
-        assert self.pending is not None, "nothing is proposed"
         names = distinct_names(self.sources)
-        if self.pending.alone is not None:
-            return [(names[self.pending.alone],)] * len(path)
+        if self.alone is not None:
+            return [(names[self.alone],)] * len(path)
+        assert self.pending is not None, "nothing is proposed"
         found, node = [], 0
         nodes = candidates_in(self.pending.nodes)
         for token in path:
@@ -167,23 +179,22 @@ class MergedCall:
         one shared it with, and as `credit` in equal shares: credits sum up to the accepted tokens.
         """
         out: dict[str, Any] = {}
-        named = np.arange(len(self.credits))
-        shares = np.array([bin(sources).count("1") for sources in named]).clip(1)
+        credited = [(named, count, named.bit_count()) for named, count in enumerate(self.credits.tolist()) if count]
         for source, (name, record) in enumerate(zip(distinct_names(self.sources), self.records, strict=True)):
-            is_named = (named >> source & 1).astype(bool)
+            own = [(count, shared) for named, count, shared in credited if named >> source & 1]
             out[name] = {
                 "calls": record.calls,
                 "skipped": record.skipped,
                 "seconds": round(record.seconds, 6),
                 "proposed": record.proposed,
-                "accepted": int(self.credits[is_named].sum()),
-                "alone": int(self.credits[1 << source]),
-                "credit": round(float((self.credits / shares)[is_named].sum()), 3),
+                "accepted": sum(count for count, _ in own),
+                "alone": sum(count for count, shared in own if shared == 1),
+                "credit": round(sum(count / shared for count, shared in own), 3),
             }
             if record.error is not None:
                 out[name]["error"] = record.error
-            elif source in self.active and (own := self.sources[source].figures(context)):
-                out[name]["figures"] = own
+            elif source in self.active and (more := self.sources[source].figures(context)):
+                out[name]["figures"] = more
         return out
 
 
@@ -195,3 +206,18 @@ def distinct_names(sources: Sequence[Drafter]) -> list[str]:
         seen[source.name] = seen.get(source.name, 0) + 1
         names.append(source.name if seen[source.name] == 1 else f"{source.name}-{seen[source.name]}")
     return names
+
+
+def idle_step(step: Step) -> Step:
+    """The step as it was for a source that had no part in it."""
+    return Step(step.rows, TokenTree.root_only(step.tree.tokens[:, 0]), [0] * len(step.rows))
+
+
+def verified_part(proposal: Proposal, verified: Any) -> TokenTree:
+    """A source's own tree, of the nodes that were verified: the others are padding."""
+    assert proposal.node_of is not None
+    is_verified = np.take_along_axis(verified, proposal.node_of.clip(0), 1) & (proposal.node_of >= 0)
+    width = int(np.flatnonzero(is_verified.any(0))[-1]) + 1
+    tree = proposal.tree.first(width)
+    parents = tree.parents.where(torch.from_numpy(is_verified[:, :width]).to(tree.parents.device), -1)
+    return TokenTree(tree.tokens, parents, tree.scores)

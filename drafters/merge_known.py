@@ -14,8 +14,8 @@ from specdec.drafters.merge_growth import DEPTH_CLASSES, SCORE_BINS
 from specdec.drafters.merge_worth import Worth
 from specdec.kernels import Floats
 
-CALLS_WITHOUT = 8
-"""A source that does not earn what it takes to keep it ready takes part in one call out of so many."""
+FEW_CALLS, MANY_CALLS = 8, 32
+"""Calls of which a source that does not earn what it takes to keep it ready takes part in one, at first and at last."""
 
 
 @dataclass
@@ -28,6 +28,8 @@ class Known:
         hit: Those among them that were accepted.
         worths: What each source brings and costs, by batch size.
         calls: So far.
+        next_trial: The call in which all sources take part again.
+        gap: Calls from there to the next one.
         lock: Held while counts are read or changed.
     """
 
@@ -36,6 +38,8 @@ class Known:
     hit: Floats = field(init=False)
     worths: dict[int, Worth] = field(default_factory=dict)
     calls: int = 0
+    next_trial: int = FEW_CALLS
+    gap: int = FEW_CALLS
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -52,9 +56,13 @@ class Known:
     def idle_sources(self, rows: int) -> set[int]:
         """The sources that need not be kept ready in the call that begins: they do not earn anything."""
         self.calls += 1
-        if self.calls % CALLS_WITHOUT == 0:
+        idle = {source for source, standing in enumerate(self.worth(rows).standings) if standing < 0.0}
+        if not idle:
+            self.gap = FEW_CALLS
+        elif self.calls >= self.next_trial:
+            self.next_trial, self.gap = self.calls + self.gap, min(2 * self.gap, MANY_CALLS)
             return set()
-        return {source for source, standing in enumerate(self.worth(rows).standings) if standing < 0.0}
+        return idle
 
     def knowledge(self) -> dict[str, Any]:
         """All of it, ready for JSON."""

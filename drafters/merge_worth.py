@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 SURENESS = (0.5, 1.5, 4.0)
 """Draft tokens per row that are expected of the other sources: a source's worth is learned apart between these."""
-DEAR_SHARE = 0.05
+DEAR_SHARE = 0.01
 """A source that takes less of a step's time is asked without further thought."""
 FIRST_WORTH = 0.1
 """Tokens that a source is thought to bring above its cost before it was tried."""
 LEARNING_RATE = 0.1
 FIRST_STANDING, STANDING_RATE = 0.01, 0.4
-"""Share of its tokens that a call is thought to owe to a source, above cost, before one was seen; learning rate."""
+"""Share of a call's time that a source is thought to save, above what it takes, before one was seen; learning rate."""
 STANDING_SHARE = 0.005
 """Share of the time of a call that it takes to keep a source ready which wants to know more than tokens."""
 IDLE_DECAY = 0.98
@@ -60,7 +60,7 @@ class Worth:
         ]
         """By source and class of sureness; None where it was not asked yet."""
         self.standings = [FIRST_STANDING] * num_sources
-        """By source the share of a call's tokens that come of it alone, above its share of the time, with decay."""
+        """By source the share of a call's time that it saves, above what it takes, with decay."""
         self.asked_at = [0.0] * (num_sources + 1)
         self.tokens_per_step = 1.0
         self.step_seconds: deque[float] = deque(maxlen=STEPS)
@@ -154,15 +154,15 @@ class Worth:
             expected = self.expected(source, sureness)
             self.tokens_above_cost[source][sureness] = expected + LEARNING_RATE * (above_cost - expected)
 
-    def close_call(self, source: int, tokens: float, seconds: float) -> None:
+    def close_call(self, source: int, saved: float, taken: float) -> None:
         """Takes in a call that is over.
 
         Args:
             source: One that was kept ready.
-            tokens: Share of the call's tokens that would not have been accepted if this source had named nothing.
-            seconds: Share of the call's time that went into asking it.
+            saved: Share of the call's time that was saved by tokens which no other source had named.
+            taken: Share of the call's time that went into asking it.
         """
-        self.standings[source] += STANDING_RATE * (tokens - seconds - STANDING_SHARE - self.standings[source])
+        self.standings[source] += STANDING_RATE * (saved - taken - STANDING_SHARE - self.standings[source])
 
 
 def sureness_of(expected: float) -> int:

@@ -6,8 +6,8 @@ import functools
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -24,7 +24,7 @@ from specdec.drafters.base import (
     Step,
     check_proposal,
 )
-from specdec.drafters.merge_call import MergedCall, PendingStep, Proposal, distinct_names
+from specdec.drafters.merge_call import MergedCall, PendingStep, Proposal, distinct_names, idle_step, verified_part
 from specdec.drafters.merge_chain import MOST_NODES, Chained, grafted, leaves_of
 from specdec.drafters.merge_growth import (
     DEPTH_CLASSES,
@@ -131,6 +131,9 @@ class MergedDrafter(Drafter):
         kept = [need for source, need in enumerate(needs) if source not in idle]
         return Needs(any(need.hidden_states for need in kept), max((need.top_tokens for need in kept), default=0))
 
+    def kind(self) -> tuple[Hashable, ...]:
+        return *super().kind(), *sorted(getattr(self._thread, "idle", ()))
+
     def knowledge(self) -> dict[str, Any]:
         modes = [[is_sampled, known.knowledge()] for is_sampled, known in self._known.items()]
         return {"modes": modes, "sources": [source.knowledge() for source in self.sources]}
@@ -153,15 +156,20 @@ class MergedDrafter(Drafter):
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         call = self._of_thread(context)
         width = max(1, min(max_nodes, self.max_nodes))
-        roots = np.array([sequence[-1] for sequence in context.sequences], np.int64)
-        nodes = call.candidates(roots, width)
-        lengths = [len(sequence) for sequence in context.sequences]
-        max_depths = np.array(context.max_depth, np.int64)
-        of_rows = nodes, max_depths, np.ones_like(roots)
-        pending = call.pending = PendingStep(list(context.rows), lengths, self._clock(), *of_rows)
-        worth = call.known.worth(len(roots))
+        call.alone = call.pending = None
+        call.lengths = lengths = [len(sequence) for sequence in context.sequences]
         for source in call.idle:
             call.records[source].skipped += 1
+        if len(call.active) == 1:
+            alone = self._ask(call, call.active[0], context, width, 0)
+            return alone or TokenTree.root_only(torch.tensor([ids[-1] for ids in context.sequences]))
+        roots = np.array([sequence[-1] for sequence in context.sequences], np.int64)
+        nodes = call.candidates(roots, width)
+        max_depths = np.array(context.max_depth, np.int64)
+        of_rows = nodes, max_depths, np.ones_like(roots)
+        started = self._clock()
+        pending = call.pending = PendingStep(list(context.rows), lengths, started, *of_rows)
+        worth = call.known.worth(len(roots))
         grown = None
         for source in self._order(call, worth):
             sureness = 0
@@ -173,9 +181,11 @@ class MergedDrafter(Drafter):
                     continue
             tree, grown = self._ask(call, source, context, width, sureness), None
             if tree is not None and tree.draft_probs is not None:
-                call.drawing = pending.alone = source
+                call.drawing, call.alone, call.pending = source, source, None
                 return tree
         tree = TokenTree.of_arrays(*(grown or self._grow_arrays(call.known, nodes, width))[0])
+        asking = sum(proposal.seconds for proposal in pending.proposals.values())
+        call.merging += self._clock() - started - asking
         if 1 < tree.num_nodes < width and self._is_chaining(call) and worth.pays(len(self.sources), self._clock()):
             return self._continued(call, context, tree, roots, width)
         return tree
@@ -183,10 +193,12 @@ class MergedDrafter(Drafter):
     def observe(self, context: DraftContext, step: Step) -> None:
         call = self._of_thread(context)
         pending, call.pending = call.pending, None
-        if pending is None or pending.alone is not None or pending.rows != context.rows:
+        alone, call.alone = call.alone, None
+        if alone is not None:
+            call.credit_alone(alone, context)
+        if pending is None or pending.rows != context.rows:
             for source in [source for source in call.active if source in self._listening]:
-                is_shown = pending is not None and source == pending.alone
-                self._tell(call, source, context, step if is_shown else None, step)
+                self._tell(call, source, context, step if source == alone else None, step)
             return
         known, counts = pending.known(context)
         own, gains = np.empty((len(counts), len(self.sources)), np.int64), np.empty(len(self.sources), np.int64)
@@ -194,11 +206,12 @@ class MergedDrafter(Drafter):
             counted = self._decay, call.known.tried, call.known.hit
             tokens = follow_merged(pending.nodes, known, counts, *counted, call.credits, own, gains)
             asked = {s: Asked(p.seconds, p.sureness, int(gains[s])) for s, p in pending.proposals.items()}
+            now = self._clock()
             for s, gain in enumerate(gains.tolist()):
-                call.records[s].gain += gain
+                call.records[s].saved += gain / tokens * (now - pending.started)
             if pending.chained is not None:
                 asked[len(self.sources)] = Asked(pending.chained.seconds, 0, pending.chained.gain(known, counts))
-            call.known.worth(len(counts)).observe(asked, len(counts), tokens, pending.started, self._clock())
+            call.known.worth(len(counts)).observe(asked, len(counts), tokens, pending.started, now)
         verified = None
         for source in [source for source in call.active if source in self._listening]:
             drafter, proposal, shown = self.sources[source], pending.proposals.get(source), None
@@ -206,7 +219,7 @@ class MergedDrafter(Drafter):
                 if verified is None:
                     verified = np.zeros(pending.nodes.shape, np.bool_)
                     mark_verified(pending.nodes, step.tree.host_tokens, step.tree.host_parents, verified)
-                shown = Step(step.rows, _verified_part(proposal, verified), own[:, source].tolist())
+                shown = Step(step.rows, verified_part(proposal, verified), own[:, source].tolist())
             self._tell(call, source, context, shown, step)
 
     def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
@@ -239,7 +252,7 @@ class MergedDrafter(Drafter):
         return worth.by_cost(call.active)
 
     def _ask(self, call: MergedCall, source: int, context: DraftContext, width: int, sureness: int) -> TokenTree | None:
-        """A source's proposal, taken in among the candidates; None when the source has failed."""
+        """A source's proposal, taken in among the candidates if there are any; None when the source has failed."""
 
         def ask() -> TokenTree:
             started = self._clock()
@@ -248,9 +261,15 @@ class MergedDrafter(Drafter):
             record = call.records[source]
             record.calls += 1
             record.seconds += seconds
-            node_of = self._add(call, source, context, tree, width)
-            assert call.pending is not None
-            call.pending.proposals[source] = Proposal(tree, node_of, seconds, sureness)
+            if call.pending is None:
+                check_proposal(tree, context, width, self._vocab_size)
+                record.proposed += int(np.count_nonzero(tree.host_parents >= 0))
+                call.alone = source
+                if tree.num_nodes > 1 and tree.scores is None and tree.draft_probs is None:
+                    tree = replace(tree, scores=torch.full(tree.tokens.shape, UNKNOWN_SCORE))
+            else:
+                node_of = self._add(call, source, context, tree, width)
+                call.pending.proposals[source] = Proposal(tree, node_of, seconds, sureness)
             return tree
 
         tree: TokenTree | None = self._guarded(call, source, "propose", context, ask)
@@ -336,7 +355,9 @@ class MergedDrafter(Drafter):
                 shown = Step(step.rows, step.tree, step.accepted, step.top_tokens[..., : drafter.num_top_tokens])
         elif shown is None:
             shown = step if step.tree.num_nodes == 1 else idle_step(step)
+        started = self._clock()
         self._guarded(call, source, "observe", context, partial(drafter.observe, context, shown))
+        call.records[source].observing += self._clock() - started
 
     def _guarded(
         self, call: MergedCall, source: int, method: str, context: DraftContext, action: Callable[[], Any]
@@ -357,21 +378,6 @@ class MergedDrafter(Drafter):
                 stacklevel=2,
             )
             return None
-
-
-def idle_step(step: Step) -> Step:
-    """The step as it was for a source that had no part in it."""
-    return Step(step.rows, TokenTree.root_only(step.tree.tokens[:, 0]), [0] * len(step.rows))
-
-
-def _verified_part(proposal: Proposal, verified: Any) -> TokenTree:
-    """A source's own tree, of the nodes that were verified: the others are padding."""
-    assert proposal.node_of is not None
-    is_verified = np.take_along_axis(verified, proposal.node_of.clip(0), 1) & (proposal.node_of >= 0)
-    width = int(np.flatnonzero(is_verified.any(0))[-1]) + 1
-    tree = proposal.tree.first(width)
-    parents = tree.parents.where(torch.from_numpy(is_verified[:, :width]).to(tree.parents.device), -1)
-    return TokenTree(tree.tokens, parents, tree.scores)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ def grow_recycled(
     last: Lists,
     rates: Floats,
     max_depths: Ints,
+    least: float,
     tokens: Ints,
     parents: Ints,
     scores: NDArray[np.float32],
@@ -30,6 +31,7 @@ def grow_recycled(
         last: What else the target held likely where it picked the root, `[rows, ranks]`: children of the root too.
         rates: P(accepted | parent accepted) by depth and rank, those of `last` first, `[1 + depths, ranks]`.
         max_depths: Largest depth of a node, `[rows]`; 0 for the root alone.
+        least: A node less likely to be accepted is left out.
         tokens: Written: token ids, `[rows, nodes]`; roots are there already.
         parents: Written: parents, `[rows, nodes]`; the others stay -1.
         scores: Written: P(accepted | parent accepted), `[rows, nodes]`.
@@ -58,7 +60,7 @@ def grow_recycled(
                     for rank in range(ranks):
                         token = last[row, rank] if is_last else table[tokens[row, parent], rank]
                         rate = rates[LAST, rank] if is_last else rates[at, rank]
-                        if token < 0 or path * rate <= 0.0:
+                        if token < 0 or path * rate < least:
                             continue
                         if is_last and (token == tokens[row, 0] or (table[tokens[row, 0]] == token).any()):
                             continue
@@ -129,7 +131,7 @@ def keep_lists(
     Args:
         tokens: Of the verified tree, `[rows, nodes]`.
         parents: -1 at padding, `[rows, nodes]`.
-        top_tokens: The target's likeliest tokens behind each node, `[rows, nodes, count]`.
+        top_tokens: The target's likeliest tokens behind each node, -1 where they are not known, `[rows, nodes, count]`.
         known: The root and the tokens that the target has picked since, `[rows, tokens]`.
         counts: How many there are, the root included, `[rows]`.
         table: Changed, `[vocab, ranks]`.
@@ -138,7 +140,7 @@ def keep_lists(
     ranks = min(table.shape[1], top_tokens.shape[2])
     for row in range(tokens.shape[0]):
         for node in range(1, tokens.shape[1]):
-            if parents[row, node] >= 0:
+            if parents[row, node] >= 0 and top_tokens[row, node, 0] >= 0:
                 for rank in range(ranks):
                     table[tokens[row, node], rank] = top_tokens[row, node, rank]
         node = 0

@@ -18,6 +18,8 @@ from specdec.kernels import Floats, Ints
 from specdec.target import embedding_rows
 from specdec.tree import TokenTree
 
+LEAST_LIKELY = 0.005
+"""A node that is right less often than this is not worth the time it takes to propose it."""
 DEPTH_CLASSES = 3
 """Depths that are counted apart; deeper ones count as the last."""
 
@@ -121,7 +123,7 @@ class RecyclingDrafter(Drafter):
             rates = (self._hit + self._prior) / (self._tried + self.prior_weight)
             if not self.last_list:
                 rates[LAST] = 0.0
-            used = grow_recycled(table, last, rates, max_depths, tokens, parents, scores)
+            used = grow_recycled(table, last, rates, max_depths, LEAST_LIKELY, tokens, parents, scores)
         return TokenTree.of_arrays(tokens[:, :used], parents[:, :used], scores[:, :used])
 
     def observe(self, context: DraftContext, step: Step) -> None:
@@ -184,6 +186,8 @@ def supposed_rates(ranks: int) -> Floats:
 def _compile_kernels() -> None:
     """Compiles, or loads what was compiled before, so that no step of a generation waits for it."""
     table, ids, rates = np.full((1, 2), -1, np.int32), np.zeros((1, 2), np.int64), np.zeros((2, 2))
-    grow_recycled(table, table.copy(), rates, ids[0], ids.copy(), ids.copy(), np.zeros((1, 2), np.float32))
+    grow_recycled(
+        table, table.copy(), rates, ids[0], LEAST_LIKELY, ids.copy(), ids.copy(), np.zeros((1, 2), np.float32)
+    )
     count_listed(table, table.copy(), ids, ids[:, 0].copy(), rates, rates.copy(), 1.0)
     keep_lists(ids, ids.copy(), ids[:, :, None].copy(), ids.copy(), ids[:, 0].copy(), table, table.copy())

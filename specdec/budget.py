@@ -4,132 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from specdec.kernels import Floats, Ints, best_size, count_accepted, count_followed
-from specdec.step_times import StepTimes
-from specdec.target import TargetModel
+from specdec.standing import LEARNED, SCORE_BINS, Learned
+from specdec.step_times import StepTimes, Surroundings, length_class, size_class, times_of
 from specdec.tree import NODE_BUCKETS, TokenTree
 
-SCORE_BINS = 12
 DECAY = 0.98
 """Forgetting per step of the acceptance counts: a memory of about fifty steps."""
 IDLE_DECAY = 0.995
 """Forgetting per step without a draft, so that drafting is tried again when the text has changed."""
 PRIOR_WEIGHT = 4.0
 """How many observations the drafter's own score is worth against what was counted."""
-PATIENCE = 4
-"""Drafts that may promise less than they cost, since one has brought more, before drafting rests."""
 LEAST_PROMISE = 1.05
 """Speed-up that a draft must promise to count as one that pays: less is within the error of what is known."""
-FIRST_CREDIT, MOST_CREDIT = 1.0, 2.0
-"""Passes without a draft that drafting may lose before anything is known, and after a time in which it has paid."""
-MOST_DEBT, DEBT_AT_START = 3.0, 1.0
-"""Passes that drafting can owe at most, and when a call begins: another prompt may be another matter."""
-DEBT_MARGIN = 0.5
-"""What a draft must promise above a pass without, for each pass that drafting owes."""
-LEAST_TRUST, MOST_TRUST = 0.7, 1.1
-"""Bounds of the factor between promises and what comes of them: the size that promises most is often overrated."""
-TRUST_PRIOR = 50.0
-"""Draft tokens, promised and accepted, that the factor of 1 is worth."""
 TRUST_DECAY = 0.99
-TRIAL_SHARE = 0.005
-"""Share of the time that goes into drafts while drafting does not pay, to see when it does again; and by which what
-drafting has lost is forgiven."""
-LONGEST_REST = 128
+MOST_STALL = 1.5
+"""A step that took longer than so many times the usual is booked as one of that."""
 PLAIN_STEPS_PER_LOOK = 4
 """Steps without a draft of which one is taken into the step times."""
-FIRST_LENGTH = 1024
-"""Tokens in the kv cache up to which step times count as the same; from there on they are told apart by doublings."""
-
-Surroundings = tuple[int, int, str]
-"""What step times are measured for: rows and length by powers of two; where, in what type and how the model runs."""
-
-_TIMES: WeakKeyDictionary[nn.Module, dict[Surroundings, StepTimes]] = WeakKeyDictionary()
-
-
-@dataclass
-class Standing:
-    """How drafting stands at one batch size.
-
-    Args:
-        credit: What drafts have brought above their cost of late, in passes without a draft; what they owe if negative.
-        losses: Drafts that promised less than they cost, since one has brought more.
-        rest: Steps for which drafting still rests.
-    """
-
-    credit: float = FIRST_CREDIT
-    losses: int = 0
-    rest: int = 0
-
-    @property
-    def margin(self) -> float:
-        """Speed-up that a draft must promise: promises that were not kept make for higher ones to be asked for."""
-        return 1.0 + DEBT_MARGIN * max(-self.credit, 0.0)
-
-    def book(self, passes: float) -> None:
-        """Adds to the credit what a draft has brought above its cost, in passes without a draft."""
-        self.credit = min(max(self.credit + passes, -MOST_DEBT), MOST_CREDIT)
-        if passes > 0.0:
-            self.losses = 0
-
-    def lose(self, passes: float) -> None:
-        """Notes a draft that promises less than it costs: rests double up to where such drafts take `TRIAL_SHARE`."""
-        self.losses += 1
-        if self.losses >= PATIENCE:
-            doubled = 2 ** min(self.losses - PATIENCE, 10)
-            self.rest = min(int(passes / TRIAL_SHARE), doubled, LONGEST_REST)
-
-
-@dataclass
-class Learned:
-    """What was counted of one kind of call.
-
-    Args:
-        tried: Drafts whose parent was accepted, by bin of their score, `[bins]`.
-        hit: Those among them that were accepted, `[bins]`.
-        promised: Draft tokens of late that were expected to be accepted, over all rows.
-        kept: Those that were.
-        standings: How drafting stands, by batch size.
-    """
-
-    tried: Floats = field(default_factory=lambda: np.zeros(SCORE_BINS))
-    hit: Floats = field(default_factory=lambda: np.zeros(SCORE_BINS))
-    promised: float = 0.0
-    kept: float = 0.0
-    standings: dict[int, Standing] = field(default_factory=dict)
-
-    def standing(self, rows: int) -> Standing:
-        """How drafting stands with so many rows; what is not known yet is supposed to be as with other numbers."""
-        size = _size(rows)
-        if size not in self.standings:
-            known = [standing.credit for standing in self.standings.values()]
-            credit = min(max(sum(known) / len(known), -DEBT_AT_START), FIRST_CREDIT) if known else FIRST_CREDIT
-            self.standings[size] = Standing(credit)
-        return self.standings[size]
-
-    @property
-    def trust(self) -> float:
-        """Accepted draft tokens for each one that was promised."""
-        trust = (self.kept + TRUST_PRIOR) / (self.promised + TRUST_PRIOR)
-        return min(max(trust, LEAST_TRUST), MOST_TRUST)
-
-    def forget(self, decay: float) -> None:
-        """Lets the counts be worth less."""
-        self.tried *= decay
-        self.hit *= decay
-        self.promised *= decay
-        self.kept *= decay
-
-
-_LEARNED: WeakKeyDictionary[nn.Module, dict[Hashable, Learned]] = WeakKeyDictionary()
-"""By kind of call: what one budget has learned of a model, the next one knows."""
 
 
 class Choice(NamedTuple):
@@ -158,12 +57,18 @@ class Pending(NamedTuple):
     Args:
         tree: The proposal.
         promise: Draft tokens that were expected to be accepted, over all rows; 0 where none is verified.
-        cost: What drafting and verifying take above a pass without a draft, in such passes.
+        spent: Seconds that drafting took.
+        seconds: What the pass should take.
+        plain: What a pass without a draft should take.
+        brought: Accepted draft tokens per row, once it is known.
     """
 
     tree: TokenTree
     promise: float
-    cost: float
+    spent: float
+    seconds: float
+    plain: float
+    brought: float = 0.0
 
 
 class Budget:
@@ -195,33 +100,34 @@ class Budget:
         """How often trees of so many nodes were chosen; 1 is no draft."""
         self.num_rests = 0
         """Steps in which drafting rested."""
-        self._times: dict[int, StepTimes] = {}
-        self._lengths: dict[int, int] = {}
-        self._length = 0
-        self._manner = ""
-        self._rows = 1
-        self._num_plain = 0
+        self._times: dict[Surroundings, StepTimes] = {}
+        self._target: Callable[[], nn.Module | None] = lambda: None
+        self._rows, self._tokens, self._is_sampled, self._manner = 1, 0, False, ""
+        self._num_plain = self._num_steps = 0
+        self._saved = 0.0
         self._pending: Pending | None = None
+        self._unbooked: Pending | None = None
 
-    def begin(self, model: nn.Module, kind: Hashable, manner: str = "") -> None:
+    def begin(self, model: nn.Module, kind: tuple[Hashable, ...], is_sampled: bool = False, manner: str = "") -> None:
         """Takes up what is known of a kind of call, from this budget's calls or another's of the same model and owner.
 
         Args:
             model: The target.
-            kind: Calls in which drafts of one score are accepted about as often: the same drafter, sampled or not.
+            kind: Calls in which drafts of one score are accepted about as often: the same drafter.
+            is_sampled: Whether tokens are sampled: such calls have counts and step times of their own.
             manner: How the model's passes are computed: what was measured of others says nothing of these.
         """
-        self._pending = None
+        self._pending = self._unbooked = None
+        self._num_steps, self._saved = 0, 0.0
         if self.fixed:
             return
-        if manner != self._manner:
-            self._manner = manner
+        if model is not self._target():
+            self._target = ref(model)
             self.forget_times()
+        self._is_sampled, self._manner = is_sampled, f"{model.device} {model.dtype} {manner}".rstrip()
         _compile_kernels()
-        learned = self.learned = _LEARNED.setdefault(model, {}).setdefault((self.owner, kind), Learned())
-        for standing in learned.standings.values():  # another prompt is worth a draft
-            standing.rest, standing.losses = 0, min(standing.losses, PATIENCE + 2)
-            standing.credit = max(standing.credit, -DEBT_AT_START)
+        self.learned = LEARNED.setdefault(model, {}).setdefault((self.owner, kind, is_sampled), Learned())
+        self.learned.begin_call()
 
     @property
     def tried(self) -> Floats:
@@ -236,7 +142,6 @@ class Budget:
     def forget_times(self) -> None:
         """Takes the step times anew from what is known of the model, which has changed."""
         self._times.clear()
-        self._lengths.clear()
 
     def nodes_to_draft(self) -> int:
         """How large a tree the drafter is asked for now: one node while drafting rests, because it does not pay.
@@ -257,86 +162,99 @@ class Budget:
 
     def set_size(self, rows: int, tokens: int) -> None:
         """Tells how many rows there are, and how many tokens the kv cache of the longest one holds."""
-        self._rows = rows
-        self._length = max(-(-tokens // FIRST_LENGTH) - 1, 0).bit_length()
+        self._rows, self._tokens = rows, tokens
 
-    def is_ready(self, rows: int) -> bool:
-        """Whether the step times at this batch size and length are known (or not needed)."""
-        size = _size(rows)
-        return self.fixed or (size in self._times and self._lengths.get(size, self._length) == self._length)
+    @property
+    def times(self) -> StepTimes:
+        """What is known of passes with this model, batch size and length of the kv cache."""
+        at = Surroundings(size_class(self._rows), length_class(self._tokens), self._is_sampled, self._manner)
+        if at not in self._times:
+            model = self._target()
+            new = StepTimes(self.max_nodes) if model is None else times_of(model, at, self.max_nodes)
+            self._times[at] = new
+        return self._times[at]
 
-    def step_seconds(self, rows: int) -> tuple[Ints, Floats] | None:
-        """Node counts and seconds of a target pass at this batch size, `[sizes]` each; None while not measured."""
-        times = self._times.get(_size(rows))
-        return None if times is None or not times.seconds else times.known()
+    @property
+    def is_ready(self) -> bool:
+        """Whether the times of all sizes are known, or not needed."""
+        return self.fixed or len(self.times.seconds) == len(self.times.buckets)
 
-    def measure(self, target: TargetModel, tokens: Tensor, room: int, in_full: bool = False) -> None:
-        """Finds the step times at the current batch size and length; measures them the first time a model has these.
+    @property
+    def step_seconds(self) -> tuple[Ints, Floats] | None:
+        """Node counts and seconds of a target pass, `[sizes]` each; larger ones take longer. None: nothing is known."""
+        return self.times.known() if not self.fixed and self.times.seconds else None
 
-        Args:
-            target: The model in mid-generation; what is run is rolled back.
-            tokens: What to run, as many per row as the largest tree has nodes, `[batch, nodes]`, on the device of the
-                trees. A mixture of experts takes longer the more they differ, so they should be real text.
-            room: Tokens that may still be generated; a chain is not run beyond.
-            in_full: Measure all there is to measure, however long it takes, as other processes do.
-        """
-        known = _TIMES.setdefault(target.model, {})
-        size = _size(len(tokens))
-        surroundings = size, self._length, f"{target.model.device} {target.model.dtype} {self._manner}".rstrip()
-        if in_full or surroundings not in known or known[surroundings].buckets[-1] < self.max_nodes:
-            widest = min(self.max_nodes, room) if target.lockstep else self.max_nodes
-            times = known[surroundings] = StepTimes(max(widest, 1))
-            for nodes in times.buckets:
-                target.prepare_pass(tokens, nodes)
-            before = self._times.get(size)
-            if before is not None and before.seconds and before.buckets[-1] >= times.buckets[-1] and not in_full:
-                times.measure_change(lambda nodes: target.trial_pass(tokens, nodes), before)
-            else:
-                patience = {"patience": float("inf")} if in_full else {}
-                times.measure(lambda nodes: target.trial_pass(tokens, nodes), **patience)
-        self._times[size] = known[surroundings]
-        self._lengths[size] = self._length
+    def pass_over(self, spent: float) -> None:
+        """Notes that a drafter found nothing to propose, and took `spent` seconds to find that out."""
+        if (known := self.step_seconds) is not None:
+            self.learned.standing(self._rows).lose(spent / float(known[1][0]))
 
-    def pass_over(self, rows: int, spent: float) -> None:
-        """Notes that a drafter found nothing to propose.
-
-        Args:
-            rows: Of the batch.
-            spent: Seconds that it took to find that out.
-        """
-        times = self._times.get(_size(rows))
-        if not self.fixed and times is not None and times.seconds:
-            self.learned.standing(rows).lose(spent / float(times.known()[1][0]))
-
-    def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
+    def choose(self, tree: TokenTree, spent: float = 0.0, trial: Callable[[int], None] | None = None) -> TokenTree:
         """The part of a proposal that is worth a target pass; the root alone when none is.
+
+        A size whose time is not known is supposed to take no longer than the largest one that is. If it is the best
+        one even so, it is timed, from the smallest such size on: what no proposal can be worth is never run.
 
         Args:
             tree: The proposal, best nodes first.
             spent: Seconds that drafting it took: the dearer it was, the more of it should be made of it.
+            trial: Runs a pass with so many nodes, to its end on the device. None: nothing is timed.
         """
         if tree.steps is not None:  # a step is judged as a whole or not at all
             return tree
         tree = tree.first(self.max_nodes)
-        times = self._times.get(_size(tree.tokens.shape[0]))
-        if self.fixed or times is None or tree.num_nodes == 1 or tree.scores is None:
+        if self.fixed or tree.num_nodes == 1 or tree.scores is None:
             return tree
-        learned, rows, scores = self.learned, tree.tokens.shape[0], tree.host_scores
-        assert scores is not None
-        counts = learned.tried, learned.hit, PRIOR_WEIGHT
-        trust, standing = learned.trust, learned.standing(rows)
-        best, tokens, taken, plain = best_size(
-            tree.host_parents, scores, *counts, *times.known(), float(spent), float(trust), standing.margin
-        )
+        times = self.times
+        if trial is not None and (untimed := times.untimed(1)) is not None:
+            times.time(untimed, trial)
+        if not times.seconds:
+            return tree
+        learned, rows = self.learned, self._rows
+        standing, worth = learned.standing(rows), learned.trust * self._worth
+        best, tokens, taken, plain = self._best_size(tree, spent, trial)
         if tokens * plain <= LEAST_PROMISE * rows * (taken + spent):
             standing.lose((spent + taken - plain) / plain)
         if best == 1:
             learned.forget(IDLE_DECAY)
-        cost = (spent + taken - plain) / plain
-        self._pending = Pending(tree, (tokens - rows) / trust, cost if best > 1 else 0.0)
+        self._pending = Pending(tree, (tokens - rows) / worth, spent, taken, plain)
         self.sizes[best] += 1
         self.last_choice = Choice(tree.num_nodes, best, tokens, spent + taken, rows, plain)
         return tree.first(best)
+
+    @property
+    def _worth(self) -> float:
+        """What an accepted token is worth, if a pass that all rows need less is worth one for each of them."""
+        if self._rows == 1:
+            return 1.0
+        plain = self.times.of(1)
+        by_rows = min((self.times.of(2) - plain) / plain, 1.0)  # share of a pass that it takes because of its rows
+        return by_rows + (1.0 - by_rows) * self.learned.standing(self._rows).shortening
+
+    def _best_size(
+        self, tree: TokenTree, spent: float, trial: Callable[[int], None] | None
+    ) -> tuple[int, float, float, float]:
+        """See `best_size`; times the sizes that it asks for."""
+        times, learned = self.times, self.learned
+        counts = learned.tried, learned.hit, PRIOR_WEIGHT
+        terms = float(spent), float(learned.trust * self._worth), learned.standing(self._rows).margin
+
+        def best_of(tree: TokenTree) -> tuple[int, float, float, float]:
+            assert tree.host_scores is not None
+            return best_size(tree.host_parents, tree.host_scores, *counts, *times.known(), *terms)
+
+        found = best_of(tree)
+        for _ in times.buckets:  # each is timed once at most
+            untimed = times.untimed(found[0])
+            if trial is None or untimed is None:
+                break
+            if untimed > 1:
+                _, tokens, taken, _ = timed = best_of(tree.first(untimed // 2))
+                if found[1] * (taken + spent) <= LEAST_PROMISE * tokens * (found[2] + spent):
+                    return timed
+            times.time(untimed, trial)
+            found = best_of(tree)
+        return found
 
     def observe(
         self, tree: TokenTree, accepted: list[list[int]], tokens: Sequence[Sequence[int]] | None = None
@@ -350,12 +268,15 @@ class Budget:
                 those too that were not worth verifying. None where another token than that might be accepted.
         """
         pending, self._pending = self._pending, None
+        if pending is None and tree.num_nodes == 1:
+            return
         learned, counts = self.learned, (self.learned.tried, self.learned.hit, DECAY)
         num_accepted = sum(map(len, accepted))
+        self._saved += num_accepted / len(accepted)
         if pending is not None and pending.promise > 0.0:
             learned.promised = TRUST_DECAY * learned.promised + pending.promise
             learned.kept = TRUST_DECAY * learned.kept + num_accepted
-            learned.standing(len(accepted)).book(num_accepted / len(accepted) - pending.cost)
+            self._unbooked = pending._replace(brought=num_accepted / len(accepted))
         if pending is not None and tokens is not None and pending.tree.draft_probs is None:
             proposed = pending.tree
             known = np.full((len(tokens), max(map(len, tokens))), -1, np.int64)
@@ -371,20 +292,25 @@ class Budget:
             assert tree.host_scores is not None
             count_accepted(tree.host_parents, tree.host_scores, accepted_nodes, *counts)
 
-    def record(self, rows: int, nodes: int, seconds: float) -> None:
-        """Takes in the time a step took, drafting left out."""
-        standing = self.learned.standing(rows)
-        standing.credit = max(standing.credit, min(standing.credit + TRIAL_SHARE, 0.0))
-        self._num_plain += nodes == 1
-        if nodes == 1 and self._num_plain % PLAIN_STEPS_PER_LOOK:  # that time is well known
+    def record(self, nodes: int, seconds: float) -> None:
+        """Takes in the time a step took, drafting left out, and books what its draft has brought above that."""
+        if self.fixed:
             return
-        if times := self._times.get(_size(rows)):
-            times.update(nodes, seconds)
+        standing = self.learned.standing(self._rows)
+        standing.forgive()
+        self._num_steps += 1
+        draft, self._unbooked = self._unbooked, None
+        if draft is not None:
+            taken = draft.spent + min(seconds, MOST_STALL * draft.seconds)
+            standing.book(self._worth * draft.brought - (taken - draft.plain) / draft.plain)
+        self._num_plain += nodes == 1
+        if nodes > 1 or self._num_plain % PLAIN_STEPS_PER_LOOK == 1:  # that time is well known
+            self.times.update(nodes, seconds)
 
-
-def _size(rows: int) -> int:
-    """Batch sizes are told apart by powers of two."""
-    return 1 << (rows - 1).bit_length()
+    def end(self, rows: int, longest: int) -> None:
+        """Tells that a call is over: how many rows it had, and tokens the longest of them generated."""
+        if not self.fixed and rows > 1:
+            self.learned.standing(rows).end_call(longest - 1 - self._num_steps, self._saved)
 
 
 @functools.cache

@@ -74,9 +74,11 @@ class Decoder:
                     of_tree = outcome.accepted, outcome.top_tokens, outcome.verdicts
                     self.drafter.observe(self.sequences, self.rows, tree, *of_tree)
                 if tree.steps is None:  # a judge takes its time, and steps may be longer than any other tree
-                    self.budget.record(len(self.rows), tree.num_nodes, time.perf_counter() - started)
+                    self.budget.record(tree.num_nodes, time.perf_counter() - started)
         finally:
             self.drafter.finish(self.sequences)
+        generated = [self.sequences.num_generated(row) for row in range(len(self.sequences))]
+        self.budget.end(len(generated), max(generated))
         self.streamer.end()
 
     def _last_prompt_tokens(self, input_ids: Tensor) -> TokenTree:
@@ -86,37 +88,38 @@ class Decoder:
         return TokenTree.root_only(input_ids[:, -1])
 
     def _propose(self) -> TokenTree:
-        """The next tree: the drafter's, cut to what is worth verifying, or the roots alone."""
+        """The next tree: what is worth verifying of the drafter's, or the roots alone."""
+        tree = None
         if self.is_undecided:
             self.report.num_guard_passes += 1
-            self.report.count_pass([0] * len(self.rows))
-            return TokenTree.root_only(self.sequences.roots(self.rows))
+        elif self.drafter.is_on or self.ranks is not None:
+            tree = self._draft()
+        self.report.count_pass([0] * len(self.rows) if tree is None else tree.num_drafted)
+        return TokenTree.root_only(self.sequences.roots(self.rows)) if tree is None else tree
+
+    def _draft(self) -> TokenTree | None:
+        """The drafter's tree, cut to what is worth verifying; None when there is no draft."""
         self.budget.set_size(len(self.rows), max(self.sequences.lengths[row] for row in self.rows))
-        started = time.perf_counter()
-        nodes = self.budget.nodes_to_draft()
+        nodes, started = self.budget.nodes_to_draft(), time.perf_counter()
         tree = self.drafter.propose(self.sequences, self.rows, nodes)
         spent = time.perf_counter() - started
         if tree is None and nodes > 1:
-            self.budget.pass_over(len(self.rows), spent)
-        is_ready = tree is None or tree.steps is not None or self.budget.is_ready(len(self.rows))
+            self.budget.pass_over(spent)
         if self.ranks is not None:
-            is_ready = self.ranks.agree(is_ready)
-        if not is_ready:
-            with self.report.timed("calibrate"):
-                tokens = self.sequences.latest(self.rows, self.budget.max_nodes)
-                self.budget.measure(self.target, tokens, self._least_room(), self.ranks is not None)
+            is_ready = tree is None or tree.steps is not None or self.budget.is_ready
+            if not self.ranks.agree(is_ready):  # all processes must run the same passes
+                self.budget.times.time_all(self._trial_pass)
         if tree is not None:
-            tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent)
-        if self.ranks is not None:
-            tree = self.ranks.share(tree, len(self.rows), self.budget.max_nodes)
-        if tree is None:
-            self.report.count_pass([0] * len(self.rows))
-            return TokenTree.root_only(self.sequences.roots(self.rows))
-        self.report.count_pass(tree.num_drafted)
-        return tree
+            trial = self._trial_pass if self.ranks is None else None
+            tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent, trial)
+        return tree if self.ranks is None else self.ranks.share(tree, len(self.rows), self.budget.max_nodes)
 
-    def _least_room(self) -> int:
-        return min(self.sequences.room(row) for row in self.rows)
+    def _trial_pass(self, nodes: int) -> None:
+        """Runs a pass over so many nodes and rolls it back: real text, as experts are paid by how many are taken."""
+        with self.report.timed("calibrate"):
+            if self.target.lockstep:  # a chain is not run beyond the end
+                nodes = min(nodes, *(self.sequences.room(row) for row in self.rows))
+            self.target.trial_pass(self.sequences.latest(self.rows, nodes), nodes)
 
     def _commit(self, tree: TokenTree, outcome: Outcome, is_in_cache: bool = True) -> list[int]:
         """Keeps new tokens up to where their row ends; the cache gets all but the last, which is the next root.

@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec.budget import Budget
 from specdec.drafters.base import DraftContext, Drafter, DrafterSwitchedOffWarning, Step, check_proposal
 from specdec.hidden_states import HiddenStates
-from specdec.kernels import Floats, Ints, host_array, largest
+from specdec.kernels import Floats, Ints, host_array, largest_at
 from specdec.reasoning import Verdict
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
@@ -22,6 +22,8 @@ from specdec.tree import TokenTree
 
 __all__ = ["DrafterSwitchedOffWarning", "GuardedDrafter"]
 
+RANKED_NODES = 16
+"""Nodes of a tree, best first, behind which a drafter is told the target's likeliest tokens whatever comes of them."""
 MOST_RESTED = 64
 """Steps without drafting of which the drafter is told at once."""
 
@@ -74,10 +76,9 @@ class GuardedDrafter:
         self._rested: list[tuple[list[int], Ints]] = []
         self._is_resting = False
 
-    def kind(self) -> Hashable:
-        """Class and settings: drafters that have both in common propose alike."""
-        settings = self._call("settings")
-        return type(self.drafter), str(settings)
+    def kind(self) -> tuple[Hashable, ...]:
+        """See `Drafter.kind`; nothing where there is no drafter."""
+        return self._call("kind") or ()
 
     def start(self, sequences: Sequences, rows: Sequence[int]) -> None:
         """Tells the drafter that a call begins."""
@@ -99,6 +100,11 @@ class GuardedDrafter:
         return tree.up_to_depth(context.max_depth)
 
     @property
+    def is_on(self) -> bool:
+        """Whether there is a drafter, and it has not failed."""
+        return self.drafter is not None
+
+    @property
     def sits_out(self) -> bool:
         """Whether the next step has no draft, whatever comes of this one."""
         return self.drafter is None or (self._is_resting and self.budget is not None and self.budget.rests_next)
@@ -108,21 +114,24 @@ class GuardedDrafter:
         """How many of the target's likeliest tokens the drafter wants to know per node."""
         return self._num_top_tokens if self.drafter is not None else 0
 
-    def top_tokens(self, logits: Tensor) -> Tensor | None:
+    def top_tokens(self, logits: Tensor, accepted: Tensor) -> Tensor | None:
         """What the target holds likeliest, as far as the drafter wants to know it.
 
         Args:
             logits: The target's, `[batch, nodes, vocab]`.
+            accepted: The accepted draft nodes, `[batch, depth]`, -1 behind the end.
 
         Returns:
             Token ids, best first, `[batch, nodes, count]`, int64, on the logits' device; None for a drafter that does
-            not ask.
+            not ask. On a CPU, where each node takes its time, -1 at those neither accepted nor among the first.
         """
         if not self.num_top_tokens:
             return None
         count = min(self.num_top_tokens, logits.shape[-1])
         if logits.device.type == "cpu":
-            return torch.from_numpy(largest(host_array(logits.float()), count)[0])
+            wanted = np.arange(logits.shape[1]) < RANKED_NODES + np.zeros((len(logits), 1), np.int64)
+            np.put_along_axis(wanted, host_array(accepted).clip(0), True, 1)  # the root is wanted in any case
+            return torch.from_numpy(largest_at(host_array(logits.float()), count, wanted))
         return logits.topk(count).indices
 
     def observe(
@@ -192,17 +201,17 @@ class GuardedDrafter:
             hidden_states=self.hidden_states.of_rows if self.hidden_states is not None else None,
             sampler=self.sampler,
             is_sampled_from=self.is_sampled_from,
-            step_seconds=self._step_seconds(len(rows)),
+            step_seconds=self._step_seconds(),
             strict=self.strict,
             is_judged=self.is_judged,
             asks_target=self.asks_target,
             end_tokens=self.end_tokens,
         )
 
-    def _step_seconds(self, rows: int) -> tuple[Ints, Floats] | None:
+    def _step_seconds(self) -> tuple[Ints, Floats] | None:
         if self.budget is None or self.drafter is None or not self.drafter.needs_step_seconds:
             return None
-        return self.budget.step_seconds(rows)
+        return self.budget.step_seconds
 
     def _call(self, method: str, *args: Any) -> Any:
         if self.drafter is None:

@@ -264,7 +264,7 @@ class Speculation:
         ranks = Ranks.of(target.model) if self.drafter is not None else None
         drafts = ranks is None or ranks.is_first
         drafter = self._guarded_drafter(self.drafter if drafts else None, target, sampler, is_sampled_from)
-        self.budget.begin(target.model, (drafter.kind(), config.do_sample), target.manner)
+        self.budget.begin(target.model, drafter.kind(), config.do_sample, target.manner)
         decoder = Decoder(
             target=target,
             drafter=drafter,

@@ -16,6 +16,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+PART = 64
+"""Values of a long list that are looked at together."""
 
 
 def kernel(function: Function) -> Function:
@@ -164,6 +166,31 @@ def followed(tokens: Ints, parents: Ints, picks: Ints) -> tuple[Ints, Ints, Ints
     return path, taken, counts
 
 
+@kernel_part
+def write_largest(values: NDArray[np.float32], count: int, found: Ints, highest: NDArray[np.float32]) -> None:
+    """Writes where a list's largest values stand, and the values, `[count]` each."""
+    size, held = values.shape[0], 0
+    for start in range(0, size, PART):
+        part = values[start : min(start + PART, size)]
+        if held == count:  # most parts hold nothing new, which many values at once can be asked
+            least, is_new = highest[count - 1], False
+            for i in range(part.shape[0]):
+                is_new |= part[i] > least
+            if not is_new:
+                continue
+        for i in range(part.shape[0]):
+            if held == count and not part[i] > highest[count - 1]:
+                continue
+            at = min(held, count - 1)
+            while at > 0 and highest[at - 1] < part[i]:
+                highest[at] = highest[at - 1]
+                found[at] = found[at - 1]
+                at -= 1
+            highest[at] = part[i]
+            found[at] = start + i
+            held = min(held + 1, count)
+
+
 @kernel
 def largest(values: NDArray[np.float32], count: int) -> tuple[Ints, NDArray[np.float32]]:
     """The largest values of each list, the largest first; among equals the first.
@@ -175,25 +202,35 @@ def largest(values: NDArray[np.float32], count: int) -> tuple[Ints, NDArray[np.f
     Returns:
         Where they stand, and the values, `[batch, nodes, count]` each.
     """
-    batch, nodes, size = values.shape
+    batch, nodes = values.shape[:2]
     found = np.empty((batch, nodes, count), np.int64)
     highest = np.empty((batch, nodes, count), np.float32)
     for row in range(batch):
         for node in range(nodes):
-            listed, best = values[row, node], highest[row, node]
-            held = 0
-            for i in range(size):
-                if held == count and not listed[i] > best[count - 1]:
-                    continue
-                at = min(held, count - 1)
-                while at > 0 and best[at - 1] < listed[i]:
-                    best[at] = best[at - 1]
-                    found[row, node, at] = found[row, node, at - 1]
-                    at -= 1
-                best[at] = listed[i]
-                found[row, node, at] = i
-                held = min(held + 1, count)
+            write_largest(values[row, node], count, found[row, node], highest[row, node])
     return found, highest
+
+
+@kernel
+def largest_at(values: NDArray[np.float32], count: int, wanted: Bools) -> Ints:
+    """Where the largest values of some lists stand, the largest first; among equals the first.
+
+    Args:
+        values: `[batch, nodes, values]`.
+        count: How many are wanted, at most as many as there are.
+        wanted: Which lists are to be looked at, `[batch, nodes]`.
+
+    Returns:
+        `[batch, nodes, count]`, -1 where nothing is wanted.
+    """
+    batch, nodes = values.shape[:2]
+    found = np.full((batch, nodes, count), -1)
+    highest = np.empty(count, np.float32)
+    for row in range(batch):
+        for node in range(nodes):
+            if wanted[row, node]:
+                write_largest(values[row, node], count, found[row, node], highest)
+    return found
 
 
 @kernel_part

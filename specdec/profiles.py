@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from specdec import budget as budgets
-from specdec.budget import Learned
 from specdec.generation import Speculation
-from specdec.step_times import StepTimes
+from specdec.standing import LEARNED, Learned
+from specdec.step_times import TIMES, StepTimes, Surroundings
 from specdec.target import unwrapped
 
-FORMAT, VERSION = "specdec profile", 2
+FORMAT, VERSION = "specdec profile", 3
 
 
 @dataclass(frozen=True)
@@ -80,27 +79,33 @@ def _ids(prompt: Any, device: torch.device) -> dict[str, torch.Tensor]:
 
 def save_profile(speculation: Speculation, model: Any, path: str | os.PathLike[str], text: str) -> None:
     """Writes what is known; see `SpeculativeModel.save_profile`."""
-    target, kind = unwrapped(model), _kind(speculation)
+    target, mine = unwrapped(model), _kind(speculation)
     owner = speculation.budget.owner
-    learned = budgets._LEARNED.get(target, {})
     body = {
         "text": text,
         "fingerprint": fingerprint(speculation, model),
         "step_times": [
-            {"surroundings": list(at), "buckets": times.buckets[-1], "seconds": list(map(list, times.seconds.items()))}
-            for at, times in budgets._TIMES.get(target, {}).items()
+            {
+                "surroundings": list(at),
+                "buckets": times.buckets[-1],
+                "seconds": list(map(list, times.seconds.items())),
+                "trials": list(map(list, times.trials.items())),
+                "extra": times.extra,
+            }
+            for at, times in TIMES.get(target, {}).items()
             if times.seconds
         ],
         "learned": [
             {
+                "kind": list(kind[len(mine) :]),
                 "sampled": sampled,
                 "tried": known.tried.tolist(),
                 "hit": known.hit.tolist(),
                 "promised": known.promised,
                 "kept": known.kept,
             }
-            for sampled in (False, True)
-            if (known := learned.get((owner, (kind, sampled)))) is not None
+            for (of, kind, sampled), known in LEARNED.get(target, {}).items()
+            if of == owner and kind[: len(mine)] == mine
         ],
         "drafter": {} if speculation.drafter is None else speculation.drafter.knowledge(),
     }
@@ -120,17 +125,20 @@ def load_profile(speculation: Speculation, model: Any, path: str | os.PathLike[s
         told = "; ".join(f"{name} {theirs.get(name)!r} there, {mine[name]!r} here" for name in other)
         raise ValueError(f"{path} is a profile of something else: {told}. Make one for this with tune and save_profile")
     target, owner = unwrapped(model), speculation.budget.owner
-    known_times = budgets._TIMES.setdefault(target, {})
+    known_times = TIMES.setdefault(target, {})
     for entry in body["step_times"]:
         times = StepTimes(entry["buckets"])
-        times.seconds = {int(nodes): float(seconds) for nodes, seconds in entry["seconds"]}
-        size, length, where = entry["surroundings"]
-        known_times[int(size), int(length), str(where)] = times
-    known_counts = budgets._LEARNED.setdefault(target, {})
+        times.seconds, times.trials = (
+            {int(nodes): float(seconds) for nodes, seconds in entry[name]} for name in ("seconds", "trials")
+        )
+        times.extra = float(entry["extra"])
+        rows, length, is_sampled, manner = entry["surroundings"]
+        known_times[Surroundings(int(rows), int(length), bool(is_sampled), str(manner))] = times
+    known_counts = LEARNED.setdefault(target, {})
     for entry in body["learned"]:
         tried, hit = (np.array(entry[name], np.float64) for name in ("tried", "hit"))
         known = Learned(tried, hit, entry["promised"], entry["kept"])
-        known_counts[owner, (_kind(speculation), entry["sampled"])] = known
+        known_counts[owner, (*_kind(speculation), *entry["kind"]), bool(entry["sampled"])] = known
     speculation.budget.forget_times()
     if speculation.drafter is not None:
         speculation.drafter.bind(target)

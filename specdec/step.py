@@ -95,7 +95,7 @@ class Step:
             num_nodes: Nodes from here on are padding; None: there are none.
         """
         acceptance = self.verifier.verify(tree, logits, self.sampler, rows)
-        top_tokens = self.drafter.top_tokens(logits)  # [B, N, count]
+        top_tokens = self.drafter.top_tokens(logits, acceptance.nodes)  # [B, N, count]
         parts = [acceptance.num_accepted[:, None], acceptance.nodes, acceptance.tokens]
         if top_tokens is not None:
             parts.append(top_tokens.flatten(1))

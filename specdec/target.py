@@ -185,9 +185,6 @@ class TargetModel(ABC):
     def compile_passes(self, tokens: Tensor) -> None:
         """Does what compiled passes take longer for at first. `tokens` are run and rolled back, `[batch, 1]`."""
 
-    def prepare_pass(self, tokens: Tensor, nodes: int) -> None:
-        """Does what the first pass of a size takes longer for; see `trial_pass`."""
-
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Ends all rows that are not listed (indices among the rows still in the cache)."""
         self._keep_rows(rows)

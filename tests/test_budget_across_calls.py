@@ -10,32 +10,31 @@ import pytest
 import torch
 
 import specdec
-from specdec import budget as budget_module
-from specdec.budget import DEBT_AT_START, Budget, Learned
-from specdec.step_times import StepTimes
+from specdec.budget import Budget, Learned
+from specdec.step_times import TIMES, StepTimes
 from specdec.tree import TokenTree
 from tests.conformance import OracleDrafter, reference
-from tests.test_budget import CPU, chain, with_times
+from tests.test_budget import CPU, chain, set_times, with_times
 from tests.tiny_models import new_model, prompts
 
 
 def test_what_is_accepted_is_known_to_the_next_budget_of_the_model_and_kind_of_call() -> None:
     model = new_model("llama")
     first, second, other = Budget(8), Budget(8), Budget(8)
-    first.begin(model, "greedy")
+    first.begin(model, ())
     tree = chain(0.9, nodes=4)
     for _ in range(50):
         first.observe(tree, [[]])
-    second.begin(model, "greedy")
-    other.begin(model, "sampled")
+    second.begin(model, ())
+    other.begin(model, (), True)
     for budget in (first, second, other):
-        budget._times[1] = with_times(CPU)._times[1]
+        set_times(budget.times, CPU)
     assert other.choose(tree).num_nodes == 4, "nothing is known of this kind"
     assert second.choose(tree).num_nodes == first.choose(tree).num_nodes == 1, "such drafts were always wrong"
-    second.begin(model, "sampled")
+    second.begin(model, (), True)
     assert second.choose(tree).num_nodes == 4
     unrelated = Budget(8)
-    unrelated.begin(new_model("llama"), "greedy")
+    unrelated.begin(new_model("llama"), ())
     assert unrelated.tried.sum() == 0
 
 
@@ -56,20 +55,20 @@ def test_budgets_of_two_owners_learn_apart() -> None:
     model = new_model("llama")
     mine, same, other = (Budget(8, owner=owner) for owner in ("mine", "mine", "other"))
     for budget in (mine, same, other):
-        budget.begin(model, "greedy")
+        budget.begin(model, ())
     assert mine.tried is same.tried is not other.tried
 
 
 def test_a_new_call_is_not_slept_through() -> None:
     """The rest that one prompt has led to says little of the next one."""
     model, budget, tree = new_model("llama"), Budget(8), chain(0.02, nodes=8)
-    budget._times[1] = with_times(CPU)._times[1]
-    budget.begin(model, "greedy")
+    budget.begin(model, ())
+    set_times(budget.times, CPU)
     for _ in range(8):
         budget.nodes_to_draft()
         budget.choose(tree, spent=40.0)
     assert budget.nodes_to_draft() == 1
-    budget.begin(model, "greedy")
+    budget.begin(model, ())
     assert budget.nodes_to_draft() == 8
     budget.choose(tree, spent=40.0)
     assert budget.nodes_to_draft() == 1, "one draft, not as many as in the first call"
@@ -79,7 +78,9 @@ def test_step_times_of_one_kind_of_attention_say_nothing_of_another(monkeypatch:
     measured: list[str] = []
     asked: list[str] = []
     monkeypatch.setattr(
-        StepTimes, "measure", lambda self, *_, **__: measured.append(asked[-1]) or self.seconds.update({1: 1.0, 8: 1.0})
+        StepTimes,
+        "time",
+        lambda self, *_: measured.append(asked[-1]) or set_times(self, {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}),
     )
     model, inputs, budget = new_model("llama"), prompts(9), Budget(8)
     expected = reference(model, inputs, max_new_tokens=8, eos_token_id=None)
@@ -95,7 +96,7 @@ def test_step_times_of_one_kind_of_attention_say_nothing_of_another(monkeypatch:
         fast = specdec.accelerate(model, drafter, strict=True, budget=budget, **kwargs)
         assert torch.equal(fast.generate(**inputs, max_new_tokens=8, eos_token_id=None), expected.ids)
     assert measured == list(calls), "each once; the second round knows all of them"
-    assert len(budget_module._TIMES[model]) == len(calls)
+    assert len(TIMES[model]) == len(calls)
 
 
 class SimulatedCalls:
@@ -121,8 +122,9 @@ class SimulatedCalls:
             tokens: To generate per row.
         """
         budget, plain = Budget(64), self.seconds[1]
-        budget._times = with_times(self.seconds, self.rows)._times
-        budget.begin(self.model, "sampled")
+        budget.begin(self.model, (), True)
+        budget.set_size(self.rows, 100)
+        set_times(budget.times, self.seconds)
         made, taken, self.drafted = 0.0, 0.0, []
         while made < tokens:
             budget.set_size(self.rows, 100)
@@ -135,7 +137,7 @@ class SimulatedCalls:
                 [0] * len(nodes) + [int(len(nodes) >= count)] for nodes, count in zip(accepted, right, strict=True)
             ]
             budget.observe(chosen, accepted, picked)
-            budget.record(self.rows, chosen.num_nodes, self.seconds[chosen.num_nodes])
+            budget.record(chosen.num_nodes, self.seconds[chosen.num_nodes])
             self.drafted.append(chosen.num_nodes > 1)
             made += 1 + sum(map(len, accepted)) / self.rows
             taken += self.seconds[chosen.num_nodes] + is_asked * spent * plain
@@ -188,9 +190,10 @@ def test_what_was_promised_and_not_kept_makes_for_higher_demands() -> None:
         chosen = budget.choose(tree)
         budget._pending = budget._pending and budget._pending._replace(tree=chain(0.1, nodes=2))
         budget.observe(chosen, [[]], [[1]])  # not the token that was drafted
+        budget.record(chosen.num_nodes, CPU[chosen.num_nodes])
     assert margins[0] == 1.0
-    assert margins == sorted(margins) and margins[-1] > 1.0
-    budget.begin(new_model("llama"), "greedy")
+    assert margins[:4] == sorted(margins[:4]) and margins[-1] > 2.0
+    budget.begin(new_model("llama"), ())
     assert budget.learned.standing(1).margin == 1.0, "of another model nothing is known"
 
 
@@ -203,8 +206,9 @@ def test_rests_are_short_at_first_and_double() -> None:
         rests.append(0)
         while budget.nodes_to_draft() == 1:
             rests[-1] += 1
-    assert rests == [0, 0, 0, 1, 2, 4, 8, 16, 32, 38], "at last so long that they take `TRIAL_SHARE`"
+    assert rests == [0, 0, 0, 1, 2, 4, 8, 16, 32, 63], "at last so long that they take `TRIAL_SHARE`"
     budget.observe(budget.choose(good), [list(range(1, 8))])
+    budget.record(8, CPU[8])
     budget.choose(poor, spent=8.0)
     assert budget.nodes_to_draft() > 1
 
@@ -213,19 +217,54 @@ def test_finding_nothing_in_step_after_step_is_rested_from_too() -> None:
     """Looking takes its time, and where a pass is short that is a part of it."""
     dear, cheap = with_times(CPU), with_times(CPU)
     asked = {}
-    for name, budget, spent in (("dear", dear, 0.05 * 42.0), ("cheap", cheap, 0.004 * 42.0)):
+    for name, budget, spent in (("dear", dear, 0.05 * 42.0), ("cheap", cheap, 0.002 * 42.0)):
         asked[name] = 0
         for _ in range(200):
             if budget.nodes_to_draft() > 1:
                 asked[name] += 1
-                budget.pass_over(1, spent)
+                budget.pass_over(spent)
     assert asked["cheap"] == 200, "less than `TRIAL_SHARE`"
     assert asked["dear"] < 30
-    Budget(8).pass_over(1, 1.0)  # while nothing is measured, nothing is known
+    Budget(8).pass_over(1.0)  # while nothing is measured, nothing is known
 
 
 def test_rows_that_end_take_along_how_drafting_stands() -> None:
     budget = Budget(8)
     budget.learned.standing(8).book(-2.5)
-    assert budget.learned.standing(4).credit == -DEBT_AT_START
+    assert budget.learned.standing(4).credit == budget.learned.standing(8).credit == -1.5
     assert Learned().standing(4).credit > 0
+
+
+def batch_calls(gains: list[int], longest: int, steps: int, calls: int = 12) -> Budget:
+    """A budget that has seen calls of four rows: accepted drafts of the rows in all, tokens of the longest, steps."""
+    model, budget = new_model("llama"), Budget(8)
+    for _ in range(calls):
+        budget.begin(model, ())
+        budget.set_size(4, 100)
+        set_times(budget.times, {1: 1.0, 2: 1.3, 4: 1.3, 8: 1.3})
+        for step in range(steps):
+            accepted = [list(range(1, 2)) if step < gain else [] for gain in gains]
+            budget.observe(chain(0.9, nodes=2, rows=4), accepted)
+            budget.record(2, 1.3)
+        budget.end(4, longest)
+    return budget
+
+
+def test_drafts_that_do_not_shorten_a_batch_are_worth_less() -> None:
+    """The row that ends last decides how many passes a call takes."""
+    other_rows, all_rows = batch_calls([60, 60, 60, 0], 101, 100), batch_calls([45, 45, 45, 45], 101, 55)
+    assert other_rows.learned.standing(4).shortening < 0.01
+    assert all_rows.learned.standing(4).shortening == pytest.approx(1.0)
+    tree = chain(0.4, nodes=8, rows=4)
+    for budget in (other_rows, all_rows):
+        budget.learned.tried[:] = budget.learned.hit[:] = 0.0
+        budget.learned.standing(4).credit = budget.learned.promised = budget.learned.kept = 0.0
+    assert all_rows.choose(tree).num_nodes == 8
+    assert other_rows.choose(tree).num_nodes == 1
+    other_rows.set_size(1, 100)
+    assert other_rows._worth == 1.0, "a row alone is the last one"
+
+
+def test_of_calls_with_hardly_a_draft_nothing_is_learned_about_batches() -> None:
+    budget = batch_calls([1, 1, 1, 0], 101, 100)
+    assert budget.learned.standing(4).shortening == 1.0

@@ -24,14 +24,14 @@ def simulate(seconds: dict[int, float], rate: float, draft_seconds: float = 0.0,
             budget.sizes.clear()
             budget.num_rests = 0
         if budget.nodes_to_draft() == 1:
-            budget.record(1, 1, seconds[1])
+            budget.record(1, seconds[1])
             continue
         chosen = budget.choose(tree, draft_seconds)
         accepted = 0
         while accepted < chosen.num_nodes - 1 and random.random() < rate:
             accepted += 1
-        budget.record(1, chosen.num_nodes, seconds[chosen.num_nodes])
         budget.observe(chosen, [list(range(1, accepted + 1))])
+        budget.record(chosen.num_nodes, seconds[chosen.num_nodes])
     return budget
 
 

@@ -9,11 +9,11 @@ import torch
 import transformers as tf
 
 import specdec
-from specdec import budget as budget_module
+from specdec import step_times
 from specdec.budget import Budget
-from specdec.step_times import StepTimes
 from specdec.target import TargetModel
 from tests.conformance import assert_identical
+from tests.test_budget import chain, set_times
 from tests.tiny_models import LLAMA_LIKE, prompts
 
 EXPERTS = 16
@@ -62,7 +62,9 @@ def test_what_is_timed_takes_as_many_experts_as_text_does(monkeypatch: pytest.Mo
         timed[nodes] = max(timed.get(nodes, 0), max(map(len, seen)))
 
     monkeypatch.setattr(TargetModel, "trial_pass", trial)
-    monkeypatch.setattr(budget_module, "_TIMES", type(budget_module._TIMES)())
+    all_sizes = lambda self, _: next((n for n in self.buckets if n not in self.seconds), None)  # noqa: E731
+    monkeypatch.setattr(step_times.StepTimes, "untimed", all_sizes)
+    monkeypatch.setattr(step_times, "TIMES", type(step_times.TIMES)())
     fast = specdec.accelerate(model, "auto", strict=True, max_nodes=64)
     fast.generate(**prompts(60), max_new_tokens=8, eos_token_id=None)
     assert timed[1] == 1
@@ -74,14 +76,9 @@ def test_size_is_chosen_by_the_times_that_were_measured(monkeypatch: pytest.Monk
     """Times that grow with the experts taken lead to smaller trees than those of a dense model of the same drafts."""
 
     def measured(seconds_per_expert: float) -> int:
-        budget, times = Budget(64), StepTimes(64)
-        taken = {nodes: EXPERTS * (1 - (1 - 1 / EXPERTS) ** nodes) for nodes in times.buckets}
-        times.measure(lambda nodes: None)
-        times.seconds = {nodes: 1.0 + seconds_per_expert * count for nodes, count in taken.items()}
-        times._known = None
-        budget._times[1] = times
-        from tests.test_budget import chain
-
+        budget = Budget(64)
+        taken = {nodes: EXPERTS * (1 - (1 - 1 / EXPERTS) ** nodes) for nodes in budget.times.buckets}
+        set_times(budget.times, {nodes: 1.0 + seconds_per_expert * count for nodes, count in taken.items()})
         return budget.choose(chain(0.8)).num_nodes
 
     assert measured(0.0) == 64

@@ -11,6 +11,7 @@ from specdec.budget import Budget
 from specdec.drafters import MergedDrafter, RecyclingDrafter
 from specdec.step_times import StepTimes
 from tests.conformance import AlwaysWrongDrafter, FailingDrafter, OracleDrafter, reference
+from tests.test_budget import set_times
 from tests.tiny_models import new_model, prompts, tiny_model
 
 KWARGS: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": None}
@@ -25,7 +26,7 @@ def explained(fast: specdec.SpeculativeModel, capsys: pytest.CaptureFixture[str]
 def test_sources_sizes_and_reasons_are_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StepTimes, "measure", lambda self, *_: self.seconds.update({1: 0.01, 8: 0.01, 64: 0.02}))
+    monkeypatch.setattr(StepTimes, "time", lambda self, *_: set_times(self, {1: 0.01, 8: 0.01, 64: 0.02}))
     monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: None)
     model = new_model("llama")
     answers = reference(model, prompts(8), **KWARGS).answers
@@ -43,7 +44,7 @@ def test_sources_sizes_and_reasons_are_told(
 
 
 def test_no_draft_is_told_with_its_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepTimes, "measure", lambda self, *_: self.seconds.update({1: 0.01, 8: 0.9, 64: 0.9}))
+    monkeypatch.setattr(StepTimes, "time", lambda self, *_: set_times(self, {1: 0.01, 2: 0.9, 64: 0.9}))
     model = new_model("llama")
     answers = reference(model, prompts(8), **KWARGS).answers
     fast = specdec.accelerate(model, AlwaysWrongDrafter(answers), strict=True)

@@ -12,6 +12,7 @@ import torch
 
 import specdec
 from specdec import budget as budget_module
+from specdec import profiles, step_times
 from specdec.drafters import LookaheadDrafter, MergedDrafter, RecyclingDrafter
 from specdec.step_times import StepTimes
 from tests.conformance import reference
@@ -19,8 +20,11 @@ from tests.tiny_models import new_model, prompts
 
 
 def as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget_module, "_TIMES", type(budget_module._TIMES)())
-    monkeypatch.setattr(budget_module, "_LEARNED", type(budget_module._LEARNED)())
+    times, learned = type(step_times.TIMES)(), type(budget_module.LEARNED)()
+    for module in (step_times, profiles):
+        monkeypatch.setattr(module, "TIMES", times)
+    for module in (budget_module, profiles):
+        monkeypatch.setattr(module, "LEARNED", learned)
 
 
 def tuned(model: Any) -> specdec.SpeculativeModel:
@@ -44,7 +48,7 @@ def test_a_new_process_starts_where_the_last_one_ended(tmp_path: Path, monkeypat
     model, file = new_model("llama"), tmp_path / "profiles" / "code.json"
     first = tuned(model)
     first.save_profile(file, text="code")
-    learned, drafter = first.speculation.budget.learned, first.drafter
+    learned, drafter, before = first.speculation.budget.learned, first.drafter, step_times.TIMES[model]
     as_in_a_new_process(monkeypatch)
     same = new_model("llama")
     second = specdec.accelerate(same, "auto", strict=True, max_nodes=8)
@@ -55,13 +59,16 @@ def test_a_new_process_starts_where_the_last_one_ended(tmp_path: Path, monkeypat
     mine, theirs = (merged.sources[1] for merged in (second.drafter, drafter))
     assert isinstance(mine, RecyclingDrafter) and isinstance(theirs, RecyclingDrafter)
     assert np.array_equal(mine._tried, theirs._tried)
-    measured: list[Any] = []
-    monkeypatch.setattr(StepTimes, "measure", lambda self, *_: measured.append(self))
+    known = {at: (dict(times.seconds), dict(times.trials)) for at, times in step_times.TIMES[same].items()}
+    assert known == {at: (times.seconds, times.trials) for at, times in before.items()}
+    measured: list[int] = []
+    right = StepTimes.time
+    monkeypatch.setattr(StepTimes, "time", lambda self, n, run: measured.append(n) or right(self, n, run))
     monkeypatch.setattr(budget_module.Budget, "observe", lambda *_: None)
     monkeypatch.setattr(budget_module, "IDLE_DECAY", 1.0)
     expected = reference(same, prompts(9), max_new_tokens=20, eos_token_id=None)
     assert second.generate(**prompts(9), max_new_tokens=20, eos_token_id=None).tolist() == expected.ids.tolist()
-    assert not measured, "step times are known"
+    assert not any(size in seconds for size in measured for seconds, _ in known.values()), "step times are known"
     assert np.array_equal(second.speculation.budget.tried, learned.tried)
     assert second.speculation.budget.learned.trust == learned.trust
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from specdec.api import accelerate
 from specdec.budget import Budget
@@ -17,7 +16,6 @@ from specdec.drafters.medusa import MedusaDrafter, default_accuracies
 from specdec.heads import HeadCalibration, MedusaHeads
 from specdec.heads.tree_choice import best_tree, expected_tokens, measured_tokens
 from specdec.step_times import StepTimes
-from specdec.target import TargetModel
 from specdec.training.hidden_states import FinalHiddenStates
 from specdec.training.losses import IGNORED, medusa_targets
 from specdec.tree import NODE_BUCKETS, TokenTree
@@ -73,18 +71,14 @@ class Tuning:
 
 
 class PassTimer(Budget):
-    """Times the passes of all sizes in the middle of a generation, with more patience than a generation has."""
+    """Times the passes of all sizes in the middle of a generation, however long it takes."""
 
-    times: StepTimes | None = None
+    timed: StepTimes | None = None
 
-    def is_ready(self, rows: int) -> bool:
-        return self.times is not None
-
-    def measure(self, target: TargetModel, tokens: Tensor, room: int, in_full: bool = False) -> None:
-        self.times = StepTimes(max(1, min(self.max_nodes, room) if target.lockstep else self.max_nodes))
-        self.times.measure(lambda nodes: target.trial_pass(tokens, nodes), patience=30.0)
-
-    def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
+    def choose(self, tree: TokenTree, spent: float = 0.0, trial: Callable[[int], None] | None = None) -> TokenTree:
+        if self.timed is None and trial is not None:
+            self.timed = StepTimes(self.max_nodes)
+            self.timed.time_all(trial)
         return tree.first(1)
 
 
@@ -203,10 +197,10 @@ def time_passes(
         min_new_tokens=TIMED_TOKENS,
         do_sample=False,
     )
-    if timer.times is None:
+    if timer.timed is None:
         raise ValueError(f"this call cannot be run ahead: {fast.report.fallback}")
     return (
-        timer.times,
+        timer.timed,
         fast.report.seconds["draft"] / (fast.report.num_target_passes - 1),
         fast.capability.mode == "tree",
     )

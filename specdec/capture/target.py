@@ -148,9 +148,6 @@ class StaticTarget(TreeTarget):
         if self.launch(TokenTree(tokens, parents), self.tail) and self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize(self.device)
 
-    def prepare_pass(self, tokens: Tensor, nodes: int) -> None:
-        self.trial_pass(tokens, nodes)
-
     def launch(self, tree: TokenTree, tail: Tail | None, roots: Tensor | None = None, ahead: int = 0) -> bool:
         """Starts a static step; nothing is waited for once the step of this shape is captured.
 

@@ -83,8 +83,9 @@ def test_a_drafter_of_the_same_kind_takes_the_place_of_its_own(tmp_path: Path) -
 def test_text_without_a_pattern_makes_drafting_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device where each node costs a pass nothing is drafted, whatever the sources promise."""
     from specdec.step_times import StepTimes
+    from tests.test_budget import set_times
 
-    monkeypatch.setattr(StepTimes, "measure", lambda self, *_: self.seconds.update({1: 0.01, 2: 0.02, 64: 0.64}))
+    monkeypatch.setattr(StepTimes, "time", lambda self, *_: set_times(self, {1: 0.01, 2: 0.02, 64: 0.64}))
     monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: None)
     budget = Budget(64)
     kwargs = {"max_new_tokens": 100, "do_sample": True, "temperature": 5.0, "eos_token_id": None}

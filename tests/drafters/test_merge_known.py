@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import specdec
 from specdec.drafters import LookaheadDrafter, MergedDrafter, RecyclingDrafter, merge_known
 from specdec.drafters.base import NO_NEEDS, Needs
-from specdec.drafters.merge_known import CALLS_WITHOUT, Known
+from specdec.drafters.merge_known import FEW_CALLS, MANY_CALLS, Known
 from specdec.drafters.merge_worth import STANDING_SHARE, Worth
 from tests.conformance import TaughtMedusaDrafter, reference
 from tests.drafters.merging import ScriptedDrafter, context_of, merging, paths_tree
@@ -38,17 +40,20 @@ def test_what_one_drafter_has_learned_the_next_one_of_its_settings_knows() -> No
 def test_a_source_that_brings_nothing_is_kept_ready_in_one_call_of_several() -> None:
     known = Known(2)
     ready = []
-    for _ in range(10 * CALLS_WITHOUT):
+    for _ in range(160):
         idle = known.idle_sources(1)
         ready.append(1 not in idle)
         for source in {0, 1} - idle:
-            known.worth(1).close_call(source, tokens=0.2 if source == 0 else 0.0, seconds=0.01)
+            known.worth(1).close_call(source, saved=0.2 if source == 0 else 0.0, taken=0.01)
         assert 0 not in idle
     assert ready[0]
-    assert sum(ready[CALLS_WITHOUT:]) == 9
-    for _ in range(2 * CALLS_WITHOUT):  # from now on it does
+    trials = [call for call, is_ready in enumerate(ready) if is_ready and call >= 4]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(trials)]
+    assert gaps[:3] == [FEW_CALLS, 2 * FEW_CALLS, MANY_CALLS], "ever fewer calls"
+    assert set(gaps[3:]) == {MANY_CALLS}
+    for _ in range(2 * MANY_CALLS):  # from now on it does
         if 1 not in known.idle_sources(1):
-            known.worth(1).close_call(1, tokens=0.2, seconds=0.01)
+            known.worth(1).close_call(1, saved=0.2, taken=0.01)
     assert not known.idle_sources(1)
     assert not known.idle_sources(8), "with more rows nothing is known"
 
@@ -56,8 +61,8 @@ def test_a_source_that_brings_nothing_is_kept_ready_in_one_call_of_several() -> 
 def test_what_it_takes_to_keep_a_source_ready_must_be_earned_too() -> None:
     worth = Worth(2)
     for _ in range(40):
-        worth.close_call(0, tokens=0.02 + 2 * STANDING_SHARE, seconds=0.02)
-        worth.close_call(1, tokens=0.02 + 0.5 * STANDING_SHARE, seconds=0.02)
+        worth.close_call(0, saved=0.02 + 2 * STANDING_SHARE, taken=0.02)
+        worth.close_call(1, saved=0.02 + 0.5 * STANDING_SHARE, taken=0.02)
     assert worth.standings[0] > 0 > worth.standings[1]
 
 

@@ -18,6 +18,7 @@ from specdec.drafters import (
     RecyclingDrafter,
     Step,
 )
+from specdec.drafters.base import DrafterSwitchedOffWarning
 from specdec.tree import TokenTree
 from tests.conformance import (
     Answers,
@@ -234,13 +235,47 @@ def test_nodes_left_out_of_the_tree_are_learned_from_too() -> None:
 
 
 def test_counts_are_of_another_target_no_more() -> None:
-    drafter = merging(ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.5})))
+    drafter = merging(*(ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.5}), name) for name in ("one", "two")))
     steps(drafter, [1, 2], 5)
     assert drafter._known[False].tried.any()
     drafter.bind(tiny_model())
     assert drafter._known[False].tried.any()
     drafter.bind(tiny_model("gpt2"))
     assert not drafter._known[False].tried.any()
+
+
+def test_a_source_that_is_alone_is_not_merged_but_credited() -> None:
+    """With no other one kept ready, its own tree is taken as it is, and it is told of all of it."""
+    tree = paths_tree(9, {(1,): 0.5, (1, 2): 0.5})
+    drafter = merging(only := ScriptedDrafter(lambda _: tree, "only"))
+    drafter.start(context_of([9]))
+    assert drafter.propose(context_of([9]), 8) is tree
+    assert drafter.sources_of(0, [1]) == [("only",)]
+    drafter.observe(context_of([9, 1, 7]), Step([0], tree, [1]))
+    assert only.steps[-1].tree is tree
+    figures = drafter.figures(context_of([9, 1, 7]))["only"]
+    assert (figures["proposed"], figures["accepted"], figures["alone"], figures["credit"]) == (2, 1, 1, 1.0)
+
+
+def test_steps_in_which_nothing_was_proposed_are_credited_to_nobody() -> None:
+    """While drafting rests rows may end, and the drafter is told of all of it later."""
+    tree = TokenTree.from_rows([[9, 1], [8, 1]], [[-1, 0], [-1, 0]], [[0.0, 0.5], [0.0, 0.5]])
+    drafter = merging(ScriptedDrafter(lambda _: tree, "only"))
+    drafter.start(context_of([9], [8]))
+    drafter.propose(context_of([9], [8]), 8)
+    drafter.observe(context_of([9, 1, 7], [8, 2]), Step([0, 1], tree, [1, 0]))
+    for _ in range(2):
+        drafter.observe(context_of([9, 1, 7, 5]), Step([0], TokenTree.root_only(torch.tensor([7])), [0]))
+    assert drafter.figures(context_of([9, 1, 7, 5], [8, 2]))["only"]["accepted"] == 1
+
+
+def test_a_wrong_tree_of_a_source_that_is_alone_is_its_own_error() -> None:
+    drafter = merging(ScriptedDrafter(lambda _: paths_tree(8, {(1,): 0.5})))
+    drafter.start(context_of([9]))
+    with pytest.warns(DrafterSwitchedOffWarning, match="the roots must be"):
+        assert drafter.propose(context_of([9]), 8).num_nodes == 1
+    assert "the roots must be" in drafter.figures(context_of([9]))["scripted"]["error"]
+    assert drafter.propose(context_of([9]), 8).num_nodes == 1, "none is left"
 
 
 # --- credit -----------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import torch
 import specdec
 from specdec.budget import Budget
 from specdec.drafters import DraftContext, RecyclingDrafter, Step
-from specdec.drafters.recycled_lists import LAST, grow_recycled
-from specdec.drafting import GuardedDrafter
+from specdec.drafters.recycled_lists import LAST, grow_recycled, keep_lists
+from specdec.drafting import RANKED_NODES, GuardedDrafter
 from specdec.kernels import largest
 from specdec.report import SpeculationReport
 from specdec.tree import TokenTree
@@ -144,7 +144,7 @@ def test_best_nodes_come_first() -> None:
     scores = np.zeros((2, 32), np.float32)
     tokens[:, 0] = 3, 4
     last = table[[5, 6]]
-    used = grow_recycled(table, last, rates, np.array([6, 2]), tokens, parents, scores)
+    used = grow_recycled(table, last, rates, np.array([6, 2]), 0.0, tokens, parents, scores)
     assert used == 32
     tree = TokenTree(torch.from_numpy(tokens), torch.from_numpy(parents), torch.from_numpy(scores))
     assert tree.depths[1].max() == 2
@@ -230,8 +230,9 @@ def test_clear_forgets_everything() -> None:
 def test_a_later_call_begins_with_what_an_earlier_one_learnt() -> None:
     drafter = RecyclingDrafter()
     kwargs = {"max_new_tokens": 24, "eos_token_id": None}
-    reports = [assert_identical(tiny_model(), drafter, prompts(8), **kwargs) for _ in range(2)]
-    assert reports[1].num_drafts > reports[0].num_drafts
+    budget = Budget(16, fixed=True)
+    reports = [assert_identical(tiny_model(), drafter, prompts(8), budget=budget, **kwargs) for _ in range(2)]
+    assert reports[1].num_accepted_tokens > reports[0].num_accepted_tokens
 
 
 @pytest.mark.parametrize("setting", ["max_nodes", "max_depth", "top_k", "prior_weight", "memory"])
@@ -255,10 +256,35 @@ def test_top_tokens_are_those_of_the_logits() -> None:
         assert torch.equal(torch.from_numpy(values), logits.topk(count).values)
     guard = GuardedDrafter(RecyclingDrafter(top_k=4), 50, SpeculationReport(), strict=True, num_top_tokens=4)
     for values, count in ((logits, 4), (logits.bfloat16(), 4), (logits[..., :3], 3)):
-        tokens = guard.top_tokens(values)
+        tokens = guard.top_tokens(values, torch.tensor([[1], [-1]]))
         assert tokens is not None and tokens.shape == (2, 3, count)
         assert torch.equal(values.gather(-1, tokens), values.topk(count).values)
-    assert GuardedDrafter(None, 50, SpeculationReport(), strict=True).top_tokens(logits) is None
+    nothing = torch.zeros((2, 0), dtype=torch.int64)
+    assert GuardedDrafter(None, 50, SpeculationReport(), strict=True).top_tokens(logits, nothing) is None
+
+
+def test_behind_unlikely_nodes_top_tokens_are_known_only_where_they_were_right() -> None:
+    logits = torch.randn((2, 40, 200), generator=torch.Generator().manual_seed(0))
+    guard = GuardedDrafter(RecyclingDrafter(top_k=4), 200, SpeculationReport(), strict=True, num_top_tokens=4)
+    accepted = torch.tensor([[3, 30, 35], [20, -1, -1]])
+    tokens = guard.top_tokens(logits, accepted)
+    assert tokens is not None
+    expected = logits.topk(4).indices
+    for row, known in enumerate(({30, 35}, {20})):
+        for node in range(40):
+            if node < RANKED_NODES or node in known:
+                assert torch.equal(tokens[row, node], expected[row, node])
+            else:
+                assert (tokens[row, node] == -1).all()
+
+
+def test_lists_that_are_not_known_leave_the_table_as_it_is() -> None:
+    table, last = np.full((6, 2), 5, np.int32), np.zeros((1, 2), np.int32)
+    tokens, parents = np.array([[1, 2, 3]]), np.array([[-1, 0, 0]])
+    top_tokens = np.array([[[2, 3], [4, 0], [-1, -1]]])
+    keep_lists(tokens, parents, top_tokens, np.array([[1, 2, 4]]), np.array([3]), table, last)
+    assert table[1].tolist() == [2, 3] and table[2].tolist() == [4, 0] and table[3].tolist() == [5, 5]
+    assert last.tolist() == [[4, 0]]
 
 
 def test_loop_hands_over_top_tokens_of_every_node() -> None:
@@ -295,7 +321,7 @@ def test_steps_without_a_draft_are_told_of_all_at_once() -> None:
         def nodes_to_draft(self) -> int:
             return 1 if self.rests else 2
 
-        def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
+        def choose(self, tree: TokenTree, spent: float = 0.0, trial: Any = None) -> TokenTree:
             return tree.first(1)
 
     tables = []
