@@ -27,7 +27,6 @@ from specdec.budget import Budget
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.merged import MergedDrafter
 from specdec.provenance import circumstances, write_json
-from specdec.step_times import StepTimes
 from specdec.tree import NODE_BUCKETS, TokenTree
 
 RESULTS = Path(__file__).parent / "results"
@@ -124,9 +123,8 @@ def measure(rows: int, nodes: int, sources: int, steps: int) -> list[dict[str, f
     if sources > 1:
         recorded[-1].clock = passing
     drafter.bind(Model())
-    times = StepTimes(nodes)
-    times.seconds = {size: PASS_SECONDS * (1 + size / 256) for size in NODE_BUCKETS if size <= nodes}
-    budget._times[rows] = times
+    budget.set_size(rows, 100)
+    budget.times.seconds = {size: PASS_SECONDS * (1 + size / 256) for size in NODE_BUCKETS if size <= nodes}
     out = []
     gc.disable()
     for _ in range(steps):

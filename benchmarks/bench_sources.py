@@ -1,14 +1,15 @@
 """Measures every source of drafts, every pair, and "auto" on a mixture of prompts of four kinds, against drafting off.
 
     python benchmarks/bench_sources.py greedy-1 sampled-1
-    python benchmarks/bench_sources.py greedy-4 greedy-8 sampled-4 sampled-8 --only auto
+    python benchmarks/bench_sources.py greedy-4 greedy-8 sampled-4 sampled-8 --only lookahead,auto
     python benchmarks/bench_sources.py nodes-16
 
 A part is one interleaved run: on each prompt all settings run in turn, beginning with another one each time; prompts of
 the four kinds alternate. Each setting has one drafter, which goes on from prompt to prompt and meets each of them once.
 Running a part again adds a run over the next prompts, with new drafters; figures are of all runs together. `sampled-4`
 is temperature 1 in batches of four. In `nodes-16` every source is asked in every step and drafts of up to 16 nodes are
-verified whole, so that tokens per pass can be compared at one node count; its times mean nothing.
+verified whole, so that tokens per pass can be compared at one node count; its times mean nothing. `off again` is
+drafting off once more: how far it is from 1 is what the figures of the others are good to.
 
 Kinds: `completion`, held-out code; `edit`, held-out code whose beginning stands there once more, to be gone on with;
 `questions`, a few texts that come again with another question each time; `incompressible`, random ids gone on with at
@@ -40,7 +41,7 @@ from specdec.provenance import circumstances, write_json
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("completion", "edit", "questions", "incompressible")
-OFF, AUTO, ALL = "off", "auto", "auto+draft"
+OFF, AGAIN, AUTO, ALL = "off", "off again", "auto", "auto+draft"
 TEXTS_ASKED, HOT = 3, 5.0
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
@@ -78,15 +79,15 @@ def settings_of(model: Any, draft_model: Any, only: str) -> dict[str, Callable[[
     }
     if own_heads(model) is not None:
         sources["medusa"] = MedusaDrafter
-    made: dict[str, Callable[[], Drafter | None]] = {OFF: lambda: None}
-    if only != AUTO:
-        made |= sources
-        for one, two in itertools.combinations(sources, 2):
-            made[f"{one}+{two}"] = lambda one=one, two=two: MergedDrafter([sources[one](), sources[two]()])
+    made: dict[str, Callable[[], Drafter | None]] = {OFF: lambda: None, AGAIN: lambda: None, **sources}
+    for one, two in itertools.combinations(sources, 2):
+        made[f"{one}+{two}"] = lambda one=one, two=two: MergedDrafter([sources[one](), sources[two]()])
     made[AUTO] = AutoDrafter
-    if only != AUTO:
-        made[ALL] = lambda: AutoDrafter(more=[DraftModelDrafter(draft_model)])
-    return made
+    made[ALL] = lambda: AutoDrafter(more=[DraftModelDrafter(draft_model)])
+    wanted = {name.strip() for name in only.split(",") if name.strip()}
+    if unknown := wanted - set(made):
+        raise typer.BadParameter(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(made)}")
+    return {name: make for name, make in made.items() if not wanted or name in wanted | {OFF, AGAIN}}
 
 
 def run_part(
@@ -176,7 +177,7 @@ def main(
     parts: Annotated[list[str], typer.Argument(help="greedy-N or sampled-N with N rows, or nodes-N.")],
     count: Annotated[int, typer.Option(min=1, help="Prompts, or batches of them, of each kind.")] = 3,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 128,
-    only: Annotated[str, typer.Option(help="auto: no single sources and pairs.")] = "",
+    only: Annotated[str, typer.Option(help="Names with commas between; all by default.")] = "",
     output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "sources.json",
 ) -> None:
     """Measures parts, prints them and adds them to the results."""
