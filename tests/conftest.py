@@ -16,8 +16,20 @@ if not torch.cuda.is_available():  # read when triton is imported, by transforme
 
 import transformers
 
+from specdec.drafters.draft_learning import _LEARNED
+from specdec.drafters.merge_known import _KNOWN
+from specdec.standing import LEARNED
+from specdec.step_times import TIMES
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def nothing_learned() -> None:
+    """Tests share tiny models; what earlier ones have taught budgets and drafters about these must not decide."""
+    for known in (LEARNED, TIMES, _KNOWN, _LEARNED):
+        known.clear()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import specdec
-from specdec import budget as budget_module
 from specdec import step_times
 from specdec.budget import Budget
 from specdec.step_times import StepTimes, Surroundings, length_class, times_of
@@ -306,8 +305,6 @@ def test_useless_drafts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepTimes, "time", lambda self, *_: set_times(self, CPU))
     monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: None)
     monkeypatch.setattr(Budget, "record", lambda self, nodes, seconds: right(self, nodes, CPU[bucket_of(nodes)]))
-    monkeypatch.setattr(step_times, "TIMES", {})
-    monkeypatch.setattr(budget_module, "LEARNED", {})  # other tests use the same model
     model, inputs = tiny_model(), prompts(6)
     answers = reference(model, inputs, max_new_tokens=200, eos_token_id=None).answers
     reports = []

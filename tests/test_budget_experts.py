@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 import transformers as tf
 
 import specdec
-from specdec import step_times
 from specdec.budget import Budget
 from specdec.target import TargetModel
+from specdec.tree import TokenTree
 from tests.conformance import assert_identical
 from tests.test_budget import chain, set_times
 from tests.tiny_models import LLAMA_LIKE, prompts
@@ -49,6 +50,15 @@ def test_same_tokens_with_a_mixture_of_experts(do_sample: bool) -> None:
     assert report.capability == "tree"
 
 
+class AllSizes(Budget):
+    """Times all sizes at once."""
+
+    def choose(self, tree: TokenTree, spent: float = 0.0, trial: Callable[[int], None] | None = None) -> TokenTree:
+        if trial is not None and not self.times.seconds.get(64):
+            self.times.time_all(trial)
+        return super().choose(tree, spent)
+
+
 def test_what_is_timed_takes_as_many_experts_as_text_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one token over and over a wide pass would take the experts of that one alone, and seem to cost nothing."""
     model = mixture()
@@ -62,10 +72,7 @@ def test_what_is_timed_takes_as_many_experts_as_text_does(monkeypatch: pytest.Mo
         timed[nodes] = max(timed.get(nodes, 0), max(map(len, seen)))
 
     monkeypatch.setattr(TargetModel, "trial_pass", trial)
-    all_sizes = lambda self, _: next((n for n in self.buckets if n not in self.seconds), None)  # noqa: E731
-    monkeypatch.setattr(step_times.StepTimes, "untimed", all_sizes)
-    monkeypatch.setattr(step_times, "TIMES", type(step_times.TIMES)())
-    fast = specdec.accelerate(model, "auto", strict=True, max_nodes=64)
+    fast = specdec.accelerate(model, "auto", strict=True, budget=AllSizes(64))
     fast.generate(**prompts(60), max_new_tokens=8, eos_token_id=None)
     assert timed[1] == 1
     assert timed[64] > EXPERTS // 2

@@ -88,9 +88,9 @@ def paths_of(tree: TokenTree, row: int = 0) -> dict[tuple[int, ...], float]:
 
 def merging(*sources: Drafter, **settings: Any) -> MergedDrafter:
     """A merged drafter, ready to be used without a model; time stands still."""
+    merge_known._KNOWN.clear()  # nothing of an earlier one in the same test
     drafter = MergedDrafter(sources, **settings)
     drafter._clock = FakeClock()
-    merge_known._KNOWN.clear()  # nothing of an earlier test
     drafter.bind(tiny_model())
     return drafter
 
