@@ -168,7 +168,7 @@ class MergedDrafter(Drafter):
         max_depths = np.array(context.max_depth, np.int64)
         of_rows = nodes, max_depths, np.ones_like(roots)
         started = self._clock()
-        pending = call.pending = PendingStep(list(context.rows), lengths, started, *of_rows)
+        call.pending = PendingStep(list(context.rows), lengths, started, *of_rows)
         worth = call.known.worth(len(roots))
         grown = None
         for source in self._order(call, worth):
@@ -184,8 +184,7 @@ class MergedDrafter(Drafter):
                 call.drawing, call.alone, call.pending = source, source, None
                 return tree
         tree = TokenTree.of_arrays(*(grown or self._grow_arrays(call.known, nodes, width))[0])
-        asking = sum(proposal.seconds for proposal in pending.proposals.values())
-        call.merging += self._clock() - started - asking
+        call.merging += self._clock() - started
         if 1 < tree.num_nodes < width and self._is_chaining(call) and worth.pays(len(self.sources), self._clock()):
             return self._continued(call, context, tree, roots, width)
         return tree
@@ -268,6 +267,7 @@ class MergedDrafter(Drafter):
                 if tree.num_nodes > 1 and tree.scores is None and tree.draft_probs is None:
                     tree = replace(tree, scores=torch.full(tree.tokens.shape, UNKNOWN_SCORE))
             else:
+                call.merging -= seconds
                 node_of = self._add(call, source, context, tree, width)
                 call.pending.proposals[source] = Proposal(tree, node_of, seconds, sureness)
             return tree

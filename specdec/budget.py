@@ -60,7 +60,6 @@ class Pending(NamedTuple):
         spent: Seconds that drafting took.
         seconds: What the pass should take.
         plain: What a pass without a draft should take.
-        brought: Accepted draft tokens per row, once it is known.
     """
 
     tree: TokenTree
@@ -68,7 +67,6 @@ class Pending(NamedTuple):
     spent: float
     seconds: float
     plain: float
-    brought: float = 0.0
 
 
 class Budget:
@@ -100,13 +98,13 @@ class Budget:
         """How often trees of so many nodes were chosen; 1 is no draft."""
         self.num_rests = 0
         """Steps in which drafting rested."""
-        self._times: dict[Surroundings, StepTimes] = {}
+        self._times: StepTimes | None = None
         self._target: Callable[[], nn.Module | None] = lambda: None
-        self._rows, self._tokens, self._is_sampled, self._manner = 1, 0, False, ""
+        self._rows, self._length, self._is_sampled, self._manner = 1, 0, False, ""
         self._num_plain = self._num_steps = 0
         self._saved = 0.0
         self._pending: Pending | None = None
-        self._unbooked: Pending | None = None
+        self._unbooked: tuple[Pending, float] | None = None
 
     def begin(self, model: nn.Module, kind: tuple[Hashable, ...], is_sampled: bool = False, manner: str = "") -> None:
         """Takes up what is known of a kind of call, from this budget's calls or another's of the same model and owner.
@@ -121,9 +119,8 @@ class Budget:
         self._num_steps, self._saved = 0, 0.0
         if self.fixed:
             return
-        if model is not self._target():
-            self._target = ref(model)
-            self.forget_times()
+        self._target = ref(model)
+        self.forget_times()
         self._is_sampled, self._manner = is_sampled, f"{model.device} {model.dtype} {manner}".rstrip()
         _compile_kernels()
         self.learned = LEARNED.setdefault(model, {}).setdefault((self.owner, kind, is_sampled), Learned())
@@ -141,7 +138,7 @@ class Budget:
 
     def forget_times(self) -> None:
         """Takes the step times anew from what is known of the model, which has changed."""
-        self._times.clear()
+        self._times = None
 
     def nodes_to_draft(self) -> int:
         """How large a tree the drafter is asked for now: one node while drafting rests, because it does not pay.
@@ -162,17 +159,19 @@ class Budget:
 
     def set_size(self, rows: int, tokens: int) -> None:
         """Tells how many rows there are, and how many tokens the kv cache of the longest one holds."""
-        self._rows, self._tokens = rows, tokens
+        length = length_class(tokens)
+        if rows != self._rows or length != self._length:
+            self._rows, self._length = rows, length
+            self.forget_times()
 
     @property
     def times(self) -> StepTimes:
         """What is known of passes with this model, batch size and length of the kv cache."""
-        at = Surroundings(size_class(self._rows), length_class(self._tokens), self._is_sampled, self._manner)
-        if at not in self._times:
+        if self._times is None:
             model = self._target()
-            new = StepTimes(self.max_nodes) if model is None else times_of(model, at, self.max_nodes)
-            self._times[at] = new
-        return self._times[at]
+            at = Surroundings(size_class(self._rows), self._length, self._is_sampled, self._manner)
+            self._times = StepTimes(self.max_nodes) if model is None else times_of(model, at, self.max_nodes)
+        return self._times
 
     @property
     def is_ready(self) -> bool:
@@ -212,7 +211,7 @@ class Budget:
             return tree
         learned, rows = self.learned, self._rows
         standing, worth = learned.standing(rows), learned.trust * self._worth
-        best, tokens, taken, plain = self._best_size(tree, spent, trial)
+        best, tokens, taken, plain = self._best_size(tree, (float(spent), worth, standing.margin), trial)
         if tokens * plain <= LEAST_PROMISE * rows * (taken + spent):
             standing.lose((spent + taken - plain) / plain)
         if best == 1:
@@ -232,29 +231,22 @@ class Budget:
         return by_rows + (1.0 - by_rows) * self.learned.standing(self._rows).shortening
 
     def _best_size(
-        self, tree: TokenTree, spent: float, trial: Callable[[int], None] | None
+        self, tree: TokenTree, terms: tuple[float, float, float], trial: Callable[[int], None] | None
     ) -> tuple[int, float, float, float]:
-        """See `best_size`; times the sizes that it asks for."""
+        """See `best_size`, of which `terms` are the last arguments; times the sizes that it asks for."""
         times, learned = self.times, self.learned
+        assert tree.host_scores is not None
         counts = learned.tried, learned.hit, PRIOR_WEIGHT
-        terms = float(spent), float(learned.trust * self._worth), learned.standing(self._rows).margin
-
-        def best_of(tree: TokenTree) -> tuple[int, float, float, float]:
-            assert tree.host_scores is not None
-            return best_size(tree.host_parents, tree.host_scores, *counts, *times.known(), *terms)
-
-        found = best_of(tree)
-        for _ in times.buckets:  # each is timed once at most
-            untimed = times.untimed(found[0])
-            if trial is None or untimed is None:
-                break
-            if untimed > 1:
-                _, tokens, taken, _ = timed = best_of(tree.first(untimed // 2))
-                if found[1] * (taken + spent) <= LEAST_PROMISE * tokens * (found[2] + spent):
-                    return timed
-            times.time(untimed, trial)
-            found = best_of(tree)
-        return found
+        found = best_size(tree.host_parents, tree.host_scores, *counts, *times.known(), *terms)
+        untimed = times.untimed(found[0])
+        if trial is None or untimed is None:
+            return found
+        if untimed > 1:
+            _, tokens, taken, _ = timed = self._best_size(tree.first(untimed // 2), terms, None)
+            if found[1] * (taken + terms[0]) <= LEAST_PROMISE * tokens * (found[2] + terms[0]):
+                return timed
+        times.time(untimed, trial)
+        return self._best_size(tree, terms, trial)
 
     def observe(
         self, tree: TokenTree, accepted: list[list[int]], tokens: Sequence[Sequence[int]] | None = None
@@ -276,7 +268,7 @@ class Budget:
         if pending is not None and pending.promise > 0.0:
             learned.promised = TRUST_DECAY * learned.promised + pending.promise
             learned.kept = TRUST_DECAY * learned.kept + num_accepted
-            self._unbooked = pending._replace(brought=num_accepted / len(accepted))
+            self._unbooked = pending, num_accepted / len(accepted)
         if pending is not None and tokens is not None and pending.tree.draft_probs is None:
             proposed = pending.tree
             known = np.full((len(tokens), max(map(len, tokens))), -1, np.int64)
@@ -299,10 +291,11 @@ class Budget:
         standing = self.learned.standing(self._rows)
         standing.forgive()
         self._num_steps += 1
-        draft, self._unbooked = self._unbooked, None
-        if draft is not None:
+        unbooked, self._unbooked = self._unbooked, None
+        if unbooked is not None:
+            draft, brought = unbooked
             taken = draft.spent + min(seconds, MOST_STALL * draft.seconds)
-            standing.book(self._worth * draft.brought - (taken - draft.plain) / draft.plain)
+            standing.book(self._worth * brought - (taken - draft.plain) / draft.plain)
         self._num_plain += nodes == 1
         if nodes > 1 or self._num_plain % PLAIN_STEPS_PER_LOOK == 1:  # that time is well known
             self.times.update(nodes, seconds)

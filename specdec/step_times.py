@@ -64,7 +64,7 @@ class StepTimes:
 
     def untimed(self, nodes: int) -> int | None:
         """The smallest size that is to be timed before so many nodes are verified, or None."""
-        if self.seconds and self.patience <= 0.0:
+        if len(self.seconds) == len(self.buckets) or (self.seconds and self.patience <= 0.0):
             return None
         upto = bucket_of(nodes, self.buckets)
         untimed = next((size for size in self.buckets if size <= upto and size not in self.seconds), None)

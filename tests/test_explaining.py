@@ -26,7 +26,7 @@ def explained(fast: specdec.SpeculativeModel, capsys: pytest.CaptureFixture[str]
 def test_sources_sizes_and_reasons_are_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StepTimes, "time", lambda self, *_: set_times(self, {1: 0.01, 8: 0.01, 64: 0.02}))
+    monkeypatch.setattr(StepTimes, "time", lambda self, n, _: set_times(self, {n: 0.01 if n <= 8 else 0.02}))
     monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: None)
     model = new_model("llama")
     answers = reference(model, prompts(8), **KWARGS).answers
@@ -44,7 +44,7 @@ def test_sources_sizes_and_reasons_are_told(
 
 
 def test_no_draft_is_told_with_its_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepTimes, "time", lambda self, *_: set_times(self, {1: 0.01, 2: 0.9, 64: 0.9}))
+    monkeypatch.setattr(StepTimes, "time", lambda self, n, _: set_times(self, {n: 0.01 if n == 1 else 0.9}))
     model = new_model("llama")
     answers = reference(model, prompts(8), **KWARGS).answers
     fast = specdec.accelerate(model, AlwaysWrongDrafter(answers), strict=True)

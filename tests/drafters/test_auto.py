@@ -85,7 +85,7 @@ def test_text_without_a_pattern_makes_drafting_rest(monkeypatch: pytest.MonkeyPa
     from specdec.step_times import StepTimes
     from tests.test_budget import set_times
 
-    monkeypatch.setattr(StepTimes, "time", lambda self, *_: set_times(self, {1: 0.01, 2: 0.02, 64: 0.64}))
+    monkeypatch.setattr(StepTimes, "time", lambda self, n, _: set_times(self, {n: n / 100}))
     monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: None)
     budget = Budget(64)
     kwargs = {"max_new_tokens": 100, "do_sample": True, "temperature": 5.0, "eos_token_id": None}
