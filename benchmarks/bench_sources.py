@@ -6,8 +6,8 @@
 
 A part is one interleaved run: on each prompt all settings run in turn, beginning with another one each time; prompts of
 the four kinds alternate. Each setting has one drafter, which goes on from prompt to prompt and meets each of them once.
-Running a part again adds a run over the next prompts, with new drafters; figures are of all runs together. `sampled-4`
-is temperature 1 in batches of four. In `nodes-16` every source is asked in every step and drafts of up to 16 nodes are
+Running a part again, in a new process, adds a run over the same prompts, with new drafters; of each prompt and setting
+the median over all runs counts, and figures are of the sums of these. `sampled-4` is temperature 1 in batches of four. In `nodes-16` every source is asked in every step and drafts of up to 16 nodes are
 verified whole, so that tokens per pass can be compared at one node count; its times mean nothing. `off again` is
 drafting off once more: how far it is from 1 is what the figures of the others are good to.
 
@@ -131,7 +131,7 @@ def run_part(
                 {
                     "setting": name,
                     "kind": kind,
-                    "number": i,
+                    "number": first + i,
                     "seconds": round(seconds, 5),
                     "tokens": report.num_generated_tokens,
                     "passes": report.num_row_passes,
@@ -152,9 +152,13 @@ def summary(runs: list[list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, f
     for kind in (*KINDS, "mixture"):
         taken = {}
         for name in names:
-            chosen = [s for s in itertools.chain(*runs) if s["setting"] == name and kind in (s["kind"], "mixture")]
+            repeats: dict[tuple[str, int], list[dict[str, Any]]] = {}
+            for s in itertools.chain(*runs):
+                if s["setting"] == name and kind in (s["kind"], "mixture"):
+                    repeats.setdefault((s["kind"], s["number"]), []).append(s)
             seconds, tokens, passes, drafts = (
-                sum(s[key] for s in chosen) for key in ("seconds", "tokens", "passes", "drafts")
+                sum(float(np.median([s[key] for s in same])) for same in repeats.values())
+                for key in ("seconds", "tokens", "passes", "drafts")
             )
             taken[name] = {"tokens_per_second": tokens / seconds, "tokens_per_pass": tokens / passes}
             taken[name]["drafted_passes"] = drafts / passes
@@ -176,6 +180,7 @@ def table(results: dict[str, dict[str, dict[str, float]]], part: str) -> Table:
 def main(
     parts: Annotated[list[str], typer.Argument(help="greedy-N or sampled-N with N rows, or nodes-N.")],
     count: Annotated[int, typer.Option(min=1, help="Prompts, or batches of them, of each kind.")] = 3,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first one.")] = 0,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 128,
     only: Annotated[str, typer.Option(help="Names with commas between; all by default.")] = "",
     output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "sources.json",
@@ -188,7 +193,7 @@ def main(
     for part in parts:
         known = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
         runs = known.get(part, {}).get("runs", [])
-        runs.append(run_part(model, tokenizer, made, part, len(runs) * count, count, new_tokens))
+        runs.append(run_part(model, tokenizer, made, part, first, count, new_tokens))
         results = summary(runs)
         console.print(table(results, f"{part}, {len(runs)} runs"))
         settings = {"count": count, "new_tokens": new_tokens}
