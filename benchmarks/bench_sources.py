@@ -7,9 +7,10 @@
 A part is one interleaved run: on each prompt all settings run in turn, beginning with another one each time; prompts of
 the four kinds alternate. Each setting has one drafter, which goes on from prompt to prompt and meets each of them once.
 Running a part again, in a new process, adds a run over the same prompts, with new drafters; of each prompt and setting
-the median over all runs counts, and figures are of the sums of these. `sampled-4` is temperature 1 in batches of four. In `nodes-16` every source is asked in every step and drafts of up to 16 nodes are
-verified whole, so that tokens per pass can be compared at one node count; its times mean nothing. `off again` is
-drafting off once more: how far it is from 1 is what the figures of the others are good to.
+the median over all runs counts, and figures are of the sums of these. `sampled-4` is temperature 1 in batches of four.
+In `nodes-16` every source is asked in every step and drafts of up to 16 nodes are verified whole, so that tokens per
+pass can be compared at one node count; its times mean nothing. `off again` is drafting off once more: how far it is
+from 1 is what the figures of the others are good to.
 
 Kinds: `completion`, held-out code; `edit`, held-out code whose beginning stands there once more, to be gone on with;
 `questions`, a few texts that come again with another question each time; `incompressible`, random ids gone on with at

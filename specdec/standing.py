@@ -33,8 +33,8 @@ TRIAL_SHARE = 0.003
 LONGEST_REST = 128
 LEAST_SHORTENING, SHORTENING_RATE = 2.0, 0.4
 """Passes that a call's rows must need less for anything to be learned of it, and how fast that is."""
-SHORTENING_DOUBT = 0.05
-"""By which share `shortening` comes nearer to 1 with each call: without drafts nothing more would be learned of it."""
+FIRST_SHORTENING, SHORTENING_DOUBT = 0.5, 0.05
+"""What is supposed at first, and how fast that is returned to: without drafts nothing more would be learned of it."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Standing:
     credit: float = FIRST_CREDIT
     losses: int = 0
     rest: int = 0
-    shortening: float = 1.0
+    shortening: float = FIRST_SHORTENING
 
     @property
     def margin(self) -> float:
@@ -121,7 +121,7 @@ class Learned:
         for standing in self.standings.values():
             standing.rest, standing.losses = 0, min(standing.losses, PATIENCE + 2)
             standing.credit = max(standing.credit, DEBT_KEPT * standing.credit)
-            standing.shortening += SHORTENING_DOUBT * (1.0 - standing.shortening)
+            standing.shortening += SHORTENING_DOUBT * (FIRST_SHORTENING - standing.shortening)
 
     def forget(self, decay: float) -> None:
         """Lets the counts be worth less."""

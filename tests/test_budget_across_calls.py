@@ -11,6 +11,7 @@ import torch
 
 import specdec
 from specdec.budget import Budget, Learned
+from specdec.standing import FIRST_SHORTENING
 from specdec.step_times import TIMES, StepTimes
 from specdec.tree import TokenTree
 from tests.conformance import OracleDrafter, reference
@@ -254,7 +255,7 @@ def test_drafts_that_do_not_shorten_a_batch_are_worth_less() -> None:
     """The row that ends last decides how many passes a call takes."""
     other_rows, all_rows = batch_calls([60, 60, 60, 0], 101, 100), batch_calls([45, 45, 45, 45], 101, 55)
     assert other_rows.learned.standing(4).shortening < 0.1
-    assert all_rows.learned.standing(4).shortening == pytest.approx(1.0)
+    assert all_rows.learned.standing(4).shortening > 0.9
     tree = chain(0.4, nodes=8, rows=4)
     for budget in (other_rows, all_rows):
         budget.learned.tried[:] = budget.learned.hit[:] = 0.0
@@ -266,9 +267,9 @@ def test_drafts_that_do_not_shorten_a_batch_are_worth_less() -> None:
     other_rows.set_size(4, 100)
     for _ in range(60):
         other_rows.learned.begin_call()
-    assert other_rows._worth > 0.9, "another try is due"
+    assert other_rows.learned.standing(4).shortening > 0.9 * FIRST_SHORTENING, "another try is due"
 
 
 def test_of_calls_with_hardly_a_draft_nothing_is_learned_about_batches() -> None:
     budget = batch_calls([1, 1, 1, 0], 101, 100)
-    assert budget.learned.standing(4).shortening == 1.0
+    assert budget.learned.standing(4).shortening == FIRST_SHORTENING
