@@ -7,10 +7,12 @@
 A part is one interleaved run: on each prompt all settings run in turn, beginning with another one each time; prompts of
 the four kinds alternate. Each setting has one drafter, which goes on from prompt to prompt and meets each of them once.
 Running a part again, in a new process, adds a run over the same prompts, with new drafters; of each prompt and setting
-the median over all runs counts, and figures are of the sums of these. `sampled-4` is temperature 1 in batches of four.
-In `nodes-16` every source is asked in every step and drafts of up to 16 nodes are verified whole, so that tokens per
-pass can be compared at one node count; its times mean nothing. `off again` is drafting off once more: how far it is
-from 1 is what the figures of the others are good to.
+the median over all runs counts, and figures are of the sums of these. Machines are noisy: "usual" figures take each
+target pass and its verification to be as long as the median of all those in the run of the same kind of prompt, rows,
+nodes, and needs of the drafter, whatever it took then; all other time is as it was. `off again` is drafting off once
+more: how far it is from 1 is what the figures of the others are good to. `sampled-4` is temperature 1 in batches of
+four. In `nodes-16` every source is asked in every step and drafts of up to 16 nodes are verified whole, so that tokens
+per pass can be compared at one node count; its times mean nothing.
 
 Kinds: `completion`, held-out code; `edit`, held-out code whose beginning stands there once more, to be gone on with;
 `questions`, a few texts that come again with another question each time; `incompressible`, random ids gone on with at
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -39,11 +41,15 @@ from specdec.drafters.medusa import MedusaDrafter, own_heads
 from specdec.drafters.merge_worth import Worth
 from specdec.embedded import heldout_prompts, load_embedded
 from specdec.provenance import circumstances, write_json
+from specdec.step import Step as LoopStep
+from specdec.tree import TokenTree
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("completion", "edit", "questions", "incompressible")
 OFF, AGAIN, AUTO, ALL = "off", "off again", "auto", "auto+draft"
 TEXTS_ASKED, HOT = 3, 5.0
+LIKE_PASSES = 8
+"""Passes of one kind of which a median is taken."""
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
@@ -116,7 +122,8 @@ def run_part(
             max_new_tokens=new_tokens // 2,
             **sampling,
         )
-    samples = []
+    samples: list[dict[str, Any]] = []
+    passes = Passes()
     for number, (i, kind) in enumerate(itertools.product(range(count), KINDS)):
         how = {"do_sample": True, "temperature": HOT, "top_k": 0} if kind == "incompressible" else sampling
         names = list(made)
@@ -124,9 +131,11 @@ def run_part(
         outputs = {}
         for name in names[turn:] + names[:turn]:
             torch.manual_seed(number)
+            passes.begin(kind)
             started = perf_counter()
             outputs[name] = fast[name].generate(**prompts[kind][i], max_new_tokens=new_tokens, **how)
             seconds = perf_counter() - started
+            passes.end()
             report = fast[name].report
             samples.append(
                 {
@@ -143,7 +152,50 @@ def run_part(
         for name in names:
             if not torch.equal(outputs[name], outputs[OFF]):
                 raise SystemExit(f"{part}, {kind} {i}: {name} gave other tokens than {OFF}")
+    passes.close()
+    for sample, noise in zip(samples, passes.noise(), strict=True):
+        sample["usual_seconds"] = round(sample["seconds"] - noise, 5)
     return samples
+
+
+class Passes:
+    """How long target passes took, call by call."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[tuple[Any, ...], float]]] = []
+        self.kind, self.is_on = "", False
+        self.run = run = LoopStep.run
+
+        def timed(step: LoopStep, tree: TokenTree, rows: Sequence[int]) -> Any:
+            started = perf_counter()
+            outcome = run(step, tree, rows)
+            if self.is_on:
+                needs = step.drafter.num_top_tokens, step.drafter.hidden_states is not None
+                self.calls[-1].append(((self.kind, len(rows), tree.num_nodes, *needs), perf_counter() - started))
+            return outcome
+
+        LoopStep.run = timed  # type: ignore[method-assign]
+
+    def begin(self, kind: str) -> None:
+        """Notes the passes that follow as those of a new call."""
+        self.calls.append([])
+        self.kind, self.is_on = kind, True
+
+    def end(self) -> None:
+        """Notes no more."""
+        self.is_on = False
+
+    def close(self) -> None:
+        """Leaves the loop as it was."""
+        LoopStep.run = self.run  # type: ignore[method-assign]
+
+    def noise(self) -> list[float]:
+        """By call the seconds that its passes took longer than usual."""
+        like: dict[tuple[Any, ...], list[float]] = {}
+        for key, seconds in itertools.chain(*self.calls):
+            like.setdefault(key, []).append(seconds)
+        usual = {key: float(np.median(seconds)) for key, seconds in like.items() if len(seconds) >= LIKE_PASSES}
+        return [sum(seconds - usual.get(key, seconds) for key, seconds in call) for call in self.calls]
 
 
 def summary(runs: list[list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -157,20 +209,23 @@ def summary(runs: list[list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, f
             for s in itertools.chain(*runs):
                 if s["setting"] == name and kind in (s["kind"], "mixture"):
                     repeats.setdefault((s["kind"], s["number"]), []).append(s)
-            seconds, tokens, passes, drafts = (
+            seconds, usual, tokens, passes, drafts = (
                 sum(float(np.median([s[key] for s in same])) for same in repeats.values())
-                for key in ("seconds", "tokens", "passes", "drafts")
+                for key in ("seconds", "usual_seconds", "tokens", "passes", "drafts")
             )
             taken[name] = {"tokens_per_second": tokens / seconds, "tokens_per_pass": tokens / passes}
+            taken[name]["usual_tokens_per_second"] = tokens / usual
             taken[name]["drafted_passes"] = drafts / passes
         for figures in taken.values():
-            figures["speedup"] = figures["tokens_per_second"] / taken[OFF]["tokens_per_second"]
+            for usual in ("", "usual_"):
+                rate = f"{usual}tokens_per_second"
+                figures[f"{usual}speedup"] = figures[rate] / taken[OFF][rate]
         out[kind] = {name: {key: round(value, 4) for key, value in row.items()} for name, row in taken.items()}
     return out
 
 
 def table(results: dict[str, dict[str, dict[str, float]]], part: str) -> Table:
-    figure = "tokens_per_pass" if part.startswith("nodes") else "speedup"
+    figure = "tokens_per_pass" if part.startswith("nodes") else "usual_speedup"
     out = Table("setting", *results, title=f"{part}: {figure.replace('_', ' ')}", title_justify="left")
     for name in results["mixture"]:
         out.add_row(name, *(f"{results[kind][name][figure]:.2f}" for kind in results))
