@@ -41,6 +41,7 @@ from specdec.drafters.medusa import MedusaDrafter, own_heads
 from specdec.drafters.merge_worth import Worth
 from specdec.embedded import heldout_prompts, load_embedded
 from specdec.provenance import circumstances, write_json
+from specdec.report import SpeculationReport
 from specdec.step import Step as LoopStep
 from specdec.tree import TokenTree
 
@@ -136,18 +137,8 @@ def run_part(
             outputs[name] = fast[name].generate(**prompts[kind][i], max_new_tokens=new_tokens, **how)
             seconds = perf_counter() - started
             passes.end()
-            report = fast[name].report
             samples.append(
-                {
-                    "setting": name,
-                    "kind": kind,
-                    "number": first + i,
-                    "seconds": round(seconds, 5),
-                    "tokens": report.num_generated_tokens,
-                    "passes": report.num_row_passes,
-                    "drafts": report.num_drafts,
-                    "calibrate": round(report.seconds["calibrate"], 5),
-                }
+                {"setting": name, "kind": kind, "number": first + i, **figures_of(fast[name].report, seconds)}
             )
         for name in names:
             if not torch.equal(outputs[name], outputs[OFF]):
@@ -156,6 +147,17 @@ def run_part(
     for sample, noise in zip(samples, passes.noise(), strict=True):
         sample["usual_seconds"] = round(sample["seconds"] - noise, 5)
     return samples
+
+
+def figures_of(report: SpeculationReport, seconds: float) -> dict[str, float]:
+    """What is kept of a call that took so many seconds."""
+    return {
+        "seconds": round(seconds, 5),
+        "tokens": report.num_generated_tokens,
+        "passes": report.num_row_passes,
+        "drafts": report.num_drafts,
+        "calibrate": round(report.seconds["calibrate"], 5),
+    }
 
 
 class Passes:

@@ -62,7 +62,6 @@ class PendingStep:
 
     Args:
         rows: As in the context.
-        lengths: Tokens of each row then.
         started: When the step began, in seconds.
         nodes: What all sources named.
         max_depths: Largest depth of a node, `[rows]`.
@@ -72,7 +71,6 @@ class PendingStep:
     """
 
     rows: list[int]
-    lengths: list[int]
     started: float
     nodes: CandidateStore
     max_depths: Ints
@@ -84,9 +82,8 @@ class PendingStep:
         """Candidates that every row has room for."""
         return self.nodes.shape[1] - int(self.nodes.counts.max())
 
-    def known(self, context: DraftContext) -> tuple[Ints, Ints]:
-        """The tokens committed since, `[rows, tokens]`, and how many they are, `[rows]`."""
-        counts = [len(sequence) - length for sequence, length in zip(context.sequences, self.lengths, strict=True)]
+    def known(self, context: DraftContext, counts: Sequence[int]) -> tuple[Ints, Ints]:
+        """The tokens committed since, `[rows, tokens]`, and how many they are, `[rows]`, given as `counts`."""
         known = np.zeros((len(counts), max(*counts, 1)), np.int64)
         for row, (sequence, count) in enumerate(zip(context.sequences, counts, strict=True)):
             known[row, :count] = sequence[len(sequence) - count :]
@@ -146,8 +143,11 @@ class MergedCall:
 
     def credit_alone(self, source: int, context: DraftContext) -> None:
         """Counts the accepted tokens of a tree that was taken as it is; the last token of each row is the target's."""
-        for sequence, length in zip(context.sequences, self.lengths, strict=True):
-            self.credits[1 << source] += len(sequence) - length - 1
+        self.credits[1 << source] += sum(count - 1 for count in self.counts(context))
+
+    def counts(self, context: DraftContext) -> list[int]:
+        """How many tokens each row got since the proposal."""
+        return [len(sequence) - length for sequence, length in zip(context.sequences, self.lengths, strict=True)]
 
     def candidates(self, roots: Ints, width: int) -> CandidateStore:
         """The roots `[rows]` alone, with room for a tree of some width from each source."""

@@ -157,7 +157,7 @@ class MergedDrafter(Drafter):
         call = self._of_thread(context)
         width = max(1, min(max_nodes, self.max_nodes))
         call.alone = call.pending = None
-        call.lengths = lengths = [len(sequence) for sequence in context.sequences]
+        call.lengths = [len(sequence) for sequence in context.sequences]
         for source in call.idle:
             call.records[source].skipped += 1
         if len(call.active) == 1:
@@ -168,7 +168,7 @@ class MergedDrafter(Drafter):
         max_depths = np.array(context.max_depth, np.int64)
         of_rows = nodes, max_depths, np.ones_like(roots)
         started = self._clock()
-        call.pending = PendingStep(list(context.rows), lengths, started, *of_rows)
+        call.pending = PendingStep(list(context.rows), started, *of_rows)
         worth = call.known.worth(len(roots))
         grown = None
         for source in self._order(call, worth):
@@ -199,7 +199,7 @@ class MergedDrafter(Drafter):
             for source in [source for source in call.active if source in self._listening]:
                 self._tell(call, source, context, step if source == alone else None, step)
             return
-        known, counts = pending.known(context)
+        known, counts = pending.known(context, call.counts(context))
         own, gains = np.empty((len(counts), len(self.sources)), np.int64), np.empty(len(self.sources), np.int64)
         with call.known.lock:
             counted = self._decay, call.known.tried, call.known.hit
