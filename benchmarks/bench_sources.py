@@ -38,6 +38,7 @@ from specdec.api import SpeculativeModel, accelerate
 from specdec.budget import Budget
 from specdec.drafters import AutoDrafter, Drafter, DraftModelDrafter, LookaheadDrafter, MergedDrafter, RecyclingDrafter
 from specdec.drafters.medusa import MedusaDrafter, own_heads
+from specdec.drafters.merge_known import Known
 from specdec.drafters.merge_worth import Worth
 from specdec.embedded import heldout_prompts, load_embedded
 from specdec.provenance import circumstances, write_json
@@ -111,6 +112,7 @@ def run_part(
     mode, size = part.split("-")
     if mode == "nodes":  # however long a source takes
         Worth.is_dear = lambda self, *_: False  # type: ignore[method-assign]
+        Known.idle_sources = lambda self, *_: set()  # type: ignore[method-assign]
     batch = 1 if mode == "nodes" else int(size)
     prompts = {kind: prompts_of(kind, first, count, batch, tokenizer, model.config.vocab_size) for kind in KINDS}
     fast: dict[str, SpeculativeModel] = {}
