@@ -129,9 +129,7 @@ class GuardedDrafter:
             return None
         count = min(self.num_top_tokens, logits.shape[-1])
         if logits.device.type == "cpu":
-            wanted = np.arange(logits.shape[1]) < RANKED_NODES + np.zeros((len(logits), 1), np.int64)
-            np.put_along_axis(wanted, host_array(accepted).clip(0), True, 1)  # the root is wanted in any case
-            return torch.from_numpy(largest_at(host_array(logits.float()), count, wanted))
+            return torch.from_numpy(largest_at(host_array(logits.float()), count, RANKED_NODES, host_array(accepted)))
         return logits.topk(count).indices
 
     def observe(

@@ -212,13 +212,14 @@ def largest(values: NDArray[np.float32], count: int) -> tuple[Ints, NDArray[np.f
 
 
 @kernel
-def largest_at(values: NDArray[np.float32], count: int, wanted: Bools) -> Ints:
+def largest_at(values: NDArray[np.float32], count: int, first: int, more: Ints) -> Ints:
     """Where the largest values of some lists stand, the largest first; among equals the first.
 
     Args:
         values: `[batch, nodes, values]`.
         count: How many are wanted, at most as many as there are.
-        wanted: Which lists are to be looked at, `[batch, nodes]`.
+        first: Nodes whose lists are looked at in every row.
+        more: Further ones by row, each less than the one behind it, -1 at the end, `[batch, up to nodes]`.
 
     Returns:
         `[batch, nodes, count]`, -1 where nothing is wanted.
@@ -227,8 +228,10 @@ def largest_at(values: NDArray[np.float32], count: int, wanted: Bools) -> Ints:
     found = np.full((batch, nodes, count), -1)
     highest = np.empty(count, np.float32)
     for row in range(batch):
-        for node in range(nodes):
-            if wanted[row, node]:
+        for node in range(min(first, nodes)):
+            write_largest(values[row, node], count, found[row, node], highest)
+        for node in more[row]:
+            if node >= first:
                 write_largest(values[row, node], count, found[row, node], highest)
     return found
 
