@@ -13,8 +13,9 @@ from specdec.kernels import Floats
 from specdec.step_times import size_class
 
 SCORE_BINS = 12
-PATIENCE = 4
-"""Drafts that may promise less than they cost, since one has brought more, before drafting rests."""
+PATIENCE, MOST_LOST = 4, 1.0
+"""Drafts that may promise less than they cost, since one has brought more, before drafting rests; more of them while
+fewer passes are lost by that: what is cheap may go on looking for long."""
 FIRST_CREDIT, MOST_CREDIT = 1.0, 2.0
 """Passes without a draft that drafting may lose before anything is known, and after a time in which it has paid."""
 MOST_DEBT, DEBT_KEPT = 3.0, 0.7
@@ -30,7 +31,8 @@ FORGIVEN = 0.005
 """What is forgiven in a step of what drafting owes, in passes."""
 TRIAL_SHARE = 0.003
 """Share of the time that goes into drafts while drafting does not pay, to see when it does again."""
-LONGEST_REST = 128
+LONGEST_REST, FIRST_RESTS = 128, 3
+"""Steps of a rest at most, and how many rests at most count in a call of those in the calls before."""
 LEAST_SHORTENING, SHORTENING_RATE = 2.0, 0.4
 """Passes that a call's rows must need less for anything to be learned of it, and how fast that is."""
 FIRST_SHORTENING, SHORTENING_DOUBT = 0.5, 0.05
@@ -44,6 +46,8 @@ class Standing:
     Args:
         credit: What drafts have brought above their cost of late, in passes without a draft; what they owe if negative.
         losses: Drafts that promised less than they cost, since one has brought more.
+        lost: Passes that they cost.
+        rests: Rests since then.
         rest: Steps for which drafting still rests.
         shortening: Passes by which calls have become shorter, for each pass that their rows needed less on average. The
             row that ends last decides; what other rows gain is less work while they are gone.
@@ -51,6 +55,8 @@ class Standing:
 
     credit: float = FIRST_CREDIT
     losses: int = 0
+    lost: float = 0.0
+    rests: int = 0
     rest: int = 0
     shortening: float = FIRST_SHORTENING
 
@@ -63,7 +69,7 @@ class Standing:
         """Adds to the credit what a draft has brought above its cost, in passes without a draft."""
         self.credit = min(max(self.credit + passes, -MOST_DEBT), MOST_CREDIT)
         if passes > 0.0:
-            self.losses = 0
+            self.losses, self.lost, self.rests = 0, 0.0, 0
 
     def forgive(self) -> None:
         """Lets a step pass: what drafting owes is forgiven slowly."""
@@ -78,9 +84,10 @@ class Standing:
     def lose(self, passes: float) -> None:
         """Notes a draft that promises less than it costs: rests double up to where such drafts take `TRIAL_SHARE`."""
         self.losses += 1
-        if self.losses >= PATIENCE:
-            doubled = 2 ** min(self.losses - PATIENCE, 10)
-            self.rest = min(int(passes / TRIAL_SHARE), doubled, LONGEST_REST)
+        self.lost += passes
+        if self.losses >= PATIENCE and self.lost >= MOST_LOST:
+            self.rest = min(int(passes / TRIAL_SHARE), 2 ** min(self.rests, 10), LONGEST_REST)
+            self.rests += 1
 
 
 @dataclass
@@ -119,7 +126,7 @@ class Learned:
     def begin_call(self) -> None:
         """Another prompt is worth a draft."""
         for standing in self.standings.values():
-            standing.rest, standing.losses = 0, min(standing.losses, PATIENCE + 2)
+            standing.rest, standing.rests = 0, min(standing.rests, FIRST_RESTS)
             standing.credit = max(standing.credit, DEBT_KEPT * standing.credit)
             standing.shortening += SHORTENING_DOUBT * (FIRST_SHORTENING - standing.shortening)
 
