@@ -8,8 +8,9 @@ A part is one interleaved run: on each prompt all settings run in turn, beginnin
 the four kinds alternate. Each setting has one drafter, which goes on from prompt to prompt and meets each of them once.
 Running a part again, in a new process, adds a run over the same prompts, with new drafters; of each prompt and setting
 the median over all runs counts, and figures are of the sums of these. Machines are noisy: "usual" figures take each
-target pass and its verification to be as long as the median of all those in the run of the same kind of prompt, rows,
-nodes, and needs of the drafter, whatever it took then; all other time is as it was. `off again` is drafting off once
+target pass and its verification to be as long as those in the run of the same kind of prompt, rows, nodes, and needs of
+the drafter are while the machine is quiet (a quarter of them is shorter), whatever it took then; all other time is as
+it was. `off again` is drafting off once
 more: how far it is from 1 is what the figures of the others are good to. `sampled-4` is temperature 1 in batches of
 four. In `nodes-16` every source is asked in every step and drafts of up to 16 nodes are verified whole, so that tokens
 per pass can be compared at one node count; its times mean nothing.
@@ -50,8 +51,9 @@ RESULTS = Path(__file__).parent / "results"
 KINDS = ("completion", "edit", "questions", "incompressible")
 OFF, AGAIN, AUTO, ALL = "off", "off again", "auto", "auto+draft"
 TEXTS_ASKED, HOT = 3, 5.0
-LIKE_PASSES = 8
-"""Passes of one kind of which a median is taken."""
+LIKE_PASSES, QUIET = 8, 0.25
+"""Passes of one kind from which on the usual one is looked for, and the share of them that is supposed to be quiet: the
+median of a kind that was run in a busy minute only is that of the minute."""
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
@@ -198,7 +200,9 @@ class Passes:
         like: dict[tuple[Any, ...], list[float]] = {}
         for key, seconds in itertools.chain(*self.calls):
             like.setdefault(key, []).append(seconds)
-        usual = {key: float(np.median(seconds)) for key, seconds in like.items() if len(seconds) >= LIKE_PASSES}
+        usual = {
+            key: float(np.quantile(seconds, QUIET)) for key, seconds in like.items() if len(seconds) >= LIKE_PASSES
+        }
         return [sum(seconds - usual.get(key, seconds) for key, seconds in call) for call in self.calls]
 
 
