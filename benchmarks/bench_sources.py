@@ -10,10 +10,9 @@ Running a part again, in a new process, adds a run over the same prompts, with n
 the median over all runs counts, and figures are of the sums of these. Machines are noisy: "usual" figures take each
 target pass and its verification to be as long as those in the run of the same kind of prompt, rows, nodes, and needs of
 the drafter are while the machine is quiet (a quarter of them is shorter), whatever it took then; all other time is as
-it was. `off again` is drafting off once
-more: how far it is from 1 is what the figures of the others are good to. `sampled-4` is temperature 1 in batches of
-four. In `nodes-16` every source is asked in every step and drafts of up to 16 nodes are verified whole, so that tokens
-per pass can be compared at one node count; its times mean nothing.
+it was. `off again` is drafting off once more: how far it is from 1 is what the figures of the others are good to.
+`sampled-4` is temperature 1 in batches of four. In `nodes-16` every source is asked in every step and drafts of up to
+16 nodes are verified whole, so that tokens per pass can be compared at one node count; its times mean nothing.
 
 Kinds: `completion`, held-out code; `edit`, held-out code whose beginning stands there once more, to be gone on with;
 `questions`, a few texts that come again with another question each time; `incompressible`, random ids gone on with at
