@@ -9,10 +9,11 @@ the four kinds alternate. Each setting has one drafter, which goes on from promp
 Running a part again, in a new process, adds a run over the same prompts, with new drafters; of each prompt and setting
 the median over all runs counts, and figures are of the sums of these. Machines are noisy: "usual" figures take each
 target pass and its verification to be as long as those in the run of the same kind of prompt, rows, nodes, and needs of
-the drafter are while the machine is quiet (a quarter of them is shorter), whatever it took then; all other time is as
-it was. `off again` is drafting off once more: how far it is from 1 is what the figures of the others are good to.
-`sampled-4` is temperature 1 in batches of four. In `nodes-16` every source is asked in every step and drafts of up to
-16 nodes are verified whole, so that tokens per pass can be compared at one node count; its times mean nothing.
+the drafter are while the machine is quiet (a quarter of them is shorter), whatever it took then, and each prefill as
+long as those of prompts of its kind and length; all other time is as it was. `off again` is drafting off once more: how
+far it is from 1 is what the figures of the others are good to. `sampled-4` is temperature 1 in batches of four. In
+`nodes-16` every source is asked in every step and drafts of up to 16 nodes are verified whole, so that tokens per pass
+can be compared at one node count; its times mean nothing.
 
 Kinds: `completion`, held-out code; `edit`, held-out code whose beginning stands there once more, to be gone on with;
 `questions`, a few texts that come again with another question each time; `incompressible`, random ids gone on with at
@@ -44,13 +45,14 @@ from specdec.embedded import heldout_prompts, load_embedded
 from specdec.provenance import circumstances, write_json
 from specdec.report import SpeculationReport
 from specdec.step import Step as LoopStep
+from specdec.target import TreeTarget
 from specdec.tree import TokenTree
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("completion", "edit", "questions", "incompressible")
 OFF, AGAIN, AUTO, ALL = "off", "off again", "auto", "auto+draft"
 TEXTS_ASKED, HOT = 3, 5.0
-LIKE_PASSES, QUIET = 8, 0.25
+LIKE_PASSES, QUIET = 5, 0.25
 """Passes of one kind from which on the usual one is looked for, and the share of them that is supposed to be quiet: the
 median of a kind that was run in a busy minute only is that of the minute."""
 
@@ -169,7 +171,7 @@ class Passes:
     def __init__(self) -> None:
         self.calls: list[list[tuple[tuple[Any, ...], float]]] = []
         self.kind, self.is_on = "", False
-        self.run = run = LoopStep.run
+        self.run, self.prefill = run, prefill = LoopStep.run, TreeTarget.prefill
 
         def timed(step: LoopStep, tree: TokenTree, rows: Sequence[int]) -> Any:
             started = perf_counter()
@@ -179,7 +181,14 @@ class Passes:
                 self.calls[-1].append(((self.kind, len(rows), tree.num_nodes, *needs), perf_counter() - started))
             return outcome
 
-        LoopStep.run = timed  # type: ignore[method-assign]
+        def timed_prefill(target: TreeTarget, input_ids: torch.Tensor) -> torch.Tensor:
+            started = perf_counter()
+            logits = prefill(target, input_ids)
+            if self.is_on:
+                self.calls[-1].append(((self.kind, "prefill", *input_ids.shape), perf_counter() - started))
+            return logits
+
+        LoopStep.run, TreeTarget.prefill = timed, timed_prefill  # type: ignore[method-assign]
 
     def begin(self, kind: str) -> None:
         """Notes the passes that follow as those of a new call."""
@@ -192,7 +201,7 @@ class Passes:
 
     def close(self) -> None:
         """Leaves the loop as it was."""
-        LoopStep.run = self.run  # type: ignore[method-assign]
+        LoopStep.run, TreeTarget.prefill = self.run, self.prefill  # type: ignore[method-assign]
 
     def noise(self) -> list[float]:
         """By call the seconds that its passes took longer than usual."""
