@@ -108,6 +108,7 @@ class MergedCall:
         lengths: Tokens of each row when it was proposed.
         pending: The merged tree that is under way.
         nodes: Room for what the sources name, used by one step after the other.
+        roots: How many roots each row of it has: ones, `[rows]`.
     """
 
     sources: Sequence[Drafter]
@@ -123,6 +124,7 @@ class MergedCall:
     lengths: Sequence[int] = ()
     pending: PendingStep | None = None
     nodes: CandidateStore | None = None
+    roots: Ints = field(default_factory=lambda: np.ones(1, np.int64))
 
     @classmethod
     def begin(cls, sources: Sequence[Drafter], known: Known, idle: set[int], started: float) -> MergedCall:
@@ -153,7 +155,7 @@ class MergedCall:
         """The roots `[rows]` alone, with room for a tree of some width from each source."""
         capacity = 1 + (width - 1) * (len(self.sources) + 1)  # one for what is continued
         if self.nodes is None or self.nodes.shape != (len(roots), capacity):
-            self.nodes = CandidateStore.of_roots(roots, capacity)
+            self.nodes, self.roots = CandidateStore.of_roots(roots, capacity), np.ones_like(roots)
         else:
             self.nodes.begin(roots)
         return self.nodes

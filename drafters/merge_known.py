@@ -58,7 +58,7 @@ class Known:
         self.calls += 1
         idle = {source for source, standing in enumerate(self.worth(rows).standings) if standing < 0.0}
         if not idle:
-            self.gap = FEW_CALLS
+            self.next_trial, self.gap = self.calls + FEW_CALLS, FEW_CALLS
         elif self.calls >= self.next_trial:
             self.next_trial, self.gap = self.calls + self.gap, min(2 * self.gap, MANY_CALLS)
             return set()

@@ -166,9 +166,8 @@ class MergedDrafter(Drafter):
         roots = np.array([sequence[-1] for sequence in context.sequences], np.int64)
         nodes = call.candidates(roots, width)
         max_depths = np.array(context.max_depth, np.int64)
-        of_rows = nodes, max_depths, np.ones_like(roots)
         started = self._clock()
-        call.pending = PendingStep(list(context.rows), started, *of_rows)
+        call.pending = PendingStep(list(context.rows), started, nodes, max_depths, call.roots)
         worth = call.known.worth(len(roots))
         grown = None
         for source in self._order(call, worth):

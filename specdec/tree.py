@@ -231,9 +231,9 @@ class TokenTree:
         if nodes >= self.num_nodes:
             return self
         cut = slice(0, nodes)
-        held = self.__dict__
-        if "_has_arrays" in held:
-            return TokenTree.of_arrays(*(held[name][:, cut] for name in ("host_tokens", "host_parents", "host_scores")))
+        if "_has_arrays" in self.__dict__:
+            assert self.host_scores is not None
+            return TokenTree.of_arrays(self.host_tokens[:, cut], self.host_parents[:, cut], self.host_scores[:, cut])
         return TokenTree(
             self.tokens[:, cut],
             self.parents[:, cut],

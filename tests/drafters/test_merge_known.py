@@ -58,6 +58,15 @@ def test_a_source_that_brings_nothing_is_kept_ready_in_one_call_of_several() -> 
     assert not known.idle_sources(8), "with more rows nothing is known"
 
 
+def test_a_source_that_stops_earning_late_is_not_tried_at_once() -> None:
+    known = Known(1)
+    for _ in range(3 * FEW_CALLS):
+        assert not known.idle_sources(1)
+    known.worth(1).standings[0] = -0.1
+    is_idle = [bool(known.idle_sources(1)) for _ in range(FEW_CALLS)]
+    assert is_idle == [True] * (FEW_CALLS - 1) + [False]
+
+
 def test_what_it_takes_to_keep_a_source_ready_must_be_earned_too() -> None:
     worth = Worth(2)
     for _ in range(40):
