@@ -7,13 +7,13 @@
 A part is one interleaved run: on each prompt all settings run in turn, beginning with another one each time; prompts of
 the four kinds alternate. Each setting has one drafter, which goes on from prompt to prompt and meets each of them once.
 Running a part again, in a new process, adds a run over the same prompts, with new drafters; of each prompt and setting
-the median over all runs counts, and figures are of the sums of these. Machines are noisy: "usual" figures take each
-target pass and its verification to be as long as those in the run of the same kind of prompt, rows, nodes, and needs of
-the drafter are while the machine is quiet (a quarter of them is shorter), whatever it took then, and each prefill as
-long as those of prompts of its kind and length; all other time is as it was. `off again` is drafting off once more: how
-far it is from 1 is what the figures of the others are good to. `sampled-4` is temperature 1 in batches of four. In
-`nodes-16` every source is asked in every step and drafts of up to 16 nodes are verified whole, so that tokens per pass
-can be compared at one node count; its times mean nothing.
+the median over all runs counts, and figures are of the sums of these. Machines are noisy: in "usual" figures, each
+target pass counts as long as those in the run of the same kind of prompt, rows and nodes are while the machine is quiet
+(a quarter of them is shorter), each prefill as long as those of prompts of its kind and length, and the rest of a call
+as many times less or more as its passes do. `off again` is drafting off once more: how far it is from 1 is what the
+figures of the others are good to. `sampled-4` is temperature 1 in batches of four. In `nodes-16` every source is asked
+in every step and drafts of up to 16 nodes are verified whole, so that tokens per pass can be compared at one node
+count; its times mean nothing.
 
 Kinds: `completion`, held-out code; `edit`, held-out code whose beginning stands there once more, to be gone on with;
 `questions`, a few texts that come again with another question each time; `incompressible`, random ids gone on with at
@@ -44,7 +44,6 @@ from specdec.drafters.merge_worth import Worth
 from specdec.embedded import heldout_prompts, load_embedded
 from specdec.provenance import circumstances, write_json
 from specdec.report import SpeculationReport
-from specdec.step import Step as LoopStep
 from specdec.target import TreeTarget
 from specdec.tree import TokenTree
 
@@ -53,8 +52,7 @@ KINDS = ("completion", "edit", "questions", "incompressible")
 OFF, AGAIN, AUTO, ALL = "off", "off again", "auto", "auto+draft"
 TEXTS_ASKED, HOT = 3, 5.0
 LIKE_PASSES, QUIET = 5, 0.25
-"""Passes of one kind from which on the usual one is looked for, and the share of them that is supposed to be quiet: the
-median of a kind that was run in a busy minute only is that of the minute."""
+"""Passes of one kind from which on the usual one is looked for, and the share of them that is supposed to be quiet."""
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
@@ -149,8 +147,8 @@ def run_part(
             if not torch.equal(outputs[name], outputs[OFF]):
                 raise SystemExit(f"{part}, {kind} {i}: {name} gave other tokens than {OFF}")
     passes.close()
-    for sample, noise in zip(samples, passes.noise(), strict=True):
-        sample["usual_seconds"] = round(sample["seconds"] - noise, 5)
+    for sample, seconds in zip(samples, passes.usual([sample["seconds"] for sample in samples]), strict=True):
+        sample["usual_seconds"] = round(seconds, 5)
     return samples
 
 
@@ -171,15 +169,14 @@ class Passes:
     def __init__(self) -> None:
         self.calls: list[list[tuple[tuple[Any, ...], float]]] = []
         self.kind, self.is_on = "", False
-        self.run, self.prefill = run, prefill = LoopStep.run, TreeTarget.prefill
+        self.forward, self.prefill = forward, prefill = TreeTarget.forward, TreeTarget.prefill
 
-        def timed(step: LoopStep, tree: TokenTree, rows: Sequence[int]) -> Any:
+        def timed_forward(target: TreeTarget, tree: TokenTree) -> torch.Tensor:
             started = perf_counter()
-            outcome = run(step, tree, rows)
+            logits = forward(target, tree)
             if self.is_on:
-                needs = step.drafter.num_top_tokens, step.drafter.hidden_states is not None
-                self.calls[-1].append(((self.kind, len(rows), tree.num_nodes, *needs), perf_counter() - started))
-            return outcome
+                self.calls[-1].append(((self.kind, "tree", *tree.tokens.shape), perf_counter() - started))
+            return logits
 
         def timed_prefill(target: TreeTarget, input_ids: torch.Tensor) -> torch.Tensor:
             started = perf_counter()
@@ -188,7 +185,7 @@ class Passes:
                 self.calls[-1].append(((self.kind, "prefill", *input_ids.shape), perf_counter() - started))
             return logits
 
-        LoopStep.run, TreeTarget.prefill = timed, timed_prefill  # type: ignore[method-assign]
+        TreeTarget.forward, TreeTarget.prefill = timed_forward, timed_prefill  # type: ignore[method-assign]
 
     def begin(self, kind: str) -> None:
         """Notes the passes that follow as those of a new call."""
@@ -201,17 +198,20 @@ class Passes:
 
     def close(self) -> None:
         """Leaves the loop as it was."""
-        LoopStep.run, TreeTarget.prefill = self.run, self.prefill  # type: ignore[method-assign]
+        TreeTarget.forward, TreeTarget.prefill = self.forward, self.prefill  # type: ignore[method-assign]
 
-    def noise(self) -> list[float]:
-        """By call the seconds that its passes took longer than usual."""
+    def usual(self, seconds: Sequence[float]) -> list[float]:
+        """By call, of the seconds that each of them took, those that it would have taken on a quiet machine."""
         like: dict[tuple[Any, ...], list[float]] = {}
-        for key, seconds in itertools.chain(*self.calls):
-            like.setdefault(key, []).append(seconds)
-        usual = {
-            key: float(np.quantile(seconds, QUIET)) for key, seconds in like.items() if len(seconds) >= LIKE_PASSES
-        }
-        return [sum(seconds - usual.get(key, seconds) for key, seconds in call) for call in self.calls]
+        for key, taken in itertools.chain(*self.calls):
+            like.setdefault(key, []).append(taken)
+        quiet = {key: float(np.quantile(taken, QUIET)) for key, taken in like.items() if len(taken) >= LIKE_PASSES}
+        out = []
+        for total, call in zip(seconds, self.calls, strict=True):
+            known = [(taken, quiet[key]) for key, taken in call if key in quiet]
+            taken, usual = (sum(times) for times in zip(*known, strict=True)) if known else (1.0, 1.0)
+            out.append(usual + (total - taken) * usual / taken)
+        return out
 
 
 def summary(runs: list[list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, float]]]:

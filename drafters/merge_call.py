@@ -25,7 +25,7 @@ class SourceRecord:
         calls: Steps in which it was asked.
         skipped: Steps in which it was not, because it did not seem worth its time.
         seconds: Time of its proposals.
-        observing: Time of telling it what became of them.
+        telling: Time of telling it that the call begins, and what became of its proposals.
         proposed: Draft tokens that it named.
         saved: Time saved by accepted tokens that would not be if it had named nothing, each worth its part of the step.
         error: What it raised before it was switched off; None when it did not.
@@ -34,7 +34,7 @@ class SourceRecord:
     calls: int = 0
     skipped: int = 0
     seconds: float = 0.0
-    observing: float = 0.0
+    telling: float = 0.0
     proposed: int = 0
     saved: float = 0.0
     error: str | None = None
@@ -62,7 +62,6 @@ class PendingStep:
 
     Args:
         rows: As in the context.
-        started: When the step began, in seconds.
         nodes: What all sources named.
         max_depths: Largest depth of a node, `[rows]`.
         roots: How many roots each row has: ones, `[rows]`.
@@ -71,7 +70,6 @@ class PendingStep:
     """
 
     rows: list[int]
-    started: float
     nodes: CandidateStore
     max_depths: Ints
     roots: Ints
@@ -99,13 +97,14 @@ class MergedCall:
         active: Those that have not failed.
         records: What each did.
         known: What was learned of calls of this kind.
-        idle: Sources that are not kept ready in this call, because they have not earned it of late.
+        idle: Sources that take no part in this call, because they have not earned it of late.
         credits: Accepted tokens by the sources that named them, `[2 ** sources]`.
         started: When the call began, in seconds.
         merging: Time that it took to merge what several sources had named.
         drawing: The source that draws its drafts at random; None while there is none.
         alone: The source whose tree was taken as it is in the step that is under way; None for a merged tree.
         lengths: Tokens of each row when it was proposed.
+        step_started: When the step that is under way began, in seconds.
         pending: The merged tree that is under way.
         nodes: Room for what the sources name, used by one step after the other.
         roots: How many roots each row of it has: ones, `[rows]`.
@@ -122,6 +121,7 @@ class MergedCall:
     drawing: int | None = None
     alone: int | None = None
     lengths: Sequence[int] = ()
+    step_started: float = 0.0
     pending: PendingStep | None = None
     nodes: CandidateStore | None = None
     roots: Ints = field(default_factory=lambda: np.ones(1, np.int64))
@@ -136,16 +136,20 @@ class MergedCall:
     def close(self, context: DraftContext, now: float) -> None:
         """Notes what each source was worth in this call, which is over; `context` lists all rows."""
         seconds = now - self.started
-        if seconds > 0.0:
+        if seconds > 0.0 and self.drawing is None:
             worth = self.known.worth(len(context.rows))
-            for source in self.active:
+            tried = worth.idle - self.idle  # what others bring beside these says nothing of what they bring without
+            for source in tried.intersection(self.active) or self.active:
                 record = self.records[source]
-                taken = record.seconds + record.observing + self.merging / max(len(self.active) - 1, 1)
+                taken = record.seconds + record.telling + self.merging / max(len(self.active) - 1, 1)
                 worth.close_call(source, record.saved / seconds, taken / seconds)
 
-    def credit_alone(self, source: int, context: DraftContext) -> None:
+    def credit_alone(self, source: int, context: DraftContext, now: float) -> None:
         """Counts the accepted tokens of a tree that was taken as it is; the last token of each row is the target's."""
-        self.credits[1 << source] += sum(count - 1 for count in self.counts(context))
+        counts = self.counts(context)
+        accepted = sum(max(count - 1, 0) for count in counts)
+        self.credits[1 << source] += accepted
+        self.records[source].saved += accepted / max(sum(counts), 1) * (now - self.step_started)
 
     def counts(self, context: DraftContext) -> list[int]:
         """How many tokens each row got since the proposal."""

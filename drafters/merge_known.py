@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ from specdec.drafters.merge_worth import Worth
 from specdec.kernels import Floats
 
 FEW_CALLS, MANY_CALLS = 8, 32
-"""Calls of which a source that does not earn what it takes to keep it ready takes part in one, at first and at last."""
+"""Calls of which a source that does not earn what it takes takes part in one, at first and at last."""
 
 
 @dataclass
@@ -53,10 +53,10 @@ class Known:
             self.worths[size] = Worth(self.num_sources)
         return self.worths[size]
 
-    def idle_sources(self, rows: int) -> set[int]:
-        """The sources that need not be kept ready in the call that begins: they do not earn anything."""
+    def idle_sources(self, rows: int, sources: Iterable[int]) -> set[int]:
+        """Those of some sources that take no part in the call that begins: they do not earn anything."""
         self.calls += 1
-        idle = {source for source, standing in enumerate(self.worth(rows).standings) if standing < 0.0}
+        idle = self.worth(rows).idle_among(sources)
         if not idle:
             self.next_trial, self.gap = self.calls + FEW_CALLS, FEW_CALLS
         elif self.calls >= self.next_trial:

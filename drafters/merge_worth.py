@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import inf
 from typing import Any, NamedTuple
 
@@ -61,6 +61,8 @@ class Worth:
         """By source and class of sureness; None where it was not asked yet."""
         self.standings = [FIRST_STANDING] * num_sources
         """By source the share of a call's time that it saves, above what it takes, with decay."""
+        self.idle: set[int] = set()
+        """Sources that take no part in calls, but for a trial now and then."""
         self.asked_at = [0.0] * (num_sources + 1)
         self.tokens_per_step = 1.0
         self.step_seconds: deque[float] = deque(maxlen=STEPS)
@@ -80,11 +82,26 @@ class Worth:
         worth = cls(len(known["seconds"]) - 1)
         worth.seconds, worth.tokens_above_cost = known["seconds"], known["tokens_above_cost"]
         worth.standings = known["standings"]
+        worth.idle = {source for source, standing in enumerate(worth.standings) if standing < 0.0}
         worth.tokens_per_step = known["tokens_per_step"]
         if known["usual_step"] is not None:
             worth.usual_step = known["usual_step"]
             worth.step_seconds.extend([worth.usual_step] * STEPS)
         return worth
+
+    def idle_among(self, sources: Iterable[int]) -> set[int]:
+        """Those of some sources that do not earn what they take.
+
+        They become idle one by one, the worst first: of tokens that two of them have named, neither was the only one,
+        and what the other one brings is another matter afterwards.
+        """
+        losing = {source for source in sources if self.standings[source] < 0.0}
+        self.idle &= losing
+        if found := losing - self.idle:
+            self.idle.add(min(found, key=self.standings.__getitem__))
+            for source in found - self.idle:
+                self.standings[source] = 0.0
+        return set(self.idle)
 
     def is_dear(self, source: int) -> bool:
         """Whether a source takes a part of a step that matters."""
@@ -158,7 +175,7 @@ class Worth:
         """Takes in a call that is over.
 
         Args:
-            source: One that was kept ready.
+            source: One that took part.
             saved: Share of the call's time that was saved by tokens which no other source had named.
             taken: Share of the call's time that went into asking it.
         """

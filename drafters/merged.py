@@ -124,10 +124,11 @@ class MergedDrafter(Drafter):
         _compile_kernels()
 
     def needs(self, device: torch.device, rows: int, is_sampled: bool) -> Needs:
-        """As its sources; on the CPU those excepted that have not earned of late what it takes to keep them ready."""
-        idle = self._known[is_sampled].idle_sources(rows) if device.type == "cpu" else set()
-        needs = [source.needs(device, rows, is_sampled) for source in self.sources]
-        idle = self._thread.idle = {source for source in idle if needs[source] != NO_NEEDS}
+        """As its sources; on the CPU those excepted that have not earned of late what they take."""
+        needs, known = [source.needs(device, rows, is_sampled) for source in self.sources], self._known[is_sampled]
+        worth = known.worth(rows)
+        costly = [source for source, need in enumerate(needs) if need != NO_NEEDS or worth.is_dear(source)]
+        idle = self._thread.idle = known.idle_sources(rows, costly) if device.type == "cpu" else set()
         kept = [need for source, need in enumerate(needs) if source not in idle]
         return Needs(any(need.hidden_states for need in kept), max((need.top_tokens for need in kept), default=0))
 
@@ -151,13 +152,13 @@ class MergedDrafter(Drafter):
         known = self._known[context.sampler is not None and context.sampler.noise is not None]
         call = self._thread.call = MergedCall.begin(self.sources, known, idle, self._clock())
         for source in tuple(call.active):
-            self._guarded(call, source, "start", context, partial(self.sources[source].start, context))
+            self._timed(call, source, "start", context, partial(self.sources[source].start, context))
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         call = self._of_thread(context)
         width = max(1, min(max_nodes, self.max_nodes))
         call.alone = call.pending = None
-        call.lengths = [len(sequence) for sequence in context.sequences]
+        call.lengths, call.step_started = [len(sequence) for sequence in context.sequences], self._clock()
         for source in call.idle:
             call.records[source].skipped += 1
         if len(call.active) == 1:
@@ -166,8 +167,7 @@ class MergedDrafter(Drafter):
         roots = np.array([sequence[-1] for sequence in context.sequences], np.int64)
         nodes = call.candidates(roots, width)
         max_depths = np.array(context.max_depth, np.int64)
-        started = self._clock()
-        call.pending = PendingStep(list(context.rows), started, nodes, max_depths, call.roots)
+        call.pending = PendingStep(list(context.rows), nodes, max_depths, call.roots)
         worth = call.known.worth(len(roots))
         grown = None
         for source in self._order(call, worth):
@@ -183,7 +183,7 @@ class MergedDrafter(Drafter):
                 call.drawing, call.alone, call.pending = source, source, None
                 return tree
         tree = TokenTree.of_arrays(*(grown or self._grow_arrays(call.known, nodes, width))[0])
-        call.merging += self._clock() - started
+        call.merging += self._clock() - call.step_started
         if 1 < tree.num_nodes < width and self._is_chaining(call) and worth.pays(len(self.sources), self._clock()):
             return self._continued(call, context, tree, roots, width)
         return tree
@@ -193,7 +193,7 @@ class MergedDrafter(Drafter):
         pending, call.pending = call.pending, None
         alone, call.alone = call.alone, None
         if alone is not None:
-            call.credit_alone(alone, context)
+            call.credit_alone(alone, context, self._clock())
         if pending is None or pending.rows != context.rows:
             for source in [source for source in call.active if source in self._listening]:
                 self._tell(call, source, context, step if source == alone else None, step)
@@ -206,10 +206,10 @@ class MergedDrafter(Drafter):
             asked = {s: Asked(p.seconds, p.sureness, int(gains[s])) for s, p in pending.proposals.items()}
             now = self._clock()
             for s, gain in enumerate(gains.tolist()):
-                call.records[s].saved += gain / tokens * (now - pending.started)
+                call.records[s].saved += gain / max(tokens, 1) * (now - call.step_started)
             if pending.chained is not None:
                 asked[len(self.sources)] = Asked(pending.chained.seconds, 0, pending.chained.gain(known, counts))
-            call.known.worth(len(counts)).observe(asked, len(counts), tokens, pending.started, now)
+            call.known.worth(len(counts)).observe(asked, len(counts), tokens, call.step_started, now)
         verified = None
         for source in [source for source in call.active if source in self._listening]:
             drafter, proposal, shown = self.sources[source], pending.proposals.get(source), None
@@ -354,9 +354,14 @@ class MergedDrafter(Drafter):
                 shown = Step(step.rows, step.tree, step.accepted, step.top_tokens[..., : drafter.num_top_tokens])
         elif shown is None:
             shown = step if step.tree.num_nodes == 1 else idle_step(step)
+        self._timed(call, source, "observe", context, partial(drafter.observe, context, shown))
+
+    def _timed(
+        self, call: MergedCall, source: int, method: str, context: DraftContext, action: Callable[[], Any]
+    ) -> None:
         started = self._clock()
-        self._guarded(call, source, "observe", context, partial(drafter.observe, context, shown))
-        call.records[source].observing += self._clock() - started
+        self._guarded(call, source, method, context, action)
+        call.records[source].telling += self._clock() - started
 
     def _guarded(
         self, call: MergedCall, source: int, method: str, context: DraftContext, action: Callable[[], Any]

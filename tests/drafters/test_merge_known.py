@@ -10,14 +10,19 @@ import torch
 
 import specdec
 from specdec.drafters import LookaheadDrafter, MergedDrafter, RecyclingDrafter, merge_known
-from specdec.drafters.base import NO_NEEDS, Needs
+from specdec.drafters.base import NO_NEEDS, Needs, Step
+from specdec.drafters.merge_call import MergedCall
 from specdec.drafters.merge_known import FEW_CALLS, MANY_CALLS, Known
 from specdec.drafters.merge_worth import STANDING_SHARE, Worth
 from tests.conformance import TaughtMedusaDrafter, reference
-from tests.drafters.merging import ScriptedDrafter, context_of, merging, paths_tree
+from tests.drafters.merging import FakeClock, ScriptedDrafter, context_of, merging, paths_tree
 from tests.tiny_models import new_model, prompts
 
 CPU = torch.device("cpu")
+
+
+def scripted() -> ScriptedDrafter:
+    return ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.5}))
 
 
 def test_what_one_drafter_has_learned_the_next_one_of_its_settings_knows() -> None:
@@ -41,7 +46,7 @@ def test_a_source_that_brings_nothing_is_kept_ready_in_one_call_of_several() -> 
     known = Known(2)
     ready = []
     for _ in range(160):
-        idle = known.idle_sources(1)
+        idle = known.idle_sources(1, [0, 1])
         ready.append(1 not in idle)
         for source in {0, 1} - idle:
             known.worth(1).close_call(source, saved=0.2 if source == 0 else 0.0, taken=0.01)
@@ -52,19 +57,59 @@ def test_a_source_that_brings_nothing_is_kept_ready_in_one_call_of_several() -> 
     assert gaps[:3] == [FEW_CALLS, 2 * FEW_CALLS, MANY_CALLS], "ever fewer calls"
     assert set(gaps[3:]) == {MANY_CALLS}
     for _ in range(2 * MANY_CALLS):  # from now on it does
-        if 1 not in known.idle_sources(1):
+        if 1 not in known.idle_sources(1, [0, 1]):
             known.worth(1).close_call(1, saved=0.2, taken=0.01)
-    assert not known.idle_sources(1)
-    assert not known.idle_sources(8), "with more rows nothing is known"
+    assert not known.idle_sources(1, [0, 1])
+    assert not known.idle_sources(8, [0, 1]), "with more rows nothing is known"
 
 
 def test_a_source_that_stops_earning_late_is_not_tried_at_once() -> None:
-    known = Known(1)
+    known = Known(2)
     for _ in range(3 * FEW_CALLS):
-        assert not known.idle_sources(1)
+        assert not known.idle_sources(1, [0, 1])
     known.worth(1).standings[0] = -0.1
-    is_idle = [bool(known.idle_sources(1)) for _ in range(FEW_CALLS)]
+    is_idle = [bool(known.idle_sources(1, [0, 1])) for _ in range(FEW_CALLS)]
     assert is_idle == [True] * (FEW_CALLS - 1) + [False]
+
+
+def test_of_two_sources_that_name_the_same_one_goes_on() -> None:
+    """Neither brings anything beside the other one; without it, it does."""
+    known = Known(2)
+    calls = []
+    for _ in range(4 * MANY_CALLS):
+        idle = known.idle_sources(1, [0, 1])
+        calls.append(idle)
+        call = MergedCall.begin([scripted(), scripted()], known, idle, started=0.0)
+        for source in call.active:
+            call.records[source].saved = 5.0 if len(call.active) == 1 else 0.0
+            call.records[source].seconds = 1.0 + source
+        call.close(context_of([9]), now=10.0)
+    assert all(idle in (set(), {1}) for idle in calls), "the dearer one stays away"
+    assert calls.count({1}) > 0.9 * len(calls)
+
+
+def test_what_a_source_brings_alone_is_its_own() -> None:
+    drafter, clock = merging(scripted(), scripted()), FakeClock()
+    drafter._clock = clock
+    for _ in range(5):
+        drafter._thread.idle = {1}
+        drafter.start(context_of([9]))
+        tree = drafter.propose(context_of([9]), 8)
+        clock.now += 0.01
+        drafter.observe(context_of([9, 1, 4]), Step([0], tree, [1]))
+        drafter.finish(context_of([9, 1, 4]))
+    assert drafter._known[False].worth(1).standings[0] > 0.2, "half of the tokens"
+
+
+def test_a_dear_source_that_loses_takes_no_part() -> None:
+    drafter = merging(cheap := scripted(), dear := scripted())
+    worth = drafter._known[False].worth(1)
+    worth.standings[:] = [-1.0, -1.0]
+    worth.usual_step, worth.seconds[:2] = 0.01, [1e-5, 2e-3]
+    drafter.needs(CPU, 1, False)
+    drafter.start(context_of([9]))
+    drafter.propose(context_of([9]), 8)
+    assert (cheap.calls, dear.calls) == (1, 0)
 
 
 def test_what_it_takes_to_keep_a_source_ready_must_be_earned_too() -> None:
@@ -109,7 +154,8 @@ def test_same_tokens_with_and_without_sources_that_are_not_kept_ready(do_sample:
         calls.append({name: figures["calls"] for name, figures in fast.report.drafter_figures.items()})
         drafter._known[do_sample].worth(2).standings[:] = [0.1, -9.0, -9.0]
     assert all(calls[0].values())
-    assert calls[1]["recycling"] == calls[1]["medusa"] == 0 < calls[1]["lookahead"]
+    assert [*calls[1].values()].count(0) == 1, "one after the other"
+    assert calls[2]["recycling"] == calls[2]["medusa"] == 0 < calls[2]["lookahead"]
 
 
 def test_knowledge_is_kept_by_kind_of_call() -> None:
