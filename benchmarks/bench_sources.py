@@ -8,12 +8,12 @@ A part is one interleaved run: on each prompt all settings run in turn, beginnin
 the four kinds alternate. Each setting has one drafter, which goes on from prompt to prompt and meets each of them once.
 Running a part again, in a new process, adds a run over the same prompts, with new drafters; of each prompt and setting
 the median over all runs counts, and figures are of the sums of these. Machines are noisy: in "usual" figures, each
-target pass counts as long as those in the run of the same kind of prompt, rows and nodes are while the machine is quiet
-(a quarter of them is shorter), each prefill as long as those of prompts of its kind and length, and the rest of a call
-as many times less or more as its passes do. `off again` is drafting off once more: how far it is from 1 is what the
-figures of the others are good to. `sampled-4` is temperature 1 in batches of four. In `nodes-16` every source is asked
-in every step and drafts of up to 16 nodes are verified whole, so that tokens per pass can be compared at one node
-count; its times mean nothing.
+target pass counts as long as those in the run of the same kind of prompt, rows and nodes, after a draft or not, are
+while the machine is quiet (a quarter of them is shorter), each prefill as long as those of prompts of its kind and
+length, and the rest of a call as many times less or more as its passes do. `off again` is drafting off once more: how
+far it is from 1 is what the figures of the others are good to. `sampled-4` is temperature 1 in batches of four. In
+`nodes-16` every source is asked in every step and drafts of up to 16 nodes are verified whole, so that tokens per pass
+can be compared at one node count; its times mean nothing.
 
 Kinds: `completion`, held-out code; `edit`, held-out code whose beginning stands there once more, to be gone on with;
 `questions`, a few texts that come again with another question each time; `incompressible`, random ids gone on with at
@@ -168,14 +168,16 @@ class Passes:
 
     def __init__(self) -> None:
         self.calls: list[list[tuple[tuple[Any, ...], float]]] = []
-        self.kind, self.is_on = "", False
+        self.kind, self.is_on, self.is_after_draft = "", False, False
         self.forward, self.prefill = forward, prefill = TreeTarget.forward, TreeTarget.prefill
 
         def timed_forward(target: TreeTarget, tree: TokenTree) -> torch.Tensor:
             started = perf_counter()
             logits = forward(target, tree)
             if self.is_on:
-                self.calls[-1].append(((self.kind, "tree", *tree.tokens.shape), perf_counter() - started))
+                key = self.kind, self.is_after_draft, *tree.tokens.shape
+                self.calls[-1].append((key, perf_counter() - started))
+                self.is_after_draft = tree.num_nodes > 1
             return logits
 
         def timed_prefill(target: TreeTarget, input_ids: torch.Tensor) -> torch.Tensor:
@@ -190,7 +192,7 @@ class Passes:
     def begin(self, kind: str) -> None:
         """Notes the passes that follow as those of a new call."""
         self.calls.append([])
-        self.kind, self.is_on = kind, True
+        self.kind, self.is_on, self.is_after_draft = kind, True, False
 
     def end(self) -> None:
         """Notes no more."""
