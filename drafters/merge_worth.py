@@ -12,6 +12,8 @@ SURENESS = (0.5, 1.5, 4.0)
 """Draft tokens per row that are expected of the other sources: a source's worth is learned apart between these."""
 DEAR_SHARE = 0.01
 """A source that takes less of a step's time is asked without further thought."""
+HEAVY_SHARE = 0.2
+"""One that takes more than so much of it, and does not earn it, takes no part in most calls: it learns nothing then."""
 FIRST_WORTH = 0.1
 """Tokens that a source is thought to bring above its cost before it was tried."""
 LEARNING_RATE = 0.1
@@ -103,10 +105,10 @@ class Worth:
                 self.standings[source] = 0.0
         return set(self.idle)
 
-    def is_dear(self, source: int) -> bool:
+    def is_dear(self, source: int, share: float = DEAR_SHARE) -> bool:
         """Whether a source takes a part of a step that matters."""
         seconds = self.seconds[source]
-        return seconds is not None and seconds > DEAR_SHARE * self.usual_step
+        return seconds is not None and seconds > share * self.usual_step
 
     def by_cost(self, sources: Sequence[int]) -> list[int]:
         """The sources, cheap ones first, and those last that have not been asked yet."""

@@ -36,7 +36,7 @@ from specdec.drafters.merge_growth import (
     mark_verified,
 )
 from specdec.drafters.merge_known import Known, known_of, new_known
-from specdec.drafters.merge_worth import Asked, Worth, sureness_of
+from specdec.drafters.merge_worth import HEAVY_SHARE, Asked, Worth, sureness_of
 from specdec.kernels import Ints
 from specdec.target import embedding_rows
 from specdec.tree import TokenTree
@@ -127,7 +127,7 @@ class MergedDrafter(Drafter):
         """As its sources; on the CPU those excepted that have not earned of late what they take."""
         needs, known = [source.needs(device, rows, is_sampled) for source in self.sources], self._known[is_sampled]
         worth = known.worth(rows)
-        costly = [source for source, need in enumerate(needs) if need != NO_NEEDS or worth.is_dear(source)]
+        costly = [source for source, need in enumerate(needs) if need != NO_NEEDS or worth.is_dear(source, HEAVY_SHARE)]
         idle = self._thread.idle = known.idle_sources(rows, costly) if device.type == "cpu" else set()
         kept = [need for source, need in enumerate(needs) if source not in idle]
         return Needs(any(need.hidden_states for need in kept), max((need.top_tokens for need in kept), default=0))

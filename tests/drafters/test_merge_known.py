@@ -13,7 +13,7 @@ from specdec.drafters import LookaheadDrafter, MergedDrafter, RecyclingDrafter, 
 from specdec.drafters.base import NO_NEEDS, Needs, Step
 from specdec.drafters.merge_call import MergedCall
 from specdec.drafters.merge_known import FEW_CALLS, MANY_CALLS, Known
-from specdec.drafters.merge_worth import STANDING_SHARE, Worth
+from specdec.drafters.merge_worth import HEAVY_SHARE, STANDING_SHARE, Worth
 from tests.conformance import TaughtMedusaDrafter, reference
 from tests.drafters.merging import FakeClock, ScriptedDrafter, context_of, merging, paths_tree
 from tests.tiny_models import new_model, prompts
@@ -101,15 +101,17 @@ def test_what_a_source_brings_alone_is_its_own() -> None:
     assert drafter._known[False].worth(1).standings[0] > 0.2, "half of the tokens"
 
 
-def test_a_dear_source_that_loses_takes_no_part() -> None:
-    drafter = merging(cheap := scripted(), dear := scripted())
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_a_heavy_source_that_loses_takes_no_part(share: float) -> None:
+    drafter = merging(cheap := scripted(), scripted())
     worth = drafter._known[False].worth(1)
     worth.standings[:] = [-1.0, -1.0]
-    worth.usual_step, worth.seconds[:2] = 0.01, [1e-5, 2e-3]
+    worth.usual_step, worth.seconds[:2] = 0.01, [1e-5, share * 0.01]
     drafter.needs(CPU, 1, False)
     drafter.start(context_of([9]))
     drafter.propose(context_of([9]), 8)
-    assert (cheap.calls, dear.calls) == (1, 0)
+    assert cheap.calls == 1
+    assert drafter._thread.call.idle == ({1} if share > HEAVY_SHARE else set()), "others go on learning"
 
 
 def test_what_it_takes_to_keep_a_source_ready_must_be_earned_too() -> None:
