@@ -64,7 +64,6 @@ class PendingStep:
         rows: As in the context.
         nodes: What all sources named.
         max_depths: Largest depth of a node, `[rows]`.
-        roots: How many roots each row has: ones, `[rows]`.
         chained: What was continued; None where nothing was.
         proposals: By source, of those that were asked.
     """
@@ -72,7 +71,6 @@ class PendingStep:
     rows: list[int]
     nodes: CandidateStore
     max_depths: Ints
-    roots: Ints
     proposals: dict[int, Proposal] = field(default_factory=dict)
     chained: Chained | None = None
 

@@ -167,7 +167,7 @@ class MergedDrafter(Drafter):
         roots = np.array([sequence[-1] for sequence in context.sequences], np.int64)
         nodes = call.candidates(roots, width)
         max_depths = np.array(context.max_depth, np.int64)
-        call.pending = PendingStep(list(context.rows), nodes, max_depths, call.roots)
+        call.pending = PendingStep(list(context.rows), nodes, max_depths)
         worth = call.known.worth(len(roots))
         grown = None
         for source in self._order(call, worth):
@@ -326,7 +326,7 @@ class MergedDrafter(Drafter):
         if tree.num_nodes == 1 or tree.draft_probs is not None:
             return None
         node_of = np.empty(tree.tokens.shape, np.int64)
-        given = call.pending.roots if num_given is None else num_given
+        given = call.roots if num_given is None else num_given
         scores = np.full(node_of.shape, UNKNOWN_SCORE, np.float32) if tree.host_scores is None else tree.host_scores
         pending = call.pending
         arrays = tree.host_tokens, tree.host_parents, scores, pending.max_depths

@@ -101,6 +101,27 @@ def test_what_a_source_brings_alone_is_its_own() -> None:
     assert drafter._known[False].worth(1).standings[0] > 0.2, "half of the tokens"
 
 
+@pytest.mark.parametrize("idle", [set(), {1}])
+def test_a_step_without_a_token_saves_nothing(idle: set[int]) -> None:
+    """Such as one that ends before a near-tie."""
+    drafter = merging(scripted(), scripted())
+    drafter._thread.idle = idle
+    drafter.start(context_of([9]))
+    tree = drafter.propose(context_of([9]), 8)
+    drafter.observe(context_of([9]), Step([0], tree, [0]))
+    assert not any(record.saved for record in drafter._thread.call.records)
+    assert not drafter._thread.call.credits.any()
+
+
+def test_calls_with_drawn_drafts_say_nothing_of_what_sources_are_worth() -> None:
+    known = Known(2)
+    call = MergedCall.begin([scripted(), scripted()], known, set(), started=0.0)
+    call.drawing = 0
+    before = list(known.worth(1).standings)
+    call.close(context_of([9]), now=10.0)
+    assert known.worth(1).standings == before, "the others were not asked"
+
+
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_a_heavy_source_that_loses_takes_no_part(share: float) -> None:
     drafter = merging(cheap := scripted(), scripted())
