@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.attention.choice import AttentionLike
 from specdec.budget import Budget
@@ -20,6 +20,7 @@ from specdec.capture.step import step_for
 from specdec.capture.store import GraphMode, acquire, check_demand, describe
 from specdec.capture.target import StaticTarget
 from specdec.chain_target import ChainTarget
+from specdec.compat import CACHE, decoding_method, eos_tokens, is_handed_in, pad_token
 from specdec.compiled.passes import begin_compiled, describe_compiled
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
@@ -220,8 +221,7 @@ class Speculation:
     ) -> Any:
         """The model's own decoding method."""
         self.begin_fallback(reason)
-        mode = generation_config.get_generation_mode()
-        method: Any = getattr(type(model), GENERATION_MODES_MAPPING[mode], GenerationMixin._sample)
+        method = decoding_method(model, generation_config.get_generation_mode())
         extra = {"streamer": streamer} if streamer is not None else {}
         output = method(
             model,
@@ -256,7 +256,7 @@ class Speculation:
             report.trace = Trace(prompts, f"{report.drafter}, verifier {report.verifier}", report.guarantee)
         noise = NoiseQueue(len(input_ids), input_ids.device) if config.do_sample else None
         keep_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
-        pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
+        pad = pad_token(config)
         sampler = Sampler(processors, config.do_sample, sequences, noise, keep_scores)
         is_sampled_from = self.verifier.guarantee == "distribution" and config.do_sample
         near_ties = self._near_ties(target)
@@ -293,7 +293,7 @@ class Speculation:
         output = sequences.output(pad)
         if not config.return_dict_in_generate:
             return output
-        fields: dict[str, Any] = {"sequences": output, "past_key_values": past}
+        fields: dict[str, Any] = {"sequences": output, CACHE: past}
         if keep_scores:
             scores, logits = _by_position(decoder.kept_scores)
             fields |= {"scores": scores if config.output_scores else None}
@@ -324,7 +324,6 @@ class Speculation:
         needs = NO_NEEDS if drafter is None else drafter.needs(*of_call)
         if needs.hidden_states:
             target.hidden_states = HiddenStates(target.model)
-        ends: Tensor | None = target.generation_config._eos_token_tensor
         return GuardedDrafter(
             drafter,
             embedding_rows(target.model),
@@ -336,7 +335,7 @@ class Speculation:
             self.budget,
             self.verifier.judges_steps,
             self.verifier.asks_target,
-            frozenset([] if ends is None else ends.flatten().tolist()),
+            frozenset(eos_tokens(target.generation_config)),
             needs.top_tokens,
         )
 
@@ -360,5 +359,4 @@ def _by_position(rows: list[list[tuple[Tensor, Tensor]]]) -> tuple[tuple[Tensor,
 
 
 def _keeps_cache(config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:
-    past = model_kwargs.get("past_key_values")
-    return bool(config.return_dict_in_generate or getattr(past, "_is_user_defined", False))
+    return bool(config.return_dict_in_generate) or is_handed_in(model_kwargs.get(CACHE))

@@ -10,6 +10,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
 from specdec import kv_cache, sampling, stopping
+from specdec.compat import CACHE
 from specdec.target import DECODE_KWARGS_HANDLED, CausalLM
 
 
@@ -36,7 +37,7 @@ def impossible(
         return "use_cache is False"
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         return "attentions or hidden states of every pass are wanted"
-    past = model_kwargs.get("past_key_values")
+    past = model_kwargs.get(CACHE)
     if past is None:
         return "the model keeps no kv cache that could be rolled back"
     if not kv_cache.supports(past):
