@@ -21,6 +21,9 @@ from transformers.generation.configuration_utils import GenerationMode
 
 Model: TypeAlias = Any
 
+TESTED = ("5.17", "5.24")
+"""The oldest and the newest minor version of transformers that the tests run with."""
+
 CACHE = (
     "cache"
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -78,6 +81,15 @@ def is_handed_in(cache: Cache | None) -> bool:
     True for all caches where transformers does not mark the caller's: filling one that nobody reads costs a copy.
     """
     return cache is not None and bool(getattr(cache, "_is_user_defined", not _MARKS_CACHES))
+
+
+def has_default_cache(model: Model) -> bool:
+    """Whether `generate` makes a cache of attention layers for a model of such layers.
+
+    False for recurrent models and for the few that keep something of their own, such as XLNet's memories.
+    """
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    return not getattr(model, "_is_stateful", False) and (supports is None or bool(supports()))
 
 
 def prefill(model: Model, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:

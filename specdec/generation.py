@@ -25,11 +25,13 @@ from specdec.compiled.passes import begin_compiled, describe_compiled
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
 from specdec.drafting import GuardedDrafter
+from specdec.fallback import FallbackWarning as FallbackWarning
+from specdec.fallback import UnexpectedFallbackWarning, remedy, takes_drafts
 from specdec.hidden_states import HiddenStates
 from specdec.limits import length_limit
 from specdec.near_ties import HALF, NearTies, gap_of
 from specdec.noise import NoiseQueue
-from specdec.obstacles import foreign_inputs, impossible
+from specdec.obstacles import NO_CACHE, foreign_inputs, impossible
 from specdec.ranks import Ranks, obstacle
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
@@ -39,10 +41,6 @@ from specdec.streaming import StreamFeeder
 from specdec.target import CacheNotFilledError, CausalLM, TargetModel, TreeTarget, embedding_rows
 from specdec.trace import Trace
 from specdec.verifiers.base import Verifier
-
-
-class FallbackWarning(UserWarning):
-    """The model's own `generate` did the work, because the call cannot be speculated on."""
 
 
 class Speculation:
@@ -115,15 +113,21 @@ class Speculation:
         graphs = describe(model, self.cuda_graphs) if found.mode == "tree" else ""
         return replace(found, cuda_graphs=graphs, compiled=compiled)
 
-    def begin_fallback(self, reason: str) -> None:
-        """Starts a report of a call that the model's own `generate` does, and warns once per reason."""
+    def begin_fallback(self, reason: str, unexpected_of: CausalLM | None = None) -> None:
+        """Starts a report of a call that the model's own `generate` does, and warns once per reason.
+
+        Args:
+            reason: Why, in words.
+            unexpected_of: The model, where the reason lies in how it ran and not in what the caller asked for.
+        """
         self.report = self._new_report()
         self.report.fallback, self.report.capability = reason, "plain"
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(
-                f"generating without speculation: {reason}. The result is the same.", FallbackWarning, stacklevel=3
-            )
+            text, category = f"generating without speculation: {reason}. The result is the same.", FallbackWarning
+            if unexpected_of is not None and takes_drafts(unexpected_of):
+                text, category = f"{text} {remedy(unexpected_of)}", UnexpectedFallbackWarning
+            warnings.warn(text, category, stacklevel=3)
 
     @torch.no_grad()
     def __call__(
@@ -150,6 +154,7 @@ class Speculation:
         draws = self.verifier.guarantee == "distribution" and generation_config.do_sample
         reason = reason or obstacle(model, draws or self.verifier.judges_steps)
         capability = probe(model, self.capability, self.attention) if reason is None else Capability("plain", reason)
+        is_unexpected = capability.mode == "plain" and self.capability == "auto" and reason in (None, NO_CACHE)
         keep_cache = _keeps_cache(generation_config, model_kwargs)
         longest = generation_config.max_length + self.budget.max_nodes
         if capability.mode != "plain" and (limit := length_limit(model)) and longest > limit[0]:
@@ -161,8 +166,9 @@ class Speculation:
                 "plain", "rows keep the same number of tokens per step, and steps are judged by row"
             )
         prepared = (model, input_ids, logits_processor, stopping_criteria, generation_config)
+        rest = synced_gpus, streamer, model_kwargs
         if capability.mode == "plain" or (capability.mode == "chain" and self.drafter is None):
-            return self._plain(capability.reason, *prepared, synced_gpus, streamer, model_kwargs)
+            return self._plain(capability.reason, is_unexpected, *prepared, *rest)
         self.report = self._new_report()
         self.report.capability = capability.mode
         target = self.target_for(model, generation_config, model_kwargs, capability, keep_cache, input_ids.device)
@@ -170,7 +176,7 @@ class Speculation:
             is_traced = trace or self.is_traced
             return self._speculate(target, input_ids, logits_processor, stopping_criteria, streamer, is_traced)
         except CacheNotFilledError as error:
-            return self._plain(str(error), *prepared, synced_gpus, streamer, model_kwargs)
+            return self._plain(str(error), True, *prepared, *rest)
         finally:
             if capability.mode == "tree":
                 self.report.attention = capability.attention_of(model, self.attention)
@@ -210,6 +216,7 @@ class Speculation:
     def _plain(
         self,
         reason: str,
+        is_unexpected: bool,
         model: CausalLM,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
@@ -220,7 +227,7 @@ class Speculation:
         model_kwargs: dict[str, Any],
     ) -> Any:
         """The model's own decoding method."""
-        self.begin_fallback(reason)
+        self.begin_fallback(reason, model if is_unexpected else None)
         method = decoding_method(model, generation_config.get_generation_mode())
         extra = {"streamer": streamer} if streamer is not None else {}
         output = method(

@@ -13,6 +13,8 @@ from specdec import kv_cache, sampling, stopping
 from specdec.compat import CACHE
 from specdec.target import DECODE_KWARGS_HANDLED, CausalLM
 
+NO_CACHE = "the model keeps no kv cache that could be rolled back"
+
 
 def foreign_inputs(model: CausalLM) -> str | None:
     """Prompt-learning adapters prepare the model's inputs themselves: virtual tokens come in that nobody is told of."""
@@ -39,7 +41,7 @@ def impossible(
         return "attentions or hidden states of every pass are wanted"
     past = model_kwargs.get(CACHE)
     if past is None:
-        return "the model keeps no kv cache that could be rolled back"
+        return NO_CACHE
     if not kv_cache.supports(past):
         return f"the kv cache is a {type(past).__name__}, not a DynamicCache"
     tensors = [
