@@ -11,10 +11,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
+from transformers.cache_utils import DynamicCache
 
 from specdec.attention.choice import AttentionChoice, AttentionLike, candidates, choice_for
 from specdec.chain_target import ChainTarget
+from specdec.compat import CACHE, cache_layers, next_inputs, prefill
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.masks import MaskFormat
 from specdec.rounding import differ
@@ -140,18 +141,18 @@ def _demanded_tree(model: CausalLM, names: tuple[str, ...]) -> Capability:
 def _mask_formats(model: CausalLM) -> tuple[list[MaskFormat], str | None]:
     """Ways to hand this model a tree mask, the likeliest first, or why there is none."""
     try:
-        types, kwargs = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+        layers = cache_layers(model.config.get_text_config(decoder=True))
     except Exception as error:  # configs of remote code may lack what transformers reads
         return [], f"its layers cannot be told from its config ({type(error).__name__}: {error})"
-    kinds = tuple(dict.fromkeys(kind for kind in types if kind != "dummy"))
+    kinds = tuple(dict.fromkeys(kind for kind, _ in layers if kind != "dummy"))
     if other := set(kinds) - ATTENTION_LAYER_TYPES:
         return [], f"it has {', '.join(sorted(other))} layers"
     if missing := [name for name in ("attention_mask", "position_ids") if not accepts(model, name)]:
         return [], f"its forward takes no {' and no '.join(missing)}"
     reach: dict[str, set[int]] = {"sliding_attention": set(), "chunked_attention": set()}
-    for kind, kwarg in zip(types, kwargs, strict=True):
+    for kind, settings in layers:
         if kind in reach:
-            reach[kind].add(kwarg["sliding_window"])
+            reach[kind].add(settings["sliding_window"])
     if any(len(values) > 1 for values in reach.values()):
         return [], "its layers have windows of different lengths"
     window, chunk = (next(iter(values), None) for values in reach.values())
@@ -208,20 +209,18 @@ class _Trial:
 
     def fresh_kwargs(self) -> dict[str, Any]:
         config = self.model.config.get_text_config(decoder=True)
-        return {**self.model_kwargs, "past_key_values": DynamicCache(config=config)}
+        return {**self.model_kwargs, CACHE: DynamicCache(config=config)}
 
     def plain(self, tokens: Tensor) -> Tensor:
         """Logits of plain decoding fed with given tokens, `[batch, steps] -> [batch, steps, vocab]`."""
         kwargs = self.fresh_kwargs()
         ids = self.input_ids
-        outputs = self.model._prefill(ids, self.generation_config, kwargs)
+        outputs = prefill(self.model, ids, self.generation_config, kwargs)
         steps = []
         for column in tokens.split(1, dim=1):
-            kwargs = self.model._update_model_kwargs_for_generation(outputs, kwargs)
             ids = torch.cat([ids, column], dim=1)
-            outputs = self.model(
-                **self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs), return_dict=True
-            )
+            kwargs, inputs = next_inputs(self.model, ids, outputs, kwargs)
+            outputs = self.model(**inputs, return_dict=True)
             steps.append(outputs.logits[:, -1].float())
         return torch.stack(steps, dim=1)
 
@@ -232,7 +231,7 @@ class _Trial:
 
 
 def _compare(trial: _Trial, names: tuple[str, ...]) -> Capability:
-    if trial.model_kwargs.get("past_key_values") is None:
+    if trial.model_kwargs.get(CACHE) is None:
         return Capability("plain", "it keeps no cache that transformers can hand to it")
     device = trial.input_ids.device
     vocab = trial.model.config.get_text_config(decoder=True).vocab_size

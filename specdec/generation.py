@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.attention.choice import AttentionLike
 from specdec.budget import Budget
@@ -20,15 +20,18 @@ from specdec.capture.step import step_for
 from specdec.capture.store import GraphMode, acquire, check_demand, describe
 from specdec.capture.target import StaticTarget
 from specdec.chain_target import ChainTarget
+from specdec.compat import CACHE, decoding_method, eos_tokens, is_handed_in, pad_token
 from specdec.compiled.passes import begin_compiled, describe_compiled
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
 from specdec.drafting import GuardedDrafter
+from specdec.fallback import FallbackWarning as FallbackWarning
+from specdec.fallback import UnexpectedFallbackWarning, remedy, takes_drafts
 from specdec.hidden_states import HiddenStates
 from specdec.limits import length_limit
 from specdec.near_ties import HALF, NearTies, gap_of
 from specdec.noise import NoiseQueue
-from specdec.obstacles import foreign_inputs, impossible
+from specdec.obstacles import NO_CACHE, foreign_inputs, impossible
 from specdec.ranks import Ranks, obstacle
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
@@ -38,10 +41,6 @@ from specdec.streaming import StreamFeeder
 from specdec.target import CacheNotFilledError, CausalLM, TargetModel, TreeTarget, embedding_rows
 from specdec.trace import Trace
 from specdec.verifiers.base import Verifier
-
-
-class FallbackWarning(UserWarning):
-    """The model's own `generate` did the work, because the call cannot be speculated on."""
 
 
 class Speculation:
@@ -114,15 +113,21 @@ class Speculation:
         graphs = describe(model, self.cuda_graphs) if found.mode == "tree" else ""
         return replace(found, cuda_graphs=graphs, compiled=compiled)
 
-    def begin_fallback(self, reason: str) -> None:
-        """Starts a report of a call that the model's own `generate` does, and warns once per reason."""
+    def begin_fallback(self, reason: str, unexpected_of: CausalLM | None = None) -> None:
+        """Starts a report of a call that the model's own `generate` does, and warns once per reason.
+
+        Args:
+            reason: Why, in words.
+            unexpected_of: The model, where the reason lies in how it ran and not in what the caller asked for.
+        """
         self.report = self._new_report()
         self.report.fallback, self.report.capability = reason, "plain"
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(
-                f"generating without speculation: {reason}. The result is the same.", FallbackWarning, stacklevel=3
-            )
+            text, category = f"generating without speculation: {reason}. The result is the same.", FallbackWarning
+            if unexpected_of is not None and takes_drafts(unexpected_of):
+                text, category = f"{text} {remedy(unexpected_of)}", UnexpectedFallbackWarning
+            warnings.warn(text, category, stacklevel=3)
 
     @torch.no_grad()
     def __call__(
@@ -149,6 +154,7 @@ class Speculation:
         draws = self.verifier.guarantee == "distribution" and generation_config.do_sample
         reason = reason or obstacle(model, draws or self.verifier.judges_steps)
         capability = probe(model, self.capability, self.attention) if reason is None else Capability("plain", reason)
+        is_unexpected = capability.mode == "plain" and self.capability == "auto" and reason in (None, NO_CACHE)
         keep_cache = _keeps_cache(generation_config, model_kwargs)
         longest = generation_config.max_length + self.budget.max_nodes
         if capability.mode != "plain" and (limit := length_limit(model)) and longest > limit[0]:
@@ -160,8 +166,9 @@ class Speculation:
                 "plain", "rows keep the same number of tokens per step, and steps are judged by row"
             )
         prepared = (model, input_ids, logits_processor, stopping_criteria, generation_config)
+        rest = synced_gpus, streamer, model_kwargs
         if capability.mode == "plain" or (capability.mode == "chain" and self.drafter is None):
-            return self._plain(capability.reason, *prepared, synced_gpus, streamer, model_kwargs)
+            return self._plain(capability.reason, is_unexpected, *prepared, *rest)
         self.report = self._new_report()
         self.report.capability = capability.mode
         target = self.target_for(model, generation_config, model_kwargs, capability, keep_cache, input_ids.device)
@@ -169,7 +176,7 @@ class Speculation:
             is_traced = trace or self.is_traced
             return self._speculate(target, input_ids, logits_processor, stopping_criteria, streamer, is_traced)
         except CacheNotFilledError as error:
-            return self._plain(str(error), *prepared, synced_gpus, streamer, model_kwargs)
+            return self._plain(str(error), True, *prepared, *rest)
         finally:
             if capability.mode == "tree":
                 self.report.attention = capability.attention_of(model, self.attention)
@@ -209,6 +216,7 @@ class Speculation:
     def _plain(
         self,
         reason: str,
+        is_unexpected: bool,
         model: CausalLM,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
@@ -219,9 +227,8 @@ class Speculation:
         model_kwargs: dict[str, Any],
     ) -> Any:
         """The model's own decoding method."""
-        self.begin_fallback(reason)
-        mode = generation_config.get_generation_mode()
-        method: Any = getattr(type(model), GENERATION_MODES_MAPPING[mode], GenerationMixin._sample)
+        self.begin_fallback(reason, model if is_unexpected else None)
+        method = decoding_method(model, generation_config.get_generation_mode())
         extra = {"streamer": streamer} if streamer is not None else {}
         output = method(
             model,
@@ -256,7 +263,7 @@ class Speculation:
             report.trace = Trace(prompts, f"{report.drafter}, verifier {report.verifier}", report.guarantee)
         noise = NoiseQueue(len(input_ids), input_ids.device) if config.do_sample else None
         keep_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
-        pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
+        pad = pad_token(config)
         sampler = Sampler(processors, config.do_sample, sequences, noise, keep_scores)
         is_sampled_from = self.verifier.guarantee == "distribution" and config.do_sample
         near_ties = self._near_ties(target)
@@ -293,7 +300,7 @@ class Speculation:
         output = sequences.output(pad)
         if not config.return_dict_in_generate:
             return output
-        fields: dict[str, Any] = {"sequences": output, "past_key_values": past}
+        fields: dict[str, Any] = {"sequences": output, CACHE: past}
         if keep_scores:
             scores, logits = _by_position(decoder.kept_scores)
             fields |= {"scores": scores if config.output_scores else None}
@@ -324,7 +331,6 @@ class Speculation:
         needs = NO_NEEDS if drafter is None else drafter.needs(*of_call)
         if needs.hidden_states:
             target.hidden_states = HiddenStates(target.model)
-        ends: Tensor | None = target.generation_config._eos_token_tensor
         return GuardedDrafter(
             drafter,
             embedding_rows(target.model),
@@ -336,7 +342,7 @@ class Speculation:
             self.budget,
             self.verifier.judges_steps,
             self.verifier.asks_target,
-            frozenset([] if ends is None else ends.flatten().tolist()),
+            frozenset(eos_tokens(target.generation_config)),
             needs.top_tokens,
         )
 
@@ -360,5 +366,4 @@ def _by_position(rows: list[list[tuple[Tensor, Tensor]]]) -> tuple[tuple[Tensor,
 
 
 def _keeps_cache(config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:
-    past = model_kwargs.get("past_key_values")
-    return bool(config.return_dict_in_generate or getattr(past, "_is_user_defined", False))
+    return bool(config.return_dict_in_generate) or is_handed_in(model_kwargs.get(CACHE))
