@@ -17,7 +17,7 @@ from specdec.capture.fingerprint import fingerprint, hooked
 from specdec.compiled import package
 from specdec.compiled.forward import Layout, SlotForward, grouped_attention
 from specdec.kv_cache import TreeCache
-from specdec.rounding import differ
+from specdec.rounding import differ, noise_of
 
 EXAMPLE = {"rows": 3, "nodes": 7, "width": 263, "slots": 521}
 """Sizes of what is exported: none is special, so that none is taken for a constant."""
@@ -119,7 +119,8 @@ class CompiledPasses:
         hidden = others[0] if others else None
         if sort not in self._compared:
             theirs = eager()
-            if differ(logits, theirs[0], model.dtype) or _differ(hidden, theirs[1], model.dtype):
+            noise = noise_of(model, model.dtype)
+            if differ(logits, theirs[0], model.dtype, noise) or _differ(hidden, theirs[1], model.dtype, noise):
                 self._fail(model, "its compiled passes give other logits than the model itself")
                 return theirs
             self._compared.add(sort)
@@ -227,5 +228,5 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.device.type == "cpu" else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _differ(mine: Tensor | None, theirs: Tensor | None, dtype: torch.dtype) -> bool:
-    return mine is not None and theirs is not None and differ(mine, theirs, dtype)
+def _differ(mine: Tensor | None, theirs: Tensor | None, dtype: torch.dtype, noise: float) -> bool:
+    return mine is not None and theirs is not None and differ(mine, theirs, dtype, noise)
