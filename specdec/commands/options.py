@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option(help="Folder or hub name of a causal LM, or embedded.")]
+Model = Annotated[str, typer.Option(help="Folder or hub name of a causal LM, or embedded, or smollm2.")]
 DraftModel = Annotated[
     str | None,
     typer.Option(help="For assisted generation, HF's and specdec's; embedded-draft with the embedded model."),
