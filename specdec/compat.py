@@ -1,7 +1,7 @@
-"""What has moved or has another name among the supported versions of transformers; private names are used here only.
+"""Names that differ among the supported versions of transformers, and its private names: nowhere else are they used.
 
-Each name is looked for where it is, never by a version's number: a fork or a nightly build has what it has. The oldest
-and the newest supported version run through `make compat`.
+Names are detected by feature, never by version number. `make compat` runs the tests with the oldest and the newest
+supported version.
 """
 
 from __future__ import annotations
@@ -41,8 +41,14 @@ _MARKS_CACHES = "_is_user_defined" in getattr(
     getattr(getattr(GenerationMixin, "_prepare_cache_for_generation", None), "__code__", None), "co_names", ()
 )
 
+_METHODS = {
+    GenerationMode.BEAM_SEARCH: "_beam_search",
+    GenerationMode.BEAM_SAMPLE: "_beam_search",
+    GenerationMode.ASSISTED_GENERATION: "_assisted_decoding",
+}
+
 _WITHOUT_ATTENTION = ("moe", "mlp")
-"""Layer types that keep nothing; since transformers 5.23 they are told as `"dummy"`."""
+"""Layer types that keep nothing; since transformers 5.23 transformers itself calls them `"dummy"`."""
 
 
 def cache_layers(config: Any) -> list[tuple[str, Mapping[str, Any]]]:
@@ -93,7 +99,10 @@ def has_default_cache(model: Model) -> bool:
 
 
 def prefill(model: Model, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
-    """Runs a prompt as `generate` does, and returns the model's output."""
+    """Runs a prompt as `generate` does, and returns the model's output.
+
+    Without the private method the prompt runs in one piece, whatever `prefill_chunk_size` is.
+    """
     if hasattr(model, "_prefill"):
         return model._prefill(input_ids, config, model_kwargs)
     cache: Cache | None = model_kwargs.get(CACHE)
@@ -139,7 +148,7 @@ def next_inputs(
 
 def decoding_method(model: Model, mode: GenerationMode) -> Any:
     """The function that decodes in a mode, to be called with the model first."""
-    names = getattr(generation_utils, "GENERATION_MODES_MAPPING", {})
+    names = getattr(generation_utils, "GENERATION_MODES_MAPPING", _METHODS)
     return getattr(type(model), names.get(mode, "_sample"), GenerationMixin._sample)
 
 

@@ -53,7 +53,7 @@ def test_layers_are_those_of_the_models_own_cache(name: str, monkeypatch: pytest
 
 
 def test_layers_of_earlier_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One set of settings for all layers (before 5.19), and layers without attention under their own names (5.23)."""
+    """Before 5.19 all layers share their settings; before 5.23 layers without attention have names of their own."""
     earlier = ["sliding_attention", "moe", "mlp"], {"sliding_window": 8}
     monkeypatch.setattr(compat.caches, "get_layer_types_and_kwargs", lambda config: earlier)
     layers = compat.cache_layers(SimpleNamespace())
@@ -104,6 +104,7 @@ def test_decoding_method(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compat.decoding_method(model, GenerationMode.BEAM_SEARCH) is type(model)._beam_search
     assert compat.decoding_method(model, GenerationMode.SAMPLE) is type(model)._sample
     monkeypatch.delattr(compat.generation_utils, "GENERATION_MODES_MAPPING")
+    assert compat.decoding_method(model, GenerationMode.BEAM_SEARCH) is type(model)._beam_search
     assert compat.decoding_method(model, GenerationMode.SAMPLE) is type(model)._sample
 
 

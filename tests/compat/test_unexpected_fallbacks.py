@@ -1,4 +1,4 @@
-"""A model that should take drafts and does not is told of with versions and remedy; other fallbacks are as ever."""
+"""A model that should take drafts and does not is reported with versions and remedy; other fallbacks are as before."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_warns_once_with_versions_and_remedy(broken: Any, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("case", ["recurrent layers", "demanded", "beams", "no cache wanted"])
-def test_reasons_that_are_understood_warn_as_ever(case: str) -> None:
+def test_expected_reasons_warn_as_before(case: str) -> None:
     model = mamba() if case == "recurrent layers" else tiny_model()
     kwargs = {"beams": {"num_beams": 2}, "no cache wanted": {"use_cache": False}}.get(case, {})
     fast = specdec.accelerate(model, "lookahead", capability="plain" if case == "demanded" else "auto")

@@ -52,7 +52,7 @@ def test_ordinary_models_take_trees(name: str) -> None:
 
 @contextmanager
 def deprecations() -> Iterator[list[str]]:
-    """Collects what transformers says inside about deprecated names, once per message and process or not."""
+    """Collects what transformers warns and logs inside about deprecated names, also what it has logged before."""
     found: list[str] = []
 
     class Collector(logging.Handler):
