@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from specdec import capability_store
 from specdec.attention.choice import AttentionChoice, AttentionLike, candidates, choice_for
 from specdec.chain_target import ChainTarget
 from specdec.compat import CACHE, cache_layers
@@ -132,12 +133,17 @@ def _found(model: CausalLM, mode: str, attention: AttentionLike) -> Capability:
     key = (mode, names, implementation, model.dtype, model.training)
     known = _KNOWN.setdefault(model, {})
     if key not in known:
+        file = capability_store.file_of(model, key)
+        if stored := capability_store.read(file, model):
+            return known.setdefault(key, stored)
         try:
             known[key] = _demanded_tree(model, names) if mode == "tree" else _probe(model, names)
         except Exception as error:
             if not is_passing(error):
                 raise
             return Capability("plain", f"the probe failed, and is tried again: {type(error).__name__}: {error}")
+        if known[key].mode != "plain":
+            capability_store.write(file, model, known[key])
     return known[key]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from specdec.common.folders import cache_folder
 from specdec.masks import MaskFormat
 from specdec.rounding import noise_of, remember_noise
-from specdec.version import VERSION
 
 if TYPE_CHECKING:
     from specdec.capability import Capability
@@ -24,13 +25,6 @@ LEAST_PARAMETERS = 10_000_000
 """Keeps answers of models with at least this many parameters: smaller ones are probed faster than a file is worth."""
 
 
-def cache_folder() -> Path:
-    """Where specdec keeps files of its own: `$SPECDEC_CACHE`, or `specdec` in the user's folder for caches."""
-    if folder := os.environ.get("SPECDEC_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
-
-
 def file_of(model: Any, key: tuple[Any, ...]) -> Path | None:
     """The file of an answer; None where it must not be kept, as the model is not told by its class and config alone.
 
@@ -38,6 +32,8 @@ def file_of(model: Any, key: tuple[Any, ...]) -> Path | None:
         model: The target.
         key: What else the answer depends on: how it was probed, attention implementation, dtype, mode.
     """
+    from specdec import __version__
+
     kind = type(model)
     is_altered = getattr(model, "_hf_peft_config_loaded", False) or any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
@@ -48,7 +44,7 @@ def file_of(model: Any, key: tuple[Any, ...]) -> Path | None:
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     device = model.device
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    versions = FORMAT, VERSION, torch.__version__, transformers.__version__
+    versions = FORMAT, __version__, torch.__version__, transformers.__version__
     layout = sorted(map(str, getattr(model, "hf_device_map", {}).values()))
     told = repr((kind.__module__, kind.__qualname__, key, device.type, card, versions, layout))
     text = told + json.dumps(config, sort_keys=True, default=str)
@@ -88,4 +84,5 @@ def write(file: Path | None, model: Any, found: Capability) -> None:
         part.write_text(json.dumps(values, indent=1), encoding="utf-8")
         part.replace(file)
     except OSError:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()

@@ -110,8 +110,8 @@ class Trial:
     def noise(self) -> float:
         """How far the model's own prefill is from its own passes over one token, in standard deviations.
 
-        One more pass, over prompts and paths, only run where a difference is not rounding beyond doubt. 0 where the model
-        takes no such pass.
+        One more pass, over prompts and paths, only run where a difference exceeds the floor. 0 where the model takes no
+        such pass.
         """
         tokens, logits = self._tokens(), self.reference.flatten(0, 1)
         depth = tokens.shape[1]

@@ -36,8 +36,8 @@ def floor_of(dtype: torch.dtype) -> float:
 def typical_noise(dtype: torch.dtype) -> float:
     """Rounding noise of a deep model in half precision, in standard deviations; 0 in wider types.
 
-    Short passes, as the probe's, may round alike, where passes behind some hundred tokens no longer do: a 30-layer model
-    in bfloat16 differs by nothing behind 12 tokens, by 2 to 4 steps of the type behind 60 and more.
+    Short passes, as the probe's, may round alike where longer ones do not: a 30-layer model in bfloat16 differs by
+    nothing after 12 tokens, and by 2 to 4 steps of the type after 60 and more.
     """
     return 0.0 if dtype in FLOORS else floor_of(dtype)
 

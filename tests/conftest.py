@@ -32,6 +32,13 @@ def nothing_learned() -> None:
         known.clear()
 
 
+@pytest.fixture(autouse=True)
+def own_cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests neither read nor write what users have on disk."""
+    if "SPECDEC_CACHE" not in os.environ:
+        monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path_factory.getbasetemp() / "specdec-cache"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Prints the tables that tests have recorded, wherever they ran."""
     for outcome in ("passed", "failed"):
