@@ -64,8 +64,8 @@ def accelerate(
         budget: Takes the place of the budget that `max_nodes` would make.
         cuda_graphs: Replay whole steps as CUDA graphs: `"auto"` where that is possible, True to demand it, False for
             never. `"eager"` runs the same step of static shapes without capturing it, on any device, for tests.
-        compiled: Compile the model's passes ahead of time, which takes minutes once per model and machine. `"auto"`: use
-            what was compiled before, and else compile in the background while eager passes run; see docs/compiled.md.
+        compiled: Compile the model's passes ahead of time, which takes minutes once per model and machine. `"auto"`:
+            use what was compiled before, else compile in the background while eager passes run; see docs/compiled.md.
 
     Returns:
         A stand-in for `model`, with `generate`, `report`, `capability`, `drafter` and `verifier`.

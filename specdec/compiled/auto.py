@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -138,8 +137,17 @@ class KeptPasses(EagerPasses):
 
     is_eager = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Result:
-        return self.auto.passes(*args, **kwargs, may_compile=False)
+    def __call__(
+        self,
+        model: Any,
+        cache: TreeCache,
+        tokens: Tensor,
+        positions: Tensor | None,
+        mask: Mask,
+        extra: Mapping[str, Any],
+        eager: Callable[[], Result],
+    ) -> Result:
+        return self.auto.passes(model, cache, tokens, positions, mask, extra, eager, may_compile=False)
 
 
 _AUTO: WeakKeyDictionary[nn.Module, AutoPasses] = WeakKeyDictionary()

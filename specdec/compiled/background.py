@@ -66,7 +66,7 @@ class Compilation:
 
     @property
     def failure(self) -> str | None:
-        """Why the process, which has ended, has not left a package; None where it has, or where another one compiles."""
+        """Why the ended process left no package; None where it left one, or where another one compiles."""
         if self.file.exists() or self.process.returncode in (0, BUSY):
             return None
         return remembered(self.file) or f"the process that compiled ended with code {self.process.returncode}"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from typing import Any
 
 
 @contextmanager
@@ -34,12 +31,11 @@ def locked(file: Path, waits: bool) -> Iterator[bool]:
 
 
 def _take(descriptor: int, waits: bool) -> bool:
-    if fcntl is None:
-        return True
     try:
+        fcntl: Any = importlib.import_module("fcntl")
         fcntl.flock(descriptor, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         return True
     return True
