@@ -21,7 +21,8 @@ from specdec.capture.store import GraphMode, acquire, check_demand, describe
 from specdec.capture.target import StaticTarget
 from specdec.chain_target import ChainTarget
 from specdec.compat import CACHE, decoding_method, eos_tokens, is_handed_in, pad_token
-from specdec.compiled.passes import begin_compiled, describe_compiled
+from specdec.compiled.auto import begin_passes, describe_compiled
+from specdec.compiled.passes import CompileMode
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
 from specdec.drafting import GuardedDrafter
@@ -71,7 +72,7 @@ class Speculation:
         attention: AttentionLike = "auto",
         near_tie_guard: bool | float = False,
         cuda_graphs: GraphMode = "auto",
-        compiled: bool = False,
+        compiled: CompileMode = False,
     ) -> None:
         self.drafter = drafter
         self.verifier = verifier
@@ -109,7 +110,7 @@ class Speculation:
     def capability_of(self, model: CausalLM) -> Capability:
         """How a model is run ahead."""
         found = probe(model, self.capability, self.attention)
-        compiled = describe_compiled(model, found) if self.compiled else ""
+        compiled = describe_compiled(model, found, self.compiled)
         graphs = describe(model, self.cuda_graphs) if found.mode == "tree" else ""
         return replace(found, cuda_graphs=graphs, compiled=compiled)
 
@@ -193,12 +194,11 @@ class Speculation:
     ) -> TargetModel:
         """The model as this call runs it: on trees, captured if possible, or on chains."""
         if capability.mask_format is None:
-            if self.compiled:
-                begin_compiled(model, capability)  # tells why not
+            begin_passes(model, capability, self.compiled)  # tells why not
             check_demand(self.cuda_graphs, f"it runs on chains, because {capability.reason}")
             return ChainTarget(model, config, model_kwargs)
         nodes = self.budget.max_nodes if self.drafter else 1
-        compiled = begin_compiled(model, capability) if self.compiled else None
+        compiled = begin_passes(model, capability, self.compiled)
         attention = None if compiled is not None else capability.choice(model)
         arguments = model, config, model_kwargs, capability.mask_format, keep_cache, nodes, attention
         store = acquire(model, self.cuda_graphs, device)
@@ -210,7 +210,7 @@ class Speculation:
         else:
             target = StaticTarget(*arguments, store)
         target.compiled = compiled
-        target.manner += "" if compiled is None else ", compiled"
+        target.manner += "" if compiled is None or compiled.is_eager else ", compiled"
         return target
 
     def _plain(
@@ -291,7 +291,7 @@ class Speculation:
             generated = [sequences.num_generated(row) for row in range(len(sequences))]
             report.num_generated_tokens = sum(generated)
             if self.compiled:
-                report.compiled = describe_compiled(target.model, self.capability_of(target.model))
+                report.compiled = self.capability_of(target.model).compiled
             if isinstance(target, StaticTarget):
                 report.cuda_graphs = target.store.describe()
             if noise is not None and not is_sampled_from:  # else the next call would repeat draws of the verifier

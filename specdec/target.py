@@ -26,6 +26,7 @@ from specdec.sequences import Sequences
 from specdec.tree import NODE_BUCKETS, TokenTree, padded_width
 
 if TYPE_CHECKING:
+    from specdec.compiled.auto import EagerPasses
     from specdec.compiled.passes import CompiledPasses
 
 MAX_NEW_SLOTS = 1024
@@ -103,7 +104,7 @@ class TargetModel(ABC):
         self.past: Cache | None = model_kwargs.get(CACHE)
         self.device = torch.device("cpu")
         self.hidden_states: HiddenStates | None = None
-        self.compiled: CompiledPasses | None = None
+        self.compiled: CompiledPasses | EagerPasses | None = None
         self.extra = {
             name: value
             for name, value in model_kwargs.items()
@@ -288,7 +289,7 @@ class TreeTarget(TargetModel):
             return self.run_pass(tree.tokens, mask, positions)
 
     def compile_passes(self, tokens: Tensor) -> None:
-        if self.compiled is None:
+        if self.compiled is None or self.compiled.is_eager:
             return
         for nodes in (1, 2)[: self.max_nodes]:
             trial = tokens.expand(-1, nodes)

@@ -7,6 +7,7 @@ from typing import Any
 
 from specdec.api import SpeculativeModel, accelerate, resolve_verifier
 from specdec.budget import Budget
+from specdec.compiled.passes import CompileMode
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
@@ -53,7 +54,7 @@ def specdec_method(
     optional: bool = False,
     whole: bool = False,
     verifier: str | Verifier = "exact",
-    compiled: bool = False,
+    compiled: CompileMode = False,
 ) -> Method:
     """Ours with a drafter, made anew for each run unless it `remembers`: repeats must not help it.
 

@@ -17,6 +17,7 @@ from specdec.commands.drafter_options import DrafterFlags
 from specdec.commands.errors import UserError, user_errors
 from specdec.commands.loading import EMBEDDED, load_model, prepare_torch, read_text
 from specdec.commands.verifier_options import VerifierFlags
+from specdec.compiled.passes import CompileMode
 
 COMPARED_RUNS = 3
 
@@ -80,6 +81,7 @@ def run(
     max_nodes: MaxNodes = 64,
     max_new_tokens: MaxNewTokens = 128,
     compiled: options.Compiled = False,
+    compiled_auto: options.CompiledAuto = False,
     sample: options.Sample = False,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -109,7 +111,8 @@ def run(
     loaded, tokenizer = load_model(model, dtype, device, device_map, attn, trust_remote_code)
     inputs = encode_prompt(text, tokenizer, chat).to(loaded.device)
     with user_errors(ValueError, TypeError, OSError):
-        fast = specdec.accelerate(loaded, first_drafter, rule, max_nodes=max_nodes, compiled=compiled)
+        mode: CompileMode = compiled or ("auto" if compiled_auto else False)
+        fast = specdec.accelerate(loaded, first_drafter, rule, max_nodes=max_nodes, compiled=mode)
     completion = _complete(fast, tokenizer, inputs, seed, kwargs, stream)
     if report is not Report.NONE:
         typer.echo(json.dumps(fast.report.to_dict()) if report is Report.JSON else str(fast.report), err=True)
