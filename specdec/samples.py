@@ -212,14 +212,13 @@ class Measurement:
         return {prompt: mine[prompt] / theirs[prompt] for prompt in mine}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """The settings and each method's summary, ready for JSON."""
         return {
             "reference": self.reference,
             "settings": asdict(self.settings),
             "methods": [asdict(row) for row in self.rows()],
             "failed": self.failed,
             "setup_seconds": self.setup_seconds,
-            "samples": [asdict(sample) for sample in self.samples],
         }
 
 

@@ -104,7 +104,10 @@ def test_command_writes_tables_figures_and_the_readme(folder: Path, tmp_path: Pa
     result = call(*args, "--output", output)
     assert result.exit_code == 0, result.output
     assert "specdec lookahead max_depth=4" in result.output
-    found = load_results(json_file)
+    found = json.loads(json_file.read_text())
+    assert "samples" not in found["parts"]["greedy"]
+    with pytest.raises(ValueError, match="a summary without samples"):
+        load_results(json_file)
     assert set(found["parts"]) == {"greedy", "sampled", "incompressible"}
     assert found["num_prompts"] == 2
     assert {"hardware", "versions", "commit", "models", "command", "benchmark"} <= set(found)
@@ -121,7 +124,7 @@ def test_command_writes_tables_figures_and_the_readme(folder: Path, tmp_path: Pa
     assert "![speedup](speedup.png)" in text
     assert "approximate: the output may differ" in text
 
-    same = call("bench", "--compare", json_file, output)
+    same = call("bench", "--compare", output, output)
     assert same.exit_code == 0, same.output
     assert "faster" not in same.output and "slower" not in same.output
 

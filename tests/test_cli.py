@@ -274,7 +274,7 @@ def test_demo(target: Path, draft: Path, prompt_file: Path, tmp_path: Path) -> N
     assert list(rows) == [*names, "lookahead, shared memory"]
     assert all(row["num_runs"] == 2 for row in rows.values())
     assert all(rows[name]["num_identical"] == 2 for name in rows if "HF" not in name or name == "HF generate")
-    assert len(written["samples"]) == 14
+    assert "samples" not in written
     assert {"hardware", "versions", "commit", "settings", "models"} <= set(written)
     assert all(name in result.output for name in rows)
     assert "prompt 2/2, tokens/s: HF generate" in result.output
