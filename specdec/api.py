@@ -26,6 +26,7 @@ from specdec.report import SpeculationReport
 from specdec.target import unwrapped
 from specdec.verifiers import VERIFIERS
 from specdec.verifiers.base import Verifier
+from specdec.warm_up import warm_up
 
 DrafterLike = str | Drafter | PreTrainedModel | Sequence[str | Drafter | PreTrainedModel] | None
 RETURN_SELF = frozenset({"to", "cuda", "cpu", "eval", "train", "float", "half", "bfloat16", "requires_grad_"})
@@ -44,6 +45,7 @@ def accelerate(
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
     compiled: bool = False,
+    deterministic: bool = False,
 ) -> SpeculativeModel:
     """Wraps a causal LM so that `generate()` gives the same tokens sooner.
 
@@ -65,6 +67,9 @@ def accelerate(
             never. `"eager"` runs the same step of static shapes without capturing it, on any device, for tests.
         compiled: Compile the model's passes ahead of time, which takes half a minute once per model and machine; see
             docs/compiled.md.
+        deterministic: Choose drafts and tree sizes by the call's own text alone, not by the clock nor by what earlier
+            calls taught: the same call gives the same tokens in every process, in bfloat16 and float16 too; see
+            docs/exactness.md.
 
     Returns:
         A stand-in for `model`, with `generate`, `report`, `capability`, `drafter` and `verifier`.
@@ -75,10 +80,21 @@ def accelerate(
     """
     _check_model(model)
     speculation = _speculation(
-        drafter, verifier, strict, max_nodes, capability, attention, near_tie_guard, budget, cuda_graphs, compiled
+        drafter,
+        verifier,
+        strict,
+        max_nodes,
+        capability,
+        attention,
+        near_tie_guard,
+        budget,
+        cuda_graphs,
+        compiled,
+        deterministic,
     )
     fast = SpeculativeModel(model, speculation)
     fast.speculation.bind(unwrapped(model))
+    warm_up()
     return fast
 
 
@@ -94,6 +110,7 @@ def speculate(
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
     compiled: bool = False,
+    deterministic: bool = False,
     streamer: Any = None,
     trace: bool = False,
 ) -> Speculation:
@@ -110,7 +127,17 @@ def speculate(
         about its last call.
     """
     speculation = _speculation(
-        drafter, verifier, strict, max_nodes, capability, attention, near_tie_guard, budget, cuda_graphs, compiled
+        drafter,
+        verifier,
+        strict,
+        max_nodes,
+        capability,
+        attention,
+        near_tie_guard,
+        budget,
+        cuda_graphs,
+        compiled,
+        deterministic,
     )
     speculation.streamer, speculation.is_traced = streamer, trace
     return speculation
@@ -127,6 +154,7 @@ def _speculation(
     budget: Budget | None,
     cuda_graphs: GraphMode,
     compiled: bool,
+    deterministic: bool,
 ) -> Speculation:
     check_mode(capability)
     check_attention(attention)
@@ -134,7 +162,8 @@ def _speculation(
     drafter, verifier = resolve_drafter(drafter), resolve_verifier(verifier)
     check_guard(near_tie_guard, verifier)
     budget = budget or Budget(max_nodes)
-    return Speculation(drafter, verifier, budget, strict, capability, attention, near_tie_guard, cuda_graphs, compiled)
+    arguments = drafter, verifier, budget, strict, capability, attention, near_tie_guard, cuda_graphs, compiled
+    return Speculation(*arguments, deterministic)
 
 
 def resolve_drafter(drafter: Any) -> Drafter | None:

@@ -80,6 +80,7 @@ def run(
     max_nodes: MaxNodes = 64,
     max_new_tokens: MaxNewTokens = 128,
     compiled: options.Compiled = False,
+    deterministic: options.Deterministic = False,
     sample: options.Sample = False,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -109,7 +110,9 @@ def run(
     loaded, tokenizer = load_model(model, dtype, device, device_map, attn, trust_remote_code)
     inputs = encode_prompt(text, tokenizer, chat).to(loaded.device)
     with user_errors(ValueError, TypeError, OSError):
-        fast = specdec.accelerate(loaded, first_drafter, rule, max_nodes=max_nodes, compiled=compiled)
+        fast = specdec.accelerate(
+            loaded, first_drafter, rule, max_nodes=max_nodes, compiled=compiled, deterministic=deterministic
+        )
     completion = _complete(fast, tokenizer, inputs, seed, kwargs, stream)
     if report is not Report.NONE:
         typer.echo(json.dumps(fast.report.to_dict()) if report is Report.JSON else str(fast.report), err=True)

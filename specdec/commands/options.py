@@ -26,4 +26,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto: cuda if 
 Compiled = Annotated[
     bool, typer.Option("--compiled", help="Compile the target's passes: half a minute, once per model.")
 ]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="Same call, same tokens in every process: nothing goes by the clock.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")]

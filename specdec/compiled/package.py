@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from specdec.priors import cache_folder
+
 CONFIG: dict[str, Any] = {
     # Weights stay where the model has them.
     "aot_inductor.package_constants_in_so": False,
@@ -86,13 +88,6 @@ def _loaded(package: Path, program: ExportedProgram, module: nn.Module) -> Funct
         return outputs
 
     return function
-
-
-def cache_folder() -> Path:
-    """Where compiled packages are: `$SPECDEC_CACHE`, or `specdec` in the user's folder for caches."""
-    if own := os.environ.get("SPECDEC_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
 
 
 def _digest(program: ExportedProgram, module: nn.Module) -> str:
