@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from dataclasses import dataclass, field, fields
@@ -71,6 +72,14 @@ class MedusaDrafter(Drafter):
         self._lock = threading.Lock()
         self._thread = threading.local()
         self._state: tuple[int, int] | None = None  # what graphs take for granted in this call
+
+    def fresh(self) -> MedusaDrafter:
+        """Shares the heads; what was counted of their ranks is forgotten."""
+        new = copy.copy(self)
+        new._lock, new._thread = threading.Lock(), threading.local()
+        if self._heads is not None:
+            new._reset_counts(self._heads)
+        return new
 
     def settings(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -60,6 +61,7 @@ class Speculation:
         near_tie_guard: Let passes over one token decide near-ties; a number is the gap of one.
         cuda_graphs: See `accelerate`.
         compiled: See `accelerate`.
+        deterministic: See `accelerate`.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Speculation:
         near_tie_guard: bool | float = False,
         cuda_graphs: GraphMode = "auto",
         compiled: CompileMode = False,
+        deterministic: bool = False,
     ) -> None:
         self.drafter = drafter
         self.verifier = verifier
@@ -83,6 +86,8 @@ class Speculation:
         self.near_tie_guard = near_tie_guard
         self.cuda_graphs = cuda_graphs
         self.compiled = compiled
+        self.deterministic = deterministic
+        self._is_fresh = False
         self.streamer: Any = None
         self.is_traced = False
         self.report = self._new_report()
@@ -102,6 +107,14 @@ class Speculation:
                 f"verifier={self.verifier.name!r} judges reasoning steps, and drafter=None writes none; use "
                 "drafter=SpecReasonDrafter(draft_model) with it, or verifier='exact'"
             )
+
+    def _fresh(self) -> Speculation:
+        """Decodes one call by nothing that is measured, and nothing that earlier calls taught."""
+        one = copy.copy(self)
+        one._is_fresh = True
+        one.drafter = None if self.drafter is None else self.drafter.fresh()
+        one.budget = self.budget.fresh()
+        return one
 
     def _new_report(self) -> SpeculationReport:
         name = self.drafter.name if self.drafter else "none"
@@ -146,6 +159,13 @@ class Speculation:
         """The decoding method; arguments as `generate` passes them to its own sampling loop, and `trace`."""
         streamer = streamer if streamer is not None else self.streamer
         self.bind(model)
+        if self.deterministic and not self._is_fresh:
+            one = self._fresh()
+            prepared = model, input_ids, logits_processor, stopping_criteria, generation_config
+            try:
+                return one(*prepared, synced_gpus, streamer, trace, **model_kwargs)
+            finally:
+                self.report, self.budget = one.report, one.budget
         _check_ids(model, input_ids)
         reason = foreign_inputs(model) or impossible(
             generation_config, model_kwargs, input_ids, logits_processor, stopping_criteria
@@ -156,6 +176,8 @@ class Speculation:
         reason = reason or obstacle(model, draws or self.verifier.judges_steps)
         capability = probe(model, self.capability, self.attention) if reason is None else Capability("plain", reason)
         is_unexpected = capability.mode == "plain" and self.capability == "auto" and reason in (None, NO_CACHE)
+        if self.deterministic:  # among several backends the fastest would be measured
+            capability = replace(capability, attention=capability.attention[:1])
         keep_cache = _keeps_cache(generation_config, model_kwargs)
         longest = generation_config.max_length + self.budget.max_nodes
         if capability.mode != "plain" and (limit := length_limit(model)) and longest > limit[0]:

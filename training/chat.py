@@ -103,9 +103,7 @@ class ChatEncoder:
                 ) from None
         self._special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
 
-    def encode(
-        self, messages: Sequence[Message], tools: Any, where: str, *, complete: bool = True
-    ) -> list[Encoded]:
+    def encode(self, messages: Sequence[Message], tools: Any, where: str, *, complete: bool = True) -> list[Encoded]:
         """A conversation as tokens; only what the assistant wrote is supervised.
 
         The assistant's turns are those the template marks by `{% generation %}`. Without that mark they are found by

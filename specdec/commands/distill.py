@@ -28,7 +28,9 @@ def run(
     folder: Annotated[
         Path | None,
         typer.Argument(
-            help="For the answers; an interrupted run continues from what is there.", metavar="FOLDER", show_default=False
+            help="For the answers; an interrupted run continues from what is there.",
+            metavar="FOLDER",
+            show_default=False,
         ),
     ] = None,
     own_prompts: Annotated[

@@ -82,6 +82,7 @@ def run(
     max_new_tokens: MaxNewTokens = 128,
     compiled: options.Compiled = False,
     compiled_auto: options.CompiledAuto = False,
+    deterministic: options.Deterministic = False,
     sample: options.Sample = False,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -112,7 +113,9 @@ def run(
     inputs = encode_prompt(text, tokenizer, chat).to(loaded.device)
     with user_errors(ValueError, TypeError, OSError):
         mode: CompileMode = compiled or ("auto" if compiled_auto else False)
-        fast = specdec.accelerate(loaded, first_drafter, rule, max_nodes=max_nodes, compiled=mode)
+        fast = specdec.accelerate(
+            loaded, first_drafter, rule, max_nodes=max_nodes, compiled=mode, deterministic=deterministic
+        )
     completion = _complete(fast, tokenizer, inputs, seed, kwargs, stream)
     if report is not Report.NONE:
         typer.echo(json.dumps(fast.report.to_dict()) if report is Report.JSON else str(fast.report), err=True)

@@ -30,4 +30,7 @@ CompiledAuto = Annotated[
     bool,
     typer.Option("--compiled-auto", help="Use passes compiled before; else compile in the background meanwhile."),
 ]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="Same call, same tokens in every process: nothing goes by the clock.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")]
