@@ -264,8 +264,8 @@ def _compare(trial: Trial, names: tuple[str, ...]) -> tuple[Capability, bool]:
         problem = "; ".join(f"{name}: {why}" if len(names) > 1 else str(why) for name, why in problems.items())
     is_doubtful = trial.is_rounding(nearest, DOUBTFUL)
     trial.largest = 0.0
-    target = ChainTarget(trial.model, trial.generation_config, trial.fresh_kwargs())
-    chain_problem = first_problem(partial(chain, target, trial))
+    chains = ChainTarget(trial.model, trial.generation_config, trial.fresh_kwargs())
+    chain_problem = first_problem(partial(chain, chains, trial))
     noise = max(trial.noise if chain_problem else trial.largest, typical_noise(trial.model.dtype))
     rounding = noise * trial.spread
     if chain_problem is None:

@@ -90,7 +90,7 @@ def _file(model: nn.Module) -> Path:
     weight = next(model.parameters(), torch.empty(0))
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else platform.machine()
     config = getattr(model, "config", None)
-    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    values: dict[str, Any] = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     values = {name: value for name, value in values.items() if name not in ("_name_or_path", "transformers_version")}
     told = [type(model).__name__, values, str(weight.dtype), device, torch.get_num_threads(), torch.__version__]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

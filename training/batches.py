@@ -112,8 +112,8 @@ def training_batches(
     """
     numbered = _Numbered(windows)
     # With a generator of its own, the loader draws nothing from the global one, whose state a checkpoint keeps.
-    loader = DataLoader(
-        numbered,
+    loader: DataLoader[Any] = DataLoader(
+        numbered,  # type: ignore[arg-type]
         batch_sampler=_StepSampler(plan, process, steps),
         collate_fn=collate,
         num_workers=workers,

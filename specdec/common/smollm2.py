@@ -135,7 +135,7 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
         if hasattr(config, name):
             delattr(config, name)
     config.name_or_path = HUB_NAME
-    model = type(loaded)(config)
+    model: Any = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
     return model.to(torch.bfloat16), tokenizer

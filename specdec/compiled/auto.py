@@ -14,6 +14,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 
 from specdec.capability import Capability
 from specdec.capture.fingerprint import fingerprint
+from specdec.common.folders import cache_folder
 from specdec.compiled import package
 from specdec.compiled.background import Compilation, is_compiled_elsewhere, remembered
 from specdec.compiled.forward import Layout, SlotForward
@@ -63,7 +64,7 @@ class AutoPasses:
         if current != self._fingerprint:
             self._digest, self.failure = package.module_digest(SlotForward(model, Layout((), None, False, ()))), None
             self._fingerprint = current
-        found = {file.suffix: file for file in package.cache_folder().glob(f"{self._digest}-*")}
+        found = {file.suffix: file for file in cache_folder().glob(f"{self._digest}-*")}
         if ".pt2" in found:
             return True
         if ".failed" in found:
