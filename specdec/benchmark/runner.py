@@ -15,7 +15,7 @@ from specdec.benchmark.compiled import COMPILED, CompiledGenerate
 from specdec.benchmark.contenders import Contender, and_compiled, as_contenders, at_sizes, methods_of
 from specdec.benchmark.differences import note_differences
 from specdec.benchmark.progress import MeasuringProgress
-from specdec.benchmark.prompts import EMBEDDED_PROMPTS, batches, random_prompts, read_benchmark_prompts
+from specdec.benchmark.prompts import DEFAULT_SOURCE, batches, random_prompts, read_benchmark_prompts
 from specdec.benchmark.record import RunRecord
 from specdec.benchmark.results import BenchmarkResults, PartResults
 from specdec.benchmark.settings import BenchmarkSettings, Part
@@ -49,7 +49,8 @@ def run_benchmark(
         model: The target.
         tokenizer: Its tokenizer.
         drafters: Names or contenders; None for all that can run.
-        prompts: Texts to complete, or encoded prompts of one row each; None for 20 held-out ones of the package.
+        prompts: Texts to complete, or encoded prompts of one row each; None for 20 held-out ones of the package:
+            chat prompts where the tokenizer has a chat template, else Python code.
         settings: Tokens, temperatures, batch sizes, repeats.
         warm_up: A prompt that is run beforehand and not measured; the first prompt if None.
         draft_model: For the drafter `"draft-model"` and transformers' assisted generation.
@@ -110,7 +111,7 @@ def _encoded(
 ) -> tuple[list[EncodedPrompt], EncodedPrompt]:
     """The prompts, and the one for the warm-up."""
     if prompts is None:
-        *prompts, warm_up = read_benchmark_prompts(EMBEDDED_PROMPTS, tokenizer, DEFAULT_PROMPTS + 1)
+        *prompts, warm_up = read_benchmark_prompts(DEFAULT_SOURCE, tokenizer, DEFAULT_PROMPTS + 1)
     if not prompts:
         raise ValueError("prompts are empty; give at least one")
 
