@@ -89,7 +89,7 @@ class Conversation:
                 self.cache = DynamicCache(config=self.fast.model.config)
 
 
-class _Stopping(StoppingCriteria):  # type: ignore[misc]
+class _Stopping(StoppingCriteria):
     """Ends a call when it is asked to."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class _Stopping(StoppingCriteria):  # type: ignore[misc]
         return torch.full((len(input_ids),), self.is_asked_for, device=input_ids.device)
 
 
-class _Printer(BaseStreamer):  # type: ignore[misc]
+class _Printer(BaseStreamer):
     """Prints text as soon as it is whole, drafted tokens in colour if asked for."""
 
     def __init__(self, fast: Any, tokenizer: Any, show_drafts: bool) -> None:
