@@ -206,6 +206,17 @@ class Drafter(ABC):
     def learn(self, knowledge: dict[str, Any]) -> None:
         """Takes up, once bound to a model, what a drafter of the same settings has told as its `knowledge`."""
 
+    def fresh(self) -> Drafter:
+        """A drafter of the same settings for one deterministic call, bound to the same target.
+
+        It must propose by the call's text alone: nothing that earlier calls taught, nothing that is measured. A drafter
+        that learns across calls overrides this.
+
+        Raises:
+            ValueError: The drafter decides by measured time.
+        """
+        return self
+
     def settings(self) -> dict[str, Any]:
         """Hyper-parameters by name, for reports."""
         return {}

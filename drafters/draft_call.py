@@ -236,7 +236,6 @@ def compile_kernels() -> None:
     level_inputs(nodes, level)
     largest(np.zeros((1, 1, 2), np.float32), 1)
     pace, times = Pace(), StepTimes(2)
-    times.seconds = {1: 1.0, 2: 1.0}
     pace.observe_level(nodes, level, 1.0)
     pace.width(nodes, depths, times.known(), 4, WIDTHS)
     tokens, scores = np.zeros((1, 4), np.int64), np.zeros((1, 4), np.float32)

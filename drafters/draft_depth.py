@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 
 from specdec.drafters.draft_growth import DraftNodes
 from specdec.kernels import Floats, Ints, kernel, kernel_part, seconds_of
 from specdec.step_times import StepTimes
-from specdec.tree import bucket_of
 
 WIDTHS = np.array([1, 2, 4, 8])
 """Nodes that a level may feed."""
@@ -27,28 +24,12 @@ LOOK_AHEAD = 8
 """Levels to look ahead."""
 
 
-class LevelTimes(StepTimes):
-    """Seconds per level of a draft by width, from real levels: the least of the first ones, then kept up to date."""
-
-    def __init__(self) -> None:
-        super().__init__(int(WIDTHS[-1]))
-        self.seen: Counter[int] = Counter()
-
-    def update(self, nodes: int, seconds: float) -> None:
-        width = bucket_of(nodes, self.buckets)
-        self.seen[width] += 1
-        if self.seen[width] <= 4:
-            self.seconds[width] = min(seconds, self.seconds.get(width, seconds))
-        else:
-            super().update(nodes, seconds)
-
-
 class Pace:
     """What drafting costs and brings at one batch size: measured, with decay."""
 
     def __init__(self) -> None:
         self.means = FIRST_MEANS.copy()
-        self.level_times = LevelTimes()
+        self.level_times = StepTimes(int(WIDTHS[-1]))
         self.tokens = 0.0
         self.seconds = 0.0
         self.worth = 0.5
@@ -65,7 +46,7 @@ class Pace:
         self, nodes: DraftNodes, max_depths: Ints, step_seconds: tuple[Ints, Floats], max_nodes: int, widths: Ints
     ) -> int:
         """How many nodes to feed next, 0 to stop; see `best_width`."""
-        if not self.level_times.seconds:
+        if not self.level_times.is_known:
             return 1
         price = self.price(len(nodes.tokens), float(step_seconds[1][0]))
         times = self.level_times.known()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable
@@ -131,6 +132,23 @@ class DraftModelDrafter(Drafter):
         self._prior = np.tile(middles**2, (NUM_RANK_CLASSES, 1))
         self._learned = Learned()
         self._drawn_counts: dict[Kind, tuple[Floats, Floats]] = {}
+
+    def fresh(self) -> DraftModelDrafter:
+        """Shares the draft model; `growth="auto"` drafts a fixed number of levels, as measured times do not count.
+
+        Raises:
+            ValueError: `pipelined=True`, which drafts for as long as weights are loading.
+        """
+        if self.pipelined:
+            raise ValueError(
+                "pipelined=True cannot be used with deterministic=True: it drafts for as long as weights are loading; "
+                "leave one of them out"
+            )
+        new = copy.copy(self)
+        new._lock, new._thread, new._pacing = threading.Lock(), threading.local(), Pacing()
+        new._learned, new._drawn_counts = Learned(), {}
+        new.needs_step_seconds = False
+        return new
 
     def settings(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}

@@ -7,7 +7,7 @@ import itertools
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,17 @@ class LookaheadDrafter(Drafter):
         self._lock = threading.Lock()
         self._thread = threading.local()
         self._indexes = {"shared": self._new_index(self.shared_bytes), "corpus": self._new_index(self.corpus_bytes)}
+
+    def bind(self, model: Any) -> None:
+        _compile_kernels()
+
+    def fresh(self) -> LookaheadDrafter:
+        """Shares the corpus and takes the predicted outputs; the shared scope starts empty."""
+        new = replace(self)
+        with self._lock:
+            new._indexes["corpus"] = self._indexes["corpus"]
+            new._predicted, self._predicted = self._predicted, []
+        return new
 
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from dataclasses import dataclass, field, fields
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from specdec.capture.call import CapturedCall
 from specdec.capture.fingerprint import hooked, module_state
+from specdec.common.smollm2 import packaged_heads
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.rank_tree import count_ranks, draft_rows
 from specdec.heads.medusa import MedusaHeads
@@ -70,6 +72,14 @@ class MedusaDrafter(Drafter):
         self._lock = threading.Lock()
         self._thread = threading.local()
         self._state: tuple[int, int] | None = None  # what graphs take for granted in this call
+
+    def fresh(self) -> MedusaDrafter:
+        """Shares the heads; what was counted of their ranks is forgotten."""
+        new = copy.copy(self)
+        new._lock, new._thread = threading.Lock(), threading.local()
+        if self._heads is not None:
+            new._reset_counts(self._heads)
+        return new
 
     def settings(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -238,10 +248,10 @@ class TunedTree:
 
 
 def own_heads(model: Any) -> Path | None:
-    """The folder of the heads that stand in the model's own folder, if it has such heads."""
+    """The folder `medusa` in the model's own folder, else the heads that the package holds for the model."""
     name = model.config.name_or_path
     folder = Path(name) / FOLDER
-    return folder if name and folder.is_dir() else None
+    return folder if name and folder.is_dir() else packaged_heads(name)
 
 
 def default_accuracies(num_heads: int, num_ranks: int = 10) -> list[list[float]]:

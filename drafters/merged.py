@@ -85,6 +85,7 @@ class MergedDrafter(Drafter):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         self._lock = threading.Lock()
         self._thread = threading.local()
+        self._shares_counts = True
         self._clock: Callable[[], float] = time.perf_counter
         self._decay = float(np.exp(-1.0 / self.memory))
         self._target: Callable[[], Any]
@@ -107,6 +108,14 @@ class MergedDrafter(Drafter):
         self._known = new_known(len(sources))
         self._target = lambda: None
 
+    def fresh(self) -> MergedDrafter:
+        """Fresh sources, all of which are asked in each step: what they cost is not measured."""
+        settings = {name: getattr(self, name) for name in ("max_nodes", "prior_weight", "memory", "chained")}
+        new = MergedDrafter([source.fresh() for source in self.sources], **settings)
+        new._clock = lambda: 0.0
+        new._shares_counts = False
+        return new
+
     def settings(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "sources"}
         names = distinct_names(self.sources)
@@ -120,7 +129,8 @@ class MergedDrafter(Drafter):
                 self._target = ref(model)
                 self._vocab_size = embedding_rows(model)
                 kind = type(self), *map(type, self.sources), str(self.settings())
-                self._known = known_of(model, kind, len(self.sources))
+                number = len(self.sources)
+                self._known = known_of(model, kind, number) if self._shares_counts else new_known(number)
         _compile_kernels()
 
     def needs(self, device: torch.device, rows: int, is_sampled: bool) -> Needs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from weakref import ref
 
@@ -69,6 +69,9 @@ class RecyclingDrafter(Drafter):
         self._decay = float(np.exp(-1.0 / self.memory))
         self._prior = supposed_rates(self.top_k) * self.prior_weight
         self._tried, self._hit = np.zeros_like(self._prior), np.zeros_like(self._prior)
+
+    def fresh(self) -> RecyclingDrafter:
+        return replace(self)
 
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}

@@ -98,6 +98,17 @@ class SpecReasonDrafter(Drafter):
             self.needs_step_seconds = self._inner.needs_step_seconds
             self.num_top_tokens = self._inner.num_top_tokens
 
+    def fresh(self) -> SpecReasonDrafter:
+        """Not available.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "drafter='spec-reason' cannot be used with deterministic=True: whether a step is drafted depends on "
+            "measured times; use deterministic=False"
+        )
+
     def settings(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         for key in ("draft_model", "tokenizer", "target_tokenizer"):

@@ -12,8 +12,9 @@ import numpy as np
 from torch import nn
 
 from specdec.kernels import Floats, Ints, best_size, count_accepted, count_followed
+from specdec.priors import first_seconds
 from specdec.standing import LEARNED, SCORE_BINS, Learned
-from specdec.step_times import StepTimes, Surroundings, length_class, size_class, times_of
+from specdec.step_times import StepTimes, Surroundings, keep_times, length_class, size_class, times_of
 from specdec.tree import NODE_BUCKETS, TokenTree
 
 DECAY = 0.98
@@ -83,14 +84,19 @@ class Budget:
         fixed: Always verify as many nodes as proposed (up to `max_nodes`): for measuring and tests.
         owner: What is known of a model is shared by the budgets of one owner. Methods that are measured against each
             other have one each, so that none learns from another.
+        deterministic: Decide by nothing that is measured, nor by what earlier calls have taught: step times are those
+            of the prior, drafting counts as free, and each call starts with empty counts.
     """
 
-    def __init__(self, max_nodes: int = 64, fixed: bool = False, owner: Hashable = None) -> None:
+    def __init__(
+        self, max_nodes: int = 64, fixed: bool = False, owner: Hashable = None, deterministic: bool = False
+    ) -> None:
         if max_nodes not in NODE_BUCKETS:
             raise ValueError(f"max_nodes={max_nodes} is not allowed; use one of {', '.join(map(str, NODE_BUCKETS))}")
         self.max_nodes = max_nodes
         self.fixed = fixed
         self.owner = owner
+        self.deterministic = deterministic
         self.learned = Learned()
         self.last_choice: Choice | None = None
         """The latest decision; None before the first one."""
@@ -101,7 +107,7 @@ class Budget:
         self._times: StepTimes | None = None
         self._target: Callable[[], nn.Module | None] = lambda: None
         self._rows, self._length, self._is_sampled, self._manner = 1, 0, False, ""
-        self._num_plain = self._num_steps = 0
+        self._num_plain = self._num_steps = self._num_calls = 0
         self._saved = 0.0
         self._pending: Pending | None = None
         self._unbooked: tuple[Pending, float] | None = None
@@ -122,7 +128,10 @@ class Budget:
         self._target = ref(model)
         self.forget_times()
         self._is_sampled, self._manner = is_sampled, f"{model.device} {model.dtype} {manner}".rstrip()
-        _compile_kernels()
+        compile_kernels()
+        if self.deterministic:
+            self.learned = Learned()
+            return
         self.learned = LEARNED.setdefault(model, {}).setdefault((self.owner, kind, is_sampled), Learned())
         self.learned.begin_call()
 
@@ -170,48 +179,48 @@ class Budget:
         if self._times is None:
             model = self._target()
             at = Surroundings(size_class(self._rows), self._length, self._is_sampled, self._manner)
-            self._times = StepTimes(self.max_nodes) if model is None else times_of(model, at, self.max_nodes)
+            if model is None:
+                self._times = StepTimes(self.max_nodes)
+            elif self.deterministic:
+                self._times = StepTimes(self.max_nodes, first_seconds(model, at.rows, self.max_nodes))
+            else:
+                self._times = times_of(model, at, self.max_nodes)
         return self._times
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the times of all sizes are known, or not needed."""
-        return self.fixed or len(self.times.seconds) == len(self.times.buckets)
 
     @property
     def step_seconds(self) -> tuple[Ints, Floats] | None:
         """Node counts and seconds of a target pass, `[sizes]` each; larger ones take longer. None: nothing is known."""
-        return self.times.known() if not self.fixed and self.times.seconds else None
+        return self.times.known() if not self.fixed and (self.times.is_known or self.times.seconds) else None
 
     def pass_over(self, spent: float) -> None:
         """Notes that a drafter found nothing to propose, and took `spent` seconds to find that out."""
         if (known := self.step_seconds) is not None:
+            spent = 0.0 if self.deterministic else spent
             self.learned.standing(self._rows).lose(spent / float(known[1][0]))
 
     def choose(self, tree: TokenTree, spent: float = 0.0, trial: Callable[[int], None] | None = None) -> TokenTree:
         """The part of a proposal that is worth a target pass; the root alone when none is.
 
-        A size whose time is not known is supposed to take no longer than the largest one that is. If it is the best
-        one even so, it is timed, from the smallest such size on: what no proposal can be worth is never run.
-
         Args:
             tree: The proposal, best nodes first.
-            spent: Seconds that drafting it took: the dearer it was, the more of it should be made of it.
-            trial: Runs a pass with so many nodes, to its end on the device. None: nothing is timed.
+            spent: Seconds that drafting it took: the more expensive it was, the more of it should be made of it.
+            trial: Runs a pass with so many nodes, to its end on the device, for budgets that time sizes explicitly;
+                this one learns from real steps.
         """
         if tree.steps is not None:  # a step is judged as a whole or not at all
             return tree
         tree = tree.first(self.max_nodes)
         if self.fixed or tree.num_nodes == 1 or tree.scores is None:
             return tree
-        times = self.times
-        if trial is not None and (untimed := times.untimed(1)) is not None:
-            times.time(untimed, trial)
-        if not times.seconds:
+        if (known := self.step_seconds) is None:
             return tree
+        spent = 0.0 if self.deterministic else float(spent)
         learned, rows = self.learned, self._rows
         standing, worth = learned.standing(rows), learned.trust * self._worth
-        best, tokens, taken, plain = self._best_size(tree, (float(spent), worth, standing.margin), trial)
+        assert tree.host_scores is not None
+        counts = learned.tried, learned.hit, PRIOR_WEIGHT
+        terms = spent, worth, standing.margin
+        best, tokens, taken, plain = best_size(tree.host_parents, tree.host_scores, *counts, *known, *terms)
         if tokens * plain <= LEAST_PROMISE * rows * (taken + spent):
             standing.lose((spent + taken - plain) / plain)
         if best == 1:
@@ -229,24 +238,6 @@ class Budget:
         plain = self.times.of(1)
         by_rows = min((self.times.of(2) - plain) / plain, 1.0)  # share of a pass that it takes because of its rows
         return by_rows + (1.0 - by_rows) * self.learned.standing(self._rows).shortening
-
-    def _best_size(
-        self, tree: TokenTree, terms: tuple[float, float, float], trial: Callable[[int], None] | None
-    ) -> tuple[int, float, float, float]:
-        """See `best_size`, of which `terms` are the last arguments; times the sizes that it asks for."""
-        times, learned = self.times, self.learned
-        assert tree.host_scores is not None
-        counts = learned.tried, learned.hit, PRIOR_WEIGHT
-        found = best_size(tree.host_parents, tree.host_scores, *counts, *times.known(), *terms)
-        untimed = times.untimed(found[0])
-        if trial is None or untimed is None:
-            return found
-        if untimed > 1:
-            _, tokens, taken, _ = timed = self._best_size(tree.first(untimed // 2), terms, None)
-            if found[1] * (taken + terms[0]) <= LEAST_PROMISE * tokens * (found[2] + terms[0]):
-                return timed
-        times.time(untimed, trial)
-        return self._best_size(tree, terms, trial)
 
     def observe(
         self, tree: TokenTree, accepted: list[list[int]], tokens: Sequence[Sequence[int]] | None = None
@@ -288,6 +279,8 @@ class Budget:
         """Takes in the time a step took, drafting left out, and books what its draft has brought above that."""
         if self.fixed:
             return
+        if self.deterministic:
+            seconds = self.times.of(nodes)
         standing = self.learned.standing(self._rows)
         standing.forgive()
         self._num_steps += 1
@@ -296,18 +289,30 @@ class Budget:
             draft, brought = unbooked
             taken = draft.spent + min(seconds, MOST_STALL * draft.seconds)
             standing.book(self._worth * brought - (taken - draft.plain) / draft.plain)
+        if self.deterministic:
+            return
         self._num_plain += nodes == 1
         if nodes > 1 or self._num_plain % PLAIN_STEPS_PER_LOOK == 1:  # that time is well known
             self.times.update(nodes, seconds)
 
     def end(self, rows: int, longest: int) -> None:
-        """Tells that a call is over: how many rows it had, and tokens the longest of them generated."""
-        if not self.fixed and rows > 1:
+        """Records the end of a call: how many rows it had, and how many tokens the longest of them generated."""
+        if self.fixed:
+            return
+        if rows > 1:
             self.learned.standing(rows).end_call(longest - 1 - self._num_steps, self._saved)
+        self._num_calls += 1
+        model = self._target()
+        if model is not None and not self.deterministic and self._num_calls.bit_count() == 1:  # calls 1, 2, 4, 8 ...
+            keep_times(model)
+
+    def fresh(self) -> Budget:
+        """A deterministic budget of the same settings, for one call."""
+        return Budget(self.max_nodes, self.fixed, self.owner, deterministic=True)
 
 
 @functools.cache
-def _compile_kernels() -> None:
+def compile_kernels() -> None:
     """Compiles, or loads what was compiled before, so that no step of a generation waits for it."""
     ids, parents, scores = np.zeros((1, 2), np.int64), np.array([[-1, 0]]), np.zeros((1, 2), np.float32)
     tried, known = np.zeros(SCORE_BINS), (np.array([1, 2]), np.ones(2))

@@ -105,10 +105,6 @@ class Decoder:
         spent = time.perf_counter() - started
         if tree is None and nodes > 1:
             self.budget.pass_over(spent)
-        if self.ranks is not None:
-            is_ready = tree is None or tree.steps is not None or self.budget.is_ready
-            if not self.ranks.agree(is_ready):  # all processes must run the same passes
-                self.budget.times.time_all(self._trial_pass)
         if tree is not None:
             trial = self._trial_pass if self.ranks is None else None
             tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent, trial)

@@ -20,7 +20,7 @@ from specdec.standing import LEARNED, Learned
 from specdec.step_times import TIMES, StepTimes, Surroundings
 from specdec.target import unwrapped
 
-FORMAT, VERSION = "specdec profile", 3
+FORMAT, VERSION = "specdec profile", 4
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,10 @@ def save_profile(speculation: Speculation, model: Any, path: str | os.PathLike[s
             {
                 "surroundings": list(at),
                 "buckets": times.buckets[-1],
-                "seconds": list(map(list, times.seconds.items())),
-                "trials": list(map(list, times.trials.items())),
-                "extra": times.extra,
+                "seconds": [list(pair) for pair in zip(*(known.tolist() for known in times.known()), strict=True)],
             }
             for at, times in TIMES.get(target, {}).items()
-            if times.seconds
+            if times.is_known or times.seconds
         ],
         "learned": [
             {
@@ -125,13 +123,10 @@ def load_profile(speculation: Speculation, model: Any, path: str | os.PathLike[s
         told = "; ".join(f"{name} {theirs.get(name)!r} there, {mine[name]!r} here" for name in other)
         raise ValueError(f"{path} is a profile of something else: {told}. Make one for this with tune and save_profile")
     target, owner = unwrapped(model), speculation.budget.owner
-    known_times = TIMES.setdefault(target, {})
+    known_times = TIMES.setdefault(target, {})  # nothing else is read from the user's cache then
     for entry in body["step_times"]:
-        times = StepTimes(entry["buckets"])
-        times.seconds, times.trials = (
-            {int(nodes): float(seconds) for nodes, seconds in entry[name]} for name in ("seconds", "trials")
-        )
-        times.extra = float(entry["extra"])
+        seconds = {int(nodes): float(seconds) for nodes, seconds in entry["seconds"]}
+        times = StepTimes(entry["buckets"], seconds, is_guess=False)
         rows, length, is_sampled, manner = entry["surroundings"]
         known_times[Surroundings(int(rows), int(length), bool(is_sampled), str(manner))] = times
     known_counts = LEARNED.setdefault(target, {})

@@ -66,12 +66,6 @@ class Ranks:
         """Whether this process decides."""
         return dist.get_rank() == 0
 
-    def agree(self, decision: bool) -> bool:
-        """The first process's decision."""
-        told = torch.tensor([int(decision)], device=self.device)
-        dist.broadcast(told, 0)
-        return bool(told.item())
-
     def share(self, tree: TokenTree | None, rows: int, max_nodes: int) -> TokenTree | None:
         """The first process's tree, without scores in the other ones; None where it has no draft token.
 

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import nn
 
-from specdec.kernels import Floats, Ints, seconds_of
+from specdec.kernels import Floats, Ints
+from specdec.priors import Entry, first_seconds, load_entries, save_entries
 from specdec.tree import NODE_BUCKETS, bucket_of
 
 DRIFT = 0.0005
-"""Share per step by which a size that seems dear comes nearer to one in use, so that it is tried again."""
+"""Share per step by which the time of a larger, unused size moves towards that of the size in use; raise it to retry
+expensive sizes earlier."""
 UPDATES_PER_LOOK = 8
-"""Steps between two looks at the sizes that are not in use."""
+"""Steps between two such moves."""
+CLIP = 1.5
+"""Clips outlier step times to this multiple of the expected time."""
+LEAST_RATE = 0.05
+"""Learning rate of the moving average of step times, once that many steps were averaged."""
 TRIALS = 2
-"""Passes by which a size is timed: the first one may take longer."""
-PATIENCE = 2.0
-"""Seconds that go into trial passes in all; the sizes that are left are known once they have been used."""
+"""Passes per size where sizes are timed explicitly; the least counts."""
 FIRST_LENGTH = 1024
-"""Tokens in the kv cache up to which step times count as the same; from there on they are told apart by doublings."""
+"""Largest kv cache, in tokens, of the first length class; each further class doubles it."""
 
 
 class Surroundings(NamedTuple):
@@ -43,105 +47,90 @@ class Surroundings(NamedTuple):
 
 
 class StepTimes:
-    """Seconds a target pass takes by node count, for one model and its surroundings: timed, then kept up to date.
+    """Seconds of a target pass by node count, for one model and its surroundings.
+
+    Starts from a prior and learns from real steps alone. A size that was not measured yet takes its prior time, times
+    the ratio of measured to prior time at the sizes around it.
 
     Args:
         max_nodes: Largest node count of interest.
+        prior: Seconds by node count; None for flat times of unknown scale.
+        is_guess: The prior's scale is a guess, which the first real step replaces.
     """
 
-    def __init__(self, max_nodes: int) -> None:
+    def __init__(self, max_nodes: int, prior: Mapping[int, float] | None = None, is_guess: bool = True) -> None:
         self.buckets = [n for n in NODE_BUCKETS if n <= max_nodes]
         self.seconds: dict[int, float] = {}
+        """Measured, by node count."""
         self.uses: Counter[int] = Counter()
-        self.trials: dict[int, float] = {}
-        """Seconds of trial passes."""
-        self.extra = 0.0
-        """Seconds by which real steps took longer than that, of late."""
-        self.patience = PATIENCE
-        """Seconds that may still go into trial passes."""
-        self._until_look = 0
+        """Real steps seen in this process."""
+        self.is_known = prior is not None
+        self._is_guess = is_guess or prior is None
+        self.prior = {n: 1.0 if prior is None else prior[n] for n in self.buckets}
+        self._until_look = UPDATES_PER_LOOK
         self._known: tuple[Ints, Floats] | None = None
 
-    def untimed(self, nodes: int) -> int | None:
-        """The smallest size that is to be timed before so many nodes are verified, or None."""
-        if len(self.seconds) == len(self.buckets) or (self.seconds and self.patience <= 0.0):
-            return None
-        upto = bucket_of(nodes, self.buckets)
-        untimed = next((size for size in self.buckets if size <= upto and size not in self.seconds), None)
-        return 1 if untimed is not None and 1 not in self.trials else untimed  # the two are to be compared
-
-    def time(self, nodes: int, run: Callable[[int], None]) -> None:
-        """Times one size by trial passes.
+    def time_all(self, run: Callable[[int], None]) -> None:
+        """Times all sizes by passes that generate nothing, however long it takes.
 
         Args:
-            nodes: The size.
-            run: One pass with this many nodes, ending when the device has finished.
+            run: One pass over so many nodes, ending when the device has finished.
         """
-        started, taken = time.perf_counter(), float("inf")
-        for _ in range(TRIALS):
-            before = time.perf_counter()
-            run(nodes)
-            taken = min(taken, time.perf_counter() - before)
-        self.patience -= time.perf_counter() - started
-        self.trials[nodes] = taken
-        if self.uses[nodes]:
-            self.extra = max(self.seconds[nodes] - taken, 0.0)
-        else:
-            self.seconds[nodes] = taken + self.extra
-        self._known = None
-
-    def time_all(self, run: Callable[[int], None]) -> None:
-        """Times all sizes, however long it takes."""
         for nodes in self.buckets:
-            self.time(nodes, run)
-
-    def take_over(self, before: StepTimes) -> None:
-        """Supposes what is known of like surroundings; real steps tell what has changed."""
-        self.seconds = {nodes: seconds for nodes, seconds in before.seconds.items() if nodes in self.buckets}
-        self.trials, self.extra, self.patience = dict(before.trials), before.extra, before.patience
-        self._known = None
+            taken = float("inf")
+            for _ in range(TRIALS):
+                before = time.perf_counter()
+                run(nodes)
+                taken = min(taken, time.perf_counter() - before)
+            self.seconds[nodes] = taken
+        self.is_known, self._known = True, None
 
     def known(self) -> tuple[Ints, Floats]:
-        """Node counts whose time is known, ascending, and their seconds, `[sizes]` each."""
-        if self._known is not None:
-            return self._known
-        sizes = sorted(self.seconds)
-        times = [self.seconds[n] for n in sizes]
-        # A larger tree cannot be cheaper; where it seems so, the smaller one's time had noise, which only ever adds.
-        for i in range(len(times) - 2, -1, -1):
-            times[i] = min(times[i], times[i + 1])
-        self._known = np.array(sizes), np.array(times)
+        """All node counts, ascending, and their expected seconds, `[sizes]` each."""
+        if self._known is None:
+            times = np.array([self.prior[n] for n in self.buckets])
+            if measured := [n for n in self.buckets if n in self.seconds]:
+                ratios = [self.seconds[n] / self.prior[n] for n in measured]
+                times *= np.interp(np.log2(self.buckets), np.log2(measured), ratios)
+            # A larger tree cannot be cheaper; where it seems so, the smaller one's time had noise, which only adds.
+            times = np.minimum.accumulate(times[::-1])[::-1].copy()
+            self._known = np.array(self.buckets), times
         return self._known
 
     def of(self, nodes: int) -> float:
-        """Seconds of a pass over a tree of this size, at least; some size must be known."""
-        return float(seconds_of(nodes, *self.known()))
+        """Expected seconds of a pass over a tree of this size."""
+        sizes, seconds = self.known()
+        return float(np.interp(np.log2(nodes), np.log2(sizes), seconds))
 
     def update(self, nodes: int, seconds: float) -> None:
-        """Takes in the time of a real step, faster while few of this size were seen.
+        """Learns from the time of a real step: the mean of the first ones, then a moving average.
 
-        Sizes that were not used yet were timed without what comes before and after a pass, or in other surroundings;
-        they are supposed to take as much longer as the others did of late.
+        The first step of a size in a process may have to prepare kernels. It is left out, unless even the scale of the
+        times is unknown.
         """
         bucket = bucket_of(nodes, self.buckets)
-        old = self.seconds.setdefault(bucket, seconds)
-        taken = min(seconds, 1.5 * old)
-        new = self.seconds[bucket] = old + max(0.5 / (1 + self.uses[bucket]), 0.05) * (taken - old)
-        self._known = None
         self.uses[bucket] += 1
-        if bucket in self.trials:
-            self.extra += 0.1 * (taken - self.trials[bucket] - self.extra)
+        if self._is_guess:
+            self.prior = {n: prior * seconds / self.prior[bucket] for n, prior in self.prior.items()}
+            self.is_known, self._is_guess, self._known = True, False, None
+        elif self.uses[bucket] > 1:
+            old = float(self.known()[1][self.buckets.index(bucket)])
+            rate = max(1.0 / (self.uses[bucket] - 1), LEAST_RATE)
+            self.seconds[bucket] = old + rate * (min(seconds, CLIP * old) - old)
+            self._known = None
         self._until_look -= 1
-        if self._until_look >= 0:
-            return
-        self._until_look = UPDATES_PER_LOOK - 1
-        for other in self.seconds:
-            drift = UPDATES_PER_LOOK * DRIFT * (new - self.seconds[other]) if other > bucket else 0.0
-            if self.uses[other] or other not in self.trials:
-                self.seconds[other] += drift
-            else:
-                self.trials[other] += drift
-                self.seconds[other] = max(self.trials[other] + self.extra, 0.5 * self.trials[other])
+        if self._until_look < 0:
+            self._until_look = UPDATES_PER_LOOK - 1
+            self._drift(bucket)
+
+    def _drift(self, bucket: int) -> None:
+        """Moves larger sizes towards the one in use, so that what was slow once is tried again."""
+        for times in (self.seconds, self.prior):
+            if bucket in times:
+                for other in times:
+                    if other > bucket:
+                        times[other] += UPDATES_PER_LOOK * DRIFT * (times[bucket] - times[other])
+        self._known = None
 
 
 TIMES: WeakKeyDictionary[nn.Module, dict[Surroundings, StepTimes]] = WeakKeyDictionary()
@@ -151,20 +140,52 @@ TIMES: WeakKeyDictionary[nn.Module, dict[Surroundings, StepTimes]] = WeakKeyDict
 def times_of(model: nn.Module, at: Surroundings, max_nodes: int) -> StepTimes:
     """What is known of a model in some surroundings, at first what is known of the nearest other ones.
 
-    Batches of another size, and another manner, are too far away.
+    The first time a model is asked about, what earlier processes have measured is read. Batches of another size, and
+    another manner, are too far away to be compared: their times start from the shape of this kind of device.
     """
-    known = TIMES.setdefault(model, {})
+    if model not in TIMES:
+        TIMES[model] = _earlier_times(model)
+    known = TIMES[model]
     if at not in known or known[at].buckets[-1] < max_nodes:
         near = [
             (other.is_sampled != at.is_sampled, abs(other.length - at.length), other)
             for other, times in known.items()
-            if (other.rows, other.manner) == (at.rows, at.manner) and times.seconds
+            if (other.rows, other.manner) == (at.rows, at.manner) and times.is_known
         ]
-        times = StepTimes(max_nodes)
+        prior, is_guess = first_seconds(model, at.rows, max_nodes), not near
         if near:
-            times.take_over(known[min(near)[-1]])
-        known[at] = times
+            nearest = known[min(near)[-1]]
+            sizes, seconds = nearest.known()
+            scale = float(seconds[-1]) / prior[int(sizes[-1])]
+            prior = {n: scale * taken for n, taken in prior.items()} | dict(
+                zip(sizes.tolist(), seconds.tolist(), strict=True)
+            )
+        known[at] = StepTimes(max_nodes, prior, is_guess)
     return known[at]
+
+
+def _earlier_times(model: nn.Module) -> dict[Surroundings, StepTimes]:
+    """What earlier processes have measured."""
+    known = {}
+    for (rows, length, is_sampled, manner), seconds in load_entries(model):
+        largest = max(
+            (n for n in NODE_BUCKETS if set(NODE_BUCKETS[: NODE_BUCKETS.index(n) + 1]) <= set(seconds)), default=0
+        )
+        if largest:
+            at = Surroundings(int(rows), int(length), bool(is_sampled), str(manner))
+            known[at] = StepTimes(largest, seconds, is_guess=False)
+    return known
+
+
+def keep_times(model: nn.Module) -> None:
+    """Writes what is known of a model to the user's cache, for later processes."""
+    entries: list[Entry] = []
+    for at, times in TIMES.get(model, {}).items():
+        if times.uses:
+            sizes, seconds = times.known()
+            entries.append((list(at), dict(zip(sizes.tolist(), seconds.tolist(), strict=True))))
+    if entries:
+        save_entries(model, entries)
 
 
 def length_class(tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +22,7 @@ from specdec.drafters.merge_known import _KNOWN
 from specdec.standing import LEARNED
 from specdec.step_times import TIMES
 
+_NUMBERS = itertools.count()
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 
@@ -30,6 +32,12 @@ def nothing_learned() -> None:
     """Tests share tiny models; what earlier ones have taught budgets and drafters about these must not decide."""
     for known in (LEARNED, TIMES, _KNOWN, _LEARNED):
         known.clear()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from the user's cache, and nothing written there."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{next(_NUMBERS)}"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

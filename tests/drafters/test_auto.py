@@ -12,6 +12,7 @@ from specdec.budget import Budget
 from specdec.drafters import AutoDrafter, LookaheadDrafter, MedusaDrafter, RecyclingDrafter
 from specdec.drafters.base import DrafterSwitchedOffWarning
 from specdec.drafters.medusa import FOLDER
+from specdec.tree import NODE_BUCKETS
 from tests.conformance import assert_identical, draft_of, random_heads
 from tests.tiny_models import new_model, prompts, tiny_model
 
@@ -82,10 +83,10 @@ def test_a_drafter_of_the_same_kind_takes_the_place_of_its_own(tmp_path: Path) -
 
 def test_text_without_a_pattern_makes_drafting_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device where each node costs a pass nothing is drafted, whatever the sources promise."""
+    from specdec import step_times
     from specdec.step_times import StepTimes
-    from tests.test_budget import set_times
 
-    monkeypatch.setattr(StepTimes, "time", lambda self, n, _: set_times(self, {n: n / 100}))
+    monkeypatch.setattr(step_times, "first_seconds", lambda *_: {n: n / 100 for n in NODE_BUCKETS})
     monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: None)
     budget = Budget(64)
     kwargs = {"max_new_tokens": 100, "do_sample": True, "temperature": 5.0, "eos_token_id": None}
