@@ -73,6 +73,24 @@ def test_a_patch_is_taken_back(entry: Any) -> None:
     assert changed or entry.patch is ablation.nothing_changed
 
 
+def test_settings_do_not_learn_from_each_other() -> None:
+    import re
+
+    package = Path(ablation.module_of("budget").__file__).parent
+    files = [*package.glob("*.py"), *(package / "drafters").glob("*.py")]
+    holding = {
+        (file.relative_to(package).as_posix().removesuffix(".py").replace("/", "."), name)
+        for file in files
+        for name in re.findall(r"^(\w*(?:LEARNED|KNOWN|TIMES)): WeakKeyDictionary", file.read_text("utf-8"), re.M)
+    }
+    assert holding - {("capability", "_KNOWN")} <= set(ablation.LEARNED)
+    usual = {key: getattr(ablation.module_of(key[0]), key[1]) for key in ablation.LEARNED}
+    with ablation.Memory().in_use():
+        assert not any(getattr(ablation.module_of(path), name) is usual[path, name] for path, name in usual)
+        assert ablation.module_of("budget").LEARNED is ablation.module_of("standing").LEARNED
+    assert all(getattr(ablation.module_of(path), name) is usual[path, name] for path, name in usual)
+
+
 def test_names_are_distinct() -> None:
     names = [entry.name for entry in ablation.ABLATIONS]
     assert len(set(names)) == len(names)
