@@ -91,7 +91,7 @@ def test_command_writes_tables_figures_and_the_readme(folder: Path, tmp_path: Pa
         "".join(json.dumps({"prompt": PROMPT + str(i), "category": "ab"[i % 2]}) + "\n" for i in range(3))
     )
     json_file, output = tmp_path / "tiny.json", tmp_path / "out"
-    args = ["bench", "--model", folder, "--prompts", prompts, "--limit", 2, "--tokens", 6, "--random"]
+    args = ["bench", "--model", folder, "--prompts", prompts, "--limit", 2, "--tokens", 6, "--random", "--top-p", 0.9]
     args += [
         "--no-compiled",
         "--drafter",
@@ -111,6 +111,11 @@ def test_command_writes_tables_figures_and_the_readme(folder: Path, tmp_path: Pa
     assert set(found["parts"]) == {"greedy", "sampled", "incompressible"}
     assert found["num_prompts"] == 2
     assert {"hardware", "versions", "commit", "models", "command", "benchmark"} <= set(found)
+    assert found["parts"]["sampled"]["settings"]["arguments"]["top_p"] == 0.9
+    table = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))["measured_table"]
+    header, _, *rows = table(found, ["greedy", "categories"]).splitlines()
+    assert header == "| method | tokens per pass | a | b |"
+    assert [line.count("×") for line in rows[:3]] == [2, 2, 2]
     for part in found["parts"].values():
         rows = {row["method"]: row for row in part["methods"]}
         assert rows["specdec lookahead max_depth=4"]["num_identical"] == 2

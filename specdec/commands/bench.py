@@ -47,6 +47,7 @@ def run(
     temperature: Annotated[
         list[float] | None, typer.Option(min=0.0, help="0 is greedy; may be repeated. Default: 0 and 1.")
     ] = None,
+    top_p: Annotated[float, typer.Option(help="When sampling: only tokens that have this probability together.")] = 1.0,
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Prompts per call; may be repeated. Default: 1.")
     ] = None,
@@ -108,6 +109,7 @@ def run(
             compiled=compiled is not False,
             methods_compiled=compiled is True,
             max_nodes=tuple(nodes or ()),
+            top_p=top_p,
         )
     prepare_torch(threads)
     path_of(model)  # a conversion shows a progress bar of its own
