@@ -114,6 +114,8 @@ class Drafter(ABC):
     needs_step_seconds: bool = False
     is_stateless: bool = False
     """Proposals depend on the context alone: `propose` may be asked about a context that will never come to be."""
+    is_target_free: bool = False
+    """Drafts from tokens alone: recorded answers can be replayed without the target, though there is a `bind`."""
     num_top_tokens: int = 0
     """How many of the target's likeliest tokens `Step.top_tokens` is to have per node; 0 for none."""
 

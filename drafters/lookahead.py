@@ -76,6 +76,7 @@ class LookaheadDrafter(Drafter):
     """
 
     name = "lookahead"
+    is_target_free = True
 
     max_nodes: int = 64
     max_depth: int = 63

@@ -44,7 +44,7 @@ BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+?) -->\s*\n)?^(?P<indent> *)```(?P<kind>[\w-]*)\n(?P<code>.*?)^ *```$",
     re.M | re.S,
 )
-TARGETS = ("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", "MODEL")
+TARGETS = ("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "MODEL")
 DRAFTS: tuple[str, ...] = ()
 OTHERS = ("HuggingFaceTB/SmolLM2-135M",)
 HUB_NAME = re.compile(r"(?<=[\"' =])[A-Z][\w-]*/[\w.-]*[A-Z0-9][\w.-]*(?=[\"' ]|$)", re.M)
