@@ -96,7 +96,7 @@ def test_the_nearest_known_surroundings_are_taken_over() -> None:
         (5, True, "cpu", 2, 5.0),
     ):
         times = times_of(model, Surroundings(rows, length, is_sampled, manner), 8)
-        set_times(times, {n: seconds for n in (1, 2, 4, 8)})
+        set_times(times, dict.fromkeys((1, 2, 4, 8), seconds))
     assert times_of(model, here, 8).of(1) == 3.0
     larger = times_of(model, here, 16)
     assert larger.of(1) == 3.0 and larger.of(16) > 3.0, "a larger budget knows what a smaller one did"
