@@ -17,7 +17,7 @@ can be compared at one node count; its times mean nothing.
 
 Kinds: `completion`, held-out code; `edit`, held-out code whose beginning stands there once more, to be gone on with;
 `questions`, a few texts that come again with another question each time; `incompressible`, random ids gone on with at
-temperature 5 in every part. Runs are added to the results file as they end.
+temperature 5 in every part. Runs are kept in a file of their own (`--raw`); the results file holds figures over them.
 """
 
 from __future__ import annotations
@@ -257,7 +257,10 @@ def main(
     first: Annotated[int, typer.Option(min=0, help="Number of the first one.")] = 0,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 128,
     only: Annotated[str, typer.Option(help="Names with commas between; all by default.")] = "",
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "sources.json",
+    output: Annotated[Path, typer.Option(help="JSON file of the figures.")] = RESULTS / "sources.json",
+    raw: Annotated[Path, typer.Option(help="JSON file that keeps the runs, so that more can be added.")] = Path(
+        "sources_runs.json"
+    ),
 ) -> None:
     """Measures parts, prints them and adds them to the results."""
     console = Console()
@@ -265,13 +268,14 @@ def main(
     tokenizer.padding_side = "left"
     made = settings_of(model, load_embedded("draft")[0], only)
     for part in parts:
-        known = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-        runs = known.get(part, {}).get("runs", [])
+        known, kept = (json.loads(file.read_text("utf-8")) if file.exists() else {} for file in (output, raw))
+        runs = kept.setdefault(part, [])
         runs.append(run_part(model, tokenizer, made, part, first, count, new_tokens))
         results = summary(runs)
         console.print(table(results, f"{part}, {len(runs)} runs"))
         settings = {"count": count, "new_tokens": new_tokens}
-        known[part] = {**circumstances(), "settings": settings, "results": results, "runs": runs}
+        known[part] = {**circumstances(), "settings": settings, "num_runs": len(runs), "results": results}
+        write_json(raw, kept)
         write_json(output, known)
     console.print(f"written to {output.name}")
 

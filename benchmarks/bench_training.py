@@ -27,6 +27,7 @@ from specdec.commands.errors import with_short_errors
 from specdec.commands.loading import EMBEDDED, load_model, prepare_torch
 from specdec.heads import MedusaHeads
 from specdec.provenance import circumstances, model_info, write_json
+from specdec.samples import spread
 from specdec.training.config import MedusaTrainingConfig
 from specdec.training.losses import LOGITS_MIB, LOGITS_MIB_CPU, medusa_targets
 from specdec.training.recipes import HeadsAlone, head_losses
@@ -133,6 +134,7 @@ def main(
         for part, function in order.items():
             samples[part].append(parts.timed(function))
     seconds = {part: median(times) for part, times in samples.items()}
+    quartiles = {part: spread(times) for part, times in samples.items()}
     ratio = median(s / (t + p) for s, t, p in zip(samples["step"], samples["target"], samples["products"], strict=True))
     table = Table(title=f"one step of Medusa-1: {batch} windows of {window} tokens, {heads} heads, median of {repeats}")
     table.add_column("part")
@@ -144,7 +146,7 @@ def main(
     Console().print(table)
     settings = {"heads": heads, "batch": batch, "window": window, "logits_mib": logits_mib, "repeats": repeats}
     results = {"models": {"target": model_info(model, target)}, "settings": settings, "seconds": seconds}
-    write_json(RESULTS / f"{name}.json", {**circumstances(), **results, "ratio": ratio, "samples": samples})
+    write_json(RESULTS / f"{name}.json", {**circumstances(), **results, "ratio": ratio, "quartiles": quartiles})
     Console().print(f"written to {RESULTS / name}.json", highlight=False, soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
     python benchmarks/readme_table.py            # writes
     python benchmarks/readme_table.py --check    # exit code 1 if a table is out of date
 
+With `categories` among the parts the table has a column per category of prompts, with the speed-up in it.
 A table stands between `<!-- measured: NAME PART -->` and `<!-- end -->`. NAME is a file that `specdec bench --json`
 or a script of this folder wrote, and PART is that of the benchmark; all parts without one. Approximate methods have a
 table of their own.
@@ -19,11 +20,17 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SLOT = re.compile(r"(<!-- measured: (?P<name>[\w-]+)(?: (?P<parts>[\w ,-]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+SLOT = re.compile(r"(<!-- measured: (?P<name>[\w-]+)(?: (?P<parts>[\w ,.=-]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 NOT_MEASURED = (
     "*Not measured yet: `specdec bench --json benchmarks/results/{}.json && python benchmarks/readme_table.py`*\n"
 )
-HEADINGS = {"greedy": "greedy (T=0)", "sampled": "sampled (T=1)", "incompressible": "random tokens (T=1)"}
+CATEGORIES = "categories"
+HEADINGS = {
+    "greedy": "greedy (T=0)",
+    "T=0.8": "sampled (T=0.8)",
+    "sampled": "sampled (T=1)",
+    "incompressible": "random tokens (T=1)",
+}
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
@@ -46,6 +53,8 @@ def measured_table(results: dict[str, Any], parts: list[str]) -> str:
     if "judging" in results:
         return reasoning_table(results, parts)
     chosen = {name: part for name, part in results["parts"].items() if name in parts or not parts}
+    if CATEGORIES in parts:
+        return "\n".join([*_category_rows(chosen), "", _conditions(results, chosen), ""])
     rows = {name: {row["method"]: row for row in part["methods"]} for name, part in chosen.items()}
     methods = dict.fromkeys(method for part in rows.values() for method in part)
     approximate = [
@@ -57,6 +66,19 @@ def measured_table(results: dict[str, Any], parts: list[str]) -> str:
     if approximate:
         lines += ["", "Approximate: the output may differ.", "", *_rows(rows, approximate)]
     return "\n".join([*lines, "", _conditions(results, chosen), ""])
+
+
+def _category_rows(parts: dict[str, Any]) -> list[str]:
+    """Speed-up by category of one part, and tokens per pass over all."""
+    rows = next(iter(parts.values()))["methods"]
+    categories = list(dict.fromkeys(name for row in rows for name in row["speedup_by_category"]))
+    lines = [f"| method | tokens per pass | {' | '.join(categories)} |", "|---" + "|---:" * (len(categories) + 1) + "|"]
+    for row in rows:
+        found = [row["speedup_by_category"].get(name) for name in categories]
+        per_pass = "–" if row["tokens_per_pass"] is None else f"{row['tokens_per_pass']:.2f}"
+        cells = [per_pass, *("–" if value is None else f"{value:.2f}×" for value in found)]
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    return lines
 
 
 def _rows(rows: dict[str, dict[str, Any]], methods: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from specdec.benchmark.plots import COLOURS
 from specdec.measuring import EncodedPrompt
-from specdec.samples import Measurement, Sample
+from specdec.samples import Measurement, Sample, spread
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "reasoning"))
 from task import JUDGE_PROMPT, written_answer
@@ -72,7 +72,7 @@ def _row(
         "salvaged_tokens": sum(f.get("salvaged_tokens", 0) for f in figures) / count,
         "question_tokens": sum(f.get("question_tokens", 0) for f in figures) / count,
         "num_identical": sum(bool(s.identical) for s in samples),
-        "problems": {"seconds": [round(s.seconds, 4) for s in samples], "right": [int(r) for r in right]},
+        "seconds_quartiles": spread(s.seconds for s in samples),
     }
 
 

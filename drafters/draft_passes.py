@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from specdec.capability import Capability
+from specdec.compat import CACHE
 from specdec.compiled.passes import CompiledPasses, begin_compiled
 from specdec.drafters.draft_captured import CapturedPass
 from specdec.kernels import Ints, visible_slots
@@ -250,9 +251,9 @@ class TreePasses(DraftPasses):
                 input_ids=ids,
                 position_ids=at,
                 attention_mask=mask,
-                past_key_values=self.cache,
                 use_cache=True,
                 return_dict=True,
+                **{CACHE: self.cache},
                 **options,
             ).logits
             return logits, None
@@ -331,7 +332,7 @@ class ChainPasses(DraftPasses):
     def _forward(self, row: int, tokens: Ints, options: dict[str, Any]) -> Tensor:
         ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(self.device)
         logits: Tensor = self.model(
-            input_ids=ids, past_key_values=self.caches[row], use_cache=True, return_dict=True, **options
+            input_ids=ids, use_cache=True, return_dict=True, **{CACHE: self.caches[row]}, **options
         ).logits
         return logits
 

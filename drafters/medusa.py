@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdec.capture.call import CapturedCall
 from specdec.capture.fingerprint import hooked, module_state
+from specdec.common.smollm2 import packaged_heads
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.rank_tree import count_ranks, draft_rows
 from specdec.heads.medusa import MedusaHeads
@@ -247,10 +248,10 @@ class TunedTree:
 
 
 def own_heads(model: Any) -> Path | None:
-    """The folder of the heads that stand in the model's own folder, if it has such heads."""
+    """The folder `medusa` in the model's own folder, else the heads that the package holds for the model."""
     name = model.config.name_or_path
     folder = Path(name) / FOLDER
-    return folder if name and folder.is_dir() else None
+    return folder if name and folder.is_dir() else packaged_heads(name)
 
 
 def default_accuracies(num_heads: int, num_ranks: int = 10) -> list[list[float]]:

@@ -16,6 +16,7 @@ from specdec.attention.choice import AttentionLike, check_attention
 from specdec.budget import Budget
 from specdec.capability import Capability, check_mode
 from specdec.capture.store import GraphMode, check_graph_mode
+from specdec.compiled.passes import CompileMode, check_compile_mode
 from specdec.drafters import DRAFTERS, AutoDrafter, DraftModelDrafter, MergedDrafter
 from specdec.drafters.base import Drafter
 from specdec.explaining import explain
@@ -44,7 +45,7 @@ def accelerate(
     near_tie_guard: bool | float = False,
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
-    compiled: bool = False,
+    compiled: CompileMode = False,
     deterministic: bool = False,
 ) -> SpeculativeModel:
     """Wraps a causal LM so that `generate()` gives the same tokens sooner.
@@ -65,8 +66,8 @@ def accelerate(
         budget: Takes the place of the budget that `max_nodes` would make.
         cuda_graphs: Replay whole steps as CUDA graphs: `"auto"` where that is possible, True to demand it, False for
             never. `"eager"` runs the same step of static shapes without capturing it, on any device, for tests.
-        compiled: Compile the model's passes ahead of time, which takes half a minute once per model and machine; see
-            docs/compiled.md.
+        compiled: Compile the model's passes ahead of time, which takes minutes once per model and machine. `"auto"`:
+            use what was compiled before, else compile in the background while eager passes run; see docs/compiled.md.
         deterministic: Choose drafts and tree sizes by the call's own text alone, not by the clock nor by what earlier
             calls taught: the same call gives the same tokens in every process, in bfloat16 and float16 too; see
             docs/exactness.md.
@@ -109,7 +110,7 @@ def speculate(
     near_tie_guard: bool | float = False,
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
-    compiled: bool = False,
+    compiled: CompileMode = False,
     deterministic: bool = False,
     streamer: Any = None,
     trace: bool = False,
@@ -153,12 +154,13 @@ def _speculation(
     near_tie_guard: bool | float,
     budget: Budget | None,
     cuda_graphs: GraphMode,
-    compiled: bool,
+    compiled: CompileMode,
     deterministic: bool,
 ) -> Speculation:
     check_mode(capability)
     check_attention(attention)
     check_graph_mode(cuda_graphs)
+    check_compile_mode(compiled)
     drafter, verifier = resolve_drafter(drafter), resolve_verifier(verifier)
     check_guard(near_tie_guard, verifier)
     budget = budget or Budget(max_nodes)

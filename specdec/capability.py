@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicCache, get_layer_types_and_kwargs
 
+from specdec import capability_store
 from specdec.attention.choice import AttentionChoice, AttentionLike, candidates, choice_for
 from specdec.chain_target import ChainTarget
+from specdec.compat import CACHE, cache_layers
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.masks import MaskFormat
-from specdec.rounding import differ
-from specdec.target import CausalLM, TargetModel, TreeTarget, accepts, input_device
-from specdec.tree import TokenTree
+from specdec.probing import DOUBTFUL, Trial, branching, chain, first_problem, is_passing, prompts_of
+from specdec.rounding import remember_noise, typical_noise
+from specdec.target import CausalLM, TreeTarget, accepts, input_device
 
 Mode = Literal["tree", "chain", "plain"]
 MODES: tuple[Mode, ...] = ("tree", "chain", "plain")
@@ -36,7 +40,8 @@ class Capability:
         mask_format: How the model takes tree masks; None unless `mode` is `"tree"`.
         attention: Backends that compute tree attention rightly for this model; of several the fastest is used.
         rejected: Backends that were tried too, and why they are not used.
-        rounding: How far the logits of a wide pass were from those of passes over one token; None where not tried.
+        rounding: How far logits of a wide pass are from those of passes over one token, root mean square, in units of
+            logits; None where not tried.
         cuda_graphs: Whether steps are replayed as CUDA graphs, and why not, in words; empty where it is not told.
         compiled: Whether passes are compiled, and why not, in words; empty where that is not asked for.
     """
@@ -95,8 +100,10 @@ def check_mode(mode: str) -> None:
 def probe(model: CausalLM, mode: str = "auto", attention: AttentionLike = "auto") -> Capability:
     """Tells how `model` can be run ahead, by comparing a tiny tree with the same paths run one token at a time.
 
-    A tree of seven nodes over two left-padded rows goes through the public forward; one row keeps a path of three
-    nodes, the other only the root, and a second tree follows. If all logits are those of plain decoding, trees it is;
+    Seven passes: a tree of five nodes goes through the public forward in several left-padded rows that differ in some
+    tokens; rows keep different paths, and a second tree follows. Tokens that are not before a node must leave its
+    logits bit for bit as they are, others must move them, and all logits must be those of plain decoding up to the
+    model's own rounding noise: the difference between its prefill and its passes over one token. If so, trees it is;
     if not, the same is tried with a chain; if that is wrong too, plain decoding is left. The answer is kept per model,
     attention implementation and dtype.
 
@@ -126,7 +133,17 @@ def _found(model: CausalLM, mode: str, attention: AttentionLike) -> Capability:
     key = (mode, names, implementation, model.dtype, model.training)
     known = _KNOWN.setdefault(model, {})
     if key not in known:
-        known[key] = _demanded_tree(model, names) if mode == "tree" else _probe(model, names)
+        file = capability_store.file_of(model, key)
+        if stored := capability_store.read(file, model):
+            return known.setdefault(key, stored)
+        try:
+            known[key] = _demanded_tree(model, names) if mode == "tree" else _probe(model, names)
+        except Exception as error:
+            if not is_passing(error):
+                raise
+            return Capability("plain", f"the probe failed, and is tried again: {type(error).__name__}: {error}")
+        if known[key].mode != "plain":
+            capability_store.write(file, model, known[key])
     return known[key]
 
 
@@ -140,18 +157,18 @@ def _demanded_tree(model: CausalLM, names: tuple[str, ...]) -> Capability:
 def _mask_formats(model: CausalLM) -> tuple[list[MaskFormat], str | None]:
     """Ways to hand this model a tree mask, the likeliest first, or why there is none."""
     try:
-        types, kwargs = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+        layers = cache_layers(model.config.get_text_config(decoder=True))
     except Exception as error:  # configs of remote code may lack what transformers reads
         return [], f"its layers cannot be told from its config ({type(error).__name__}: {error})"
-    kinds = tuple(dict.fromkeys(kind for kind in types if kind != "dummy"))
+    kinds = tuple(dict.fromkeys(kind for kind, _ in layers if kind != "dummy"))
     if other := set(kinds) - ATTENTION_LAYER_TYPES:
         return [], f"it has {', '.join(sorted(other))} layers"
     if missing := [name for name in ("attention_mask", "position_ids") if not accepts(model, name)]:
         return [], f"its forward takes no {' and no '.join(missing)}"
     reach: dict[str, set[int]] = {"sliding_attention": set(), "chunked_attention": set()}
-    for kind, kwarg in zip(types, kwargs, strict=True):
+    for kind, settings in layers:
         if kind in reach:
-            reach[kind].add(kwarg["sliding_window"])
+            reach[kind].add(settings["sliding_window"])
     if any(len(values) > 1 for values in reach.values()):
         return [], "its layers have windows of different lengths"
     window, chunk = (next(iter(values), None) for values in reach.values())
@@ -162,7 +179,31 @@ def _mask_formats(model: CausalLM) -> tuple[list[MaskFormat], str | None]:
 
 
 def _probe(model: CausalLM, names: tuple[str, ...]) -> Capability:
-    found: list[Capability] = []
+    """Tries a prompt, and a second one where the first leaves a doubt.
+
+    Raises:
+        Exception: One that may pass, such as a lack of memory.
+    """
+    with kept_generators(model):
+        found, is_doubtful = _tried(model, names, seed=0)
+        if is_doubtful:
+            found, _ = _tried(model, names, seed=1)
+    return found
+
+
+@contextmanager
+def kept_generators(model: CausalLM) -> Iterator[None]:
+    """Restores the random generators: models in training mode draw in each pass."""
+    device = input_device(model)
+    devices = [device] if device.type not in ("cpu", "meta") else []
+    kind = device.type if devices else "cuda"
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        yield
+
+
+def _tried(model: CausalLM, names: tuple[str, ...], seed: int) -> tuple[Capability, bool]:
+    """What one prompt tells, and whether it was a close call."""
+    found: list[tuple[Capability, bool]] = []
 
     def inside(
         model: CausalLM,
@@ -173,13 +214,10 @@ def _probe(model: CausalLM, names: tuple[str, ...]) -> Capability:
         **model_kwargs: Any,
     ) -> Tensor:
         model_kwargs = {k: v for k, v in model_kwargs.items() if k not in ("synced_gpus", "streamer")}
-        found.append(_compare(_Trial(model, input_ids, generation_config, model_kwargs), names))
+        found.append(_compare(Trial(model, input_ids, generation_config, model_kwargs, seed), names))
         return input_ids
 
-    vocab = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.tensor([[11 + 7 * i for i in range(9)], [13 + 5 * i for i in range(9)]]) % vocab
-    mask = torch.ones_like(ids)
-    mask[1, :3] = 0
+    ids, mask = prompts_of(model.config.get_text_config(decoder=True).vocab_size, seed)
     try:
         with torch.no_grad():
             model.generate(
@@ -192,127 +230,45 @@ def _probe(model: CausalLM, names: tuple[str, ...]) -> Capability:
                 custom_generate=inside,
             )
     except Exception as error:
-        return Capability("plain", f"the probe failed: {type(error).__name__}: {error}")
+        if is_passing(error):
+            raise
+        return Capability("plain", f"the probe failed: {type(error).__name__}: {error}"), False
     return found[0]
 
 
-@dataclass
-class _Trial:
-    """The probe's prompt as `generate` prepared it, and its reference logits."""
-
-    model: CausalLM
-    input_ids: Tensor
-    generation_config: GenerationConfig
-    model_kwargs: dict[str, Any]
-    rounding: float = 0.0
-
-    def fresh_kwargs(self) -> dict[str, Any]:
-        config = self.model.config.get_text_config(decoder=True)
-        return {**self.model_kwargs, "past_key_values": DynamicCache(config=config)}
-
-    def plain(self, tokens: Tensor) -> Tensor:
-        """Logits of plain decoding fed with given tokens, `[batch, steps] -> [batch, steps, vocab]`."""
-        kwargs = self.fresh_kwargs()
-        ids = self.input_ids
-        outputs = self.model._prefill(ids, self.generation_config, kwargs)
-        steps = []
-        for column in tokens.split(1, dim=1):
-            kwargs = self.model._update_model_kwargs_for_generation(outputs, kwargs)
-            ids = torch.cat([ids, column], dim=1)
-            outputs = self.model(
-                **self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs), return_dict=True
-            )
-            steps.append(outputs.logits[:, -1].float())
-        return torch.stack(steps, dim=1)
-
-    def differs(self, mine: Tensor, reference: Tensor) -> bool:
-        """Whether logits differ by more than rounding."""
-        self.rounding = max(self.rounding, float((mine.float() - reference).abs().max()))
-        return differ(mine, reference, self.model.dtype)
-
-
-def _compare(trial: _Trial, names: tuple[str, ...]) -> Capability:
-    if trial.model_kwargs.get("past_key_values") is None:
-        return Capability("plain", "it keeps no cache that transformers can hand to it")
-    device = trial.input_ids.device
-    vocab = trial.model.config.get_text_config(decoder=True).vocab_size
-    r, a, b, c, d, e, f, x, y, z = ((17 + 9 * i) % vocab for i in range(10))
-    first, second = [r, a, b, c, d, e, f], [x, y, z]
-    runs = [
-        [[r, a, c, f, f], [r, a, c, f, f]],
-        [[r, a, d, x, y], [r, x, y, y, y]],
-        [[r, b, e, e, e], [r, b, e, e, e]],
-        [[r, a, d, x, z], [r, x, z, z, z]],
-        [[r, x, y, y, y], [r, x, y, y, y]],
-    ]
-    reference = [trial.plain(torch.tensor(run, device=device)) for run in runs]
+def _compare(trial: Trial, names: tuple[str, ...]) -> tuple[Capability, bool]:
+    if trial.model_kwargs.get(CACHE) is None:
+        return Capability("plain", "it keeps no cache that transformers can hand to it"), False
+    trial.run_reference()
     formats, problem = _mask_formats(trial.model)
+    nearest = math.inf
     for mask_format in formats:
-        problems, rounding = {}, 0.0
+        problems, largest = {}, 0.0
         for name in names:
-            trial.rounding = 0.0
+            trial.largest = 0.0
             attention = None if name == "model" else choice_for(trial.model, (name,))
-            kwargs = trial.fresh_kwargs()
-            target = TreeTarget(trial.model, trial.generation_config, kwargs, mask_format, attention=attention)
-            problems[name] = _first_problem(_branching(target, trial, first, second, reference), trial)
-            rounding = rounding if problems[name] else max(rounding, trial.rounding)
+            arguments = trial.model, trial.generation_config, trial.fresh_kwargs(), mask_format
+            target = TreeTarget(*arguments, attention=attention)
+            problems[name] = first_problem(partial(branching, target, trial))
+            if problems[name] is None:
+                largest = max(largest, trial.largest)
+            elif trial.largest > 0:
+                nearest = min(nearest, trial.largest)
         right = tuple(name for name in names if problems[name] is None)
         if right:
+            noise = max(largest, typical_noise(trial.model.dtype))
+            remember_noise(trial.model, trial.model.dtype, noise)
             rejected = {name: why for name, why in problems.items() if why is not None}
             reason = "a branching tree gives the logits of plain decoding"
-            return Capability("tree", reason, mask_format, right, rejected, rounding)
+            return Capability("tree", reason, mask_format, right, rejected, noise * trial.spread), False
         problem = "; ".join(f"{name}: {why}" if len(names) > 1 else str(why) for name, why in problems.items())
-    trial.rounding = 0.0
-    chain = ChainTarget(trial.model, trial.generation_config, trial.fresh_kwargs())
-    chain_problem = _first_problem(_chain(chain, trial, [r, a, c], [x, y], reference), trial)
+    is_doubtful = trial.is_rounding(nearest, DOUBTFUL)
+    trial.largest = 0.0
+    chains = ChainTarget(trial.model, trial.generation_config, trial.fresh_kwargs())
+    chain_problem = first_problem(partial(chain, chains, trial))
+    noise = max(trial.noise if chain_problem else trial.largest, typical_noise(trial.model.dtype))
+    rounding = noise * trial.spread
     if chain_problem is None:
-        return Capability("chain", f"no branching trees: {problem}", rounding=trial.rounding)
-    return Capability("plain", f"no branching trees: {problem}; no chains: {chain_problem}")
-
-
-def _first_problem(steps: Callable[[], Iterator[tuple[str, Tensor, Tensor]]], trial: _Trial) -> str | None:
-    try:
-        for what, mine, reference in steps():
-            if trial.differs(mine, reference):
-                return f"{what} differ from plain decoding's"
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return None
-
-
-def _branching(
-    target: TargetModel, trial: _Trial, first: list[int], second: list[int], reference: list[Tensor]
-) -> Callable[[], Iterator[tuple[str, Tensor, Tensor]]]:
-    def steps() -> Iterator[tuple[str, Tensor, Tensor]]:
-        target.prefill(trial.input_ids)
-        tree = TokenTree.from_rows([first] * 2, [[-1, 0, 0, 1, 1, 2, 3]] * 2).to(trial.input_ids.device)
-        logits = target.forward(tree)
-        yield "a tree's logits", logits[:, [0, 1, 3, 6]], reference[0][:, :4]
-        yield "a tree's logits", logits[:1, [0, 1, 4]], reference[1][:1, :3]
-        yield "a tree's logits", logits[:, [0, 2, 5]], reference[2][:, :3]
-        target.commit([[0, 1, 4], [0]])
-        tree = TokenTree.from_rows([second] * 2, [[-1, 0, 0]] * 2).to(trial.input_ids.device)
-        logits = target.forward(tree)
-        for branch, run in ((1, reference[1]), (2, reference[3])):
-            yield "logits after a commit", logits[0, [0, branch]], run[0, 3:5]
-            yield "logits after a rollback", logits[1, [0, branch]], run[1, 1:3]
-
-    return steps
-
-
-def _chain(
-    target: TargetModel, trial: _Trial, first: list[int], second: list[int], reference: list[Tensor]
-) -> Callable[[], Iterator[tuple[str, Tensor, Tensor]]]:
-    def steps() -> Iterator[tuple[str, Tensor, Tensor]]:
-        device = trial.input_ids.device
-        target.prefill(trial.input_ids)
-        past = target.past
-        if past is None or not past.is_croppable:
-            raise NotImplementedError("its cache holds states that cannot be rolled back")
-        logits = target.forward(TokenTree.from_rows([first] * 2, [[-1, 0, 1]] * 2).to(device))
-        yield "a chain's logits", logits, reference[0][:, :3]
-        target.commit([[0], [0]])
-        logits = target.forward(TokenTree.from_rows([second] * 2, [[-1, 0]] * 2).to(device))
-        yield "logits after a rollback", logits, reference[4][:, 1:3]
-
-    return steps
+        return Capability("chain", f"no branching trees: {problem}", rounding=rounding), is_doubtful
+    reason = f"no branching trees: {problem}; no chains: {chain_problem}"
+    return Capability("plain", reason, rounding=rounding), is_doubtful

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from specdec.compat import CACHE
 from specdec.sequences import Sequences
 from specdec.target import TargetModel
 from specdec.tree import TokenTree
@@ -46,9 +47,9 @@ class ChainTarget(TargetModel):
             inputs["position_ids"] = self.positions + torch.arange(nodes, device=self.positions.device)
         outputs = self.model(
             input_ids=tree.tokens,
-            past_key_values=self._cache(),
             use_cache=True,
             return_dict=True,
+            **{CACHE: self._cache()},
             **inputs,
             **self.extra,
         )

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.attention.choice import AttentionLike
 from specdec.budget import Budget
@@ -21,15 +21,19 @@ from specdec.capture.step import step_for
 from specdec.capture.store import GraphMode, acquire, check_demand, describe
 from specdec.capture.target import StaticTarget
 from specdec.chain_target import ChainTarget
-from specdec.compiled.passes import begin_compiled, describe_compiled
+from specdec.compat import CACHE, decoding_method, eos_tokens, is_handed_in, pad_token
+from specdec.compiled.auto import begin_passes, describe_compiled
+from specdec.compiled.passes import CompileMode
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
 from specdec.drafting import GuardedDrafter
+from specdec.fallback import FallbackWarning as FallbackWarning
+from specdec.fallback import UnexpectedFallbackWarning, remedy, takes_drafts
 from specdec.hidden_states import HiddenStates
 from specdec.limits import length_limit
 from specdec.near_ties import HALF, NearTies, gap_of
 from specdec.noise import NoiseQueue
-from specdec.obstacles import foreign_inputs, impossible
+from specdec.obstacles import NO_CACHE, foreign_inputs, impossible
 from specdec.ranks import Ranks, obstacle
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
@@ -39,10 +43,6 @@ from specdec.streaming import StreamFeeder
 from specdec.target import CacheNotFilledError, CausalLM, TargetModel, TreeTarget, embedding_rows
 from specdec.trace import Trace
 from specdec.verifiers.base import Verifier
-
-
-class FallbackWarning(UserWarning):
-    """The model's own `generate` did the work, because the call cannot be speculated on."""
 
 
 class Speculation:
@@ -74,7 +74,7 @@ class Speculation:
         attention: AttentionLike = "auto",
         near_tie_guard: bool | float = False,
         cuda_graphs: GraphMode = "auto",
-        compiled: bool = False,
+        compiled: CompileMode = False,
         deterministic: bool = False,
     ) -> None:
         self.drafter = drafter
@@ -123,19 +123,25 @@ class Speculation:
     def capability_of(self, model: CausalLM) -> Capability:
         """How a model is run ahead."""
         found = probe(model, self.capability, self.attention)
-        compiled = describe_compiled(model, found) if self.compiled else ""
+        compiled = describe_compiled(model, found, self.compiled)
         graphs = describe(model, self.cuda_graphs) if found.mode == "tree" else ""
         return replace(found, cuda_graphs=graphs, compiled=compiled)
 
-    def begin_fallback(self, reason: str) -> None:
-        """Starts a report of a call that the model's own `generate` does, and warns once per reason."""
+    def begin_fallback(self, reason: str, unexpected_of: CausalLM | None = None) -> None:
+        """Starts a report of a call that the model's own `generate` does, and warns once per reason.
+
+        Args:
+            reason: Why, in words.
+            unexpected_of: The model, where the reason lies in how it ran and not in what the caller asked for.
+        """
         self.report = self._new_report()
         self.report.fallback, self.report.capability = reason, "plain"
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(
-                f"generating without speculation: {reason}. The result is the same.", FallbackWarning, stacklevel=3
-            )
+            text, category = f"generating without speculation: {reason}. The result is the same.", FallbackWarning
+            if unexpected_of is not None and takes_drafts(unexpected_of):
+                text, category = f"{text} {remedy(unexpected_of)}", UnexpectedFallbackWarning
+            warnings.warn(text, category, stacklevel=3)
 
     @torch.no_grad()
     def __call__(
@@ -169,6 +175,7 @@ class Speculation:
         draws = self.verifier.guarantee == "distribution" and generation_config.do_sample
         reason = reason or obstacle(model, draws or self.verifier.judges_steps)
         capability = probe(model, self.capability, self.attention) if reason is None else Capability("plain", reason)
+        is_unexpected = capability.mode == "plain" and self.capability == "auto" and reason in (None, NO_CACHE)
         if self.deterministic:  # among several backends the fastest would be measured
             capability = replace(capability, attention=capability.attention[:1])
         keep_cache = _keeps_cache(generation_config, model_kwargs)
@@ -182,8 +189,9 @@ class Speculation:
                 "plain", "rows keep the same number of tokens per step, and steps are judged by row"
             )
         prepared = (model, input_ids, logits_processor, stopping_criteria, generation_config)
+        rest = synced_gpus, streamer, model_kwargs
         if capability.mode == "plain" or (capability.mode == "chain" and self.drafter is None):
-            return self._plain(capability.reason, *prepared, synced_gpus, streamer, model_kwargs)
+            return self._plain(capability.reason, is_unexpected, *prepared, *rest)
         self.report = self._new_report()
         self.report.capability = capability.mode
         target = self.target_for(model, generation_config, model_kwargs, capability, keep_cache, input_ids.device)
@@ -191,7 +199,7 @@ class Speculation:
             is_traced = trace or self.is_traced
             return self._speculate(target, input_ids, logits_processor, stopping_criteria, streamer, is_traced)
         except CacheNotFilledError as error:
-            return self._plain(str(error), *prepared, synced_gpus, streamer, model_kwargs)
+            return self._plain(str(error), True, *prepared, *rest)
         finally:
             if capability.mode == "tree":
                 self.report.attention = capability.attention_of(model, self.attention)
@@ -208,12 +216,11 @@ class Speculation:
     ) -> TargetModel:
         """The model as this call runs it: on trees, captured if possible, or on chains."""
         if capability.mask_format is None:
-            if self.compiled:
-                begin_compiled(model, capability)  # tells why not
+            begin_passes(model, capability, self.compiled)  # tells why not
             check_demand(self.cuda_graphs, f"it runs on chains, because {capability.reason}")
             return ChainTarget(model, config, model_kwargs)
         nodes = self.budget.max_nodes if self.drafter else 1
-        compiled = begin_compiled(model, capability) if self.compiled else None
+        compiled = begin_passes(model, capability, self.compiled)
         attention = None if compiled is not None else capability.choice(model)
         arguments = model, config, model_kwargs, capability.mask_format, keep_cache, nodes, attention
         store = acquire(model, self.cuda_graphs, device)
@@ -225,12 +232,13 @@ class Speculation:
         else:
             target = StaticTarget(*arguments, store)
         target.compiled = compiled
-        target.manner += "" if compiled is None else ", compiled"
+        target.manner += "" if compiled is None or compiled.is_eager else ", compiled"
         return target
 
     def _plain(
         self,
         reason: str,
+        is_unexpected: bool,
         model: CausalLM,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
@@ -241,9 +249,8 @@ class Speculation:
         model_kwargs: dict[str, Any],
     ) -> Any:
         """The model's own decoding method."""
-        self.begin_fallback(reason)
-        mode = generation_config.get_generation_mode()
-        method: Any = getattr(type(model), GENERATION_MODES_MAPPING[mode], GenerationMixin._sample)
+        self.begin_fallback(reason, model if is_unexpected else None)
+        method = decoding_method(model, generation_config.get_generation_mode())
         extra = {"streamer": streamer} if streamer is not None else {}
         output = method(
             model,
@@ -278,7 +285,7 @@ class Speculation:
             report.trace = Trace(prompts, f"{report.drafter}, verifier {report.verifier}", report.guarantee)
         noise = NoiseQueue(len(input_ids), input_ids.device) if config.do_sample else None
         keep_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
-        pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
+        pad = pad_token(config)
         sampler = Sampler(processors, config.do_sample, sequences, noise, keep_scores)
         is_sampled_from = self.verifier.guarantee == "distribution" and config.do_sample
         near_ties = self._near_ties(target)
@@ -306,7 +313,7 @@ class Speculation:
             generated = [sequences.num_generated(row) for row in range(len(sequences))]
             report.num_generated_tokens = sum(generated)
             if self.compiled:
-                report.compiled = describe_compiled(target.model, self.capability_of(target.model))
+                report.compiled = self.capability_of(target.model).compiled
             if isinstance(target, StaticTarget):
                 report.cuda_graphs = target.store.describe()
             if noise is not None and not is_sampled_from:  # else the next call would repeat draws of the verifier
@@ -315,7 +322,7 @@ class Speculation:
         output = sequences.output(pad)
         if not config.return_dict_in_generate:
             return output
-        fields: dict[str, Any] = {"sequences": output, "past_key_values": past}
+        fields: dict[str, Any] = {"sequences": output, CACHE: past}
         if keep_scores:
             scores, logits = _by_position(decoder.kept_scores)
             fields |= {"scores": scores if config.output_scores else None}
@@ -346,7 +353,6 @@ class Speculation:
         needs = NO_NEEDS if drafter is None else drafter.needs(*of_call)
         if needs.hidden_states:
             target.hidden_states = HiddenStates(target.model)
-        ends: Tensor | None = target.generation_config._eos_token_tensor
         return GuardedDrafter(
             drafter,
             embedding_rows(target.model),
@@ -358,7 +364,7 @@ class Speculation:
             self.budget,
             self.verifier.judges_steps,
             self.verifier.asks_target,
-            frozenset([] if ends is None else ends.flatten().tolist()),
+            frozenset(eos_tokens(target.generation_config)),
             needs.top_tokens,
         )
 
@@ -382,5 +388,4 @@ def _by_position(rows: list[list[tuple[Tensor, Tensor]]]) -> tuple[tuple[Tensor,
 
 
 def _keeps_cache(config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:
-    past = model_kwargs.get("past_key_values")
-    return bool(config.return_dict_in_generate or getattr(past, "_is_user_defined", False))
+    return bool(config.return_dict_in_generate) or is_handed_in(model_kwargs.get(CACHE))

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 
 from specdec.cache_commit import move_slots
+from specdec.compat import DummyLayer, add_layers
 
 ATTENTION_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 GROWTH = 256
@@ -354,7 +355,7 @@ class TreeCache(Cache):
                 continue
             keys, values = theirs.keys, theirs.values
             if keys is None or values is None:
-                raise ValueError(f"past_key_values holds a {type(theirs).__name__}, whose tokens cannot be read")
+                raise ValueError(f"the kv cache handed in holds a {type(theirs).__name__}, whose tokens cannot be read")
             if not mine.is_initialized:
                 mine.lazy_initialization(keys, values)
             self.reserve(length)
@@ -377,8 +378,7 @@ def store(rows: Sequence[Sequence[tuple[Tensor, Tensor] | None]], past: Cache) -
         rows: Per row what `TreeCache.row` returned when the row ended. Shorter rows are filled up with zeros.
         past: The cache to fill; what it held is replaced.
     """
-    while len(past.layers) < len(rows[0]) and past.layer_class_to_replicate is not None:
-        past.layers.append(past.layer_class_to_replicate())
+    add_layers(past, len(rows[0]))
     layer: Any
     for index, layer in enumerate(past.layers):
         parts = [part for row in rows if (part := row[index]) is not None]

@@ -10,7 +10,10 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
 from specdec import kv_cache, sampling, stopping
+from specdec.compat import CACHE
 from specdec.target import DECODE_KWARGS_HANDLED, CausalLM
+
+NO_CACHE = "the model keeps no kv cache that could be rolled back"
 
 
 def foreign_inputs(model: CausalLM) -> str | None:
@@ -36,9 +39,9 @@ def impossible(
         return "use_cache is False"
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         return "attentions or hidden states of every pass are wanted"
-    past = model_kwargs.get("past_key_values")
+    past = model_kwargs.get(CACHE)
     if past is None:
-        return "the model keeps no kv cache that could be rolled back"
+        return NO_CACHE
     if not kv_cache.supports(past):
         return f"the kv cache is a {type(past).__name__}, not a DynamicCache"
     tensors = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from specdec.common.folders import cache_folder
 from specdec.tree import NODE_BUCKETS
 
 Shape = Mapping[int, float]
@@ -55,13 +55,6 @@ def _of_tokens(shape: Shape, tokens: int) -> float:
     return shape[tokens] if tokens in shape else shape[64] + (tokens - 64) / 32 * (shape[64] - shape[32])
 
 
-def cache_folder() -> Path:
-    """Where files for later processes go: `$SPECDEC_CACHE`, or `specdec` in the user's folder for caches."""
-    if own := os.environ.get("SPECDEC_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdec"
-
-
 def load_entries(model: nn.Module) -> list[Entry]:
     """What earlier processes have measured of this model on this device; nothing where the file is damaged."""
     try:
@@ -97,7 +90,7 @@ def _file(model: nn.Module) -> Path:
     weight = next(model.parameters(), torch.empty(0))
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else platform.machine()
     config = getattr(model, "config", None)
-    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    values: dict[str, Any] = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     values = {name: value for name, value in values.items() if name not in ("_name_or_path", "transformers_version")}
     told = [type(model).__name__, values, str(weight.dtype), device, torch.get_num_threads(), torch.__version__]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+SHORT_LINE = 240
+"""Characters up to which an object or a list of a results file stands on one line."""
+
 
 def circumstances() -> dict[str, Any]:
     """What a figure depends on besides the settings: time, command, hardware, versions, commit."""
@@ -91,6 +94,18 @@ def model_info(name: str, model: Any) -> dict[str, Any]:
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:
-    """Writes results, making the folder if it is missing."""
+    """Writes results, an entry of a list or a short object a line, making the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.write_text(_laid_out(results) + "\n", encoding="utf-8")
+
+
+def _laid_out(value: Any, depth: int = 0, in_list: bool = False) -> str:
+    text = json.dumps(value)
+    if in_list or len(text) <= SHORT_LINE or not isinstance(value, Mapping | list):
+        return text
+    margin = "\n" + " " * (depth + 1)
+    if isinstance(value, Mapping):
+        lines = [f"{json.dumps(key)}: {_laid_out(entry, depth + 1)}" for key, entry in value.items()]
+        return "{" + margin + f",{margin}".join(lines) + margin[:-1] + "}"
+    lines = [_laid_out(entry, depth + 1, in_list=True) for entry in value]
+    return "[" + margin + f",{margin}".join(lines) + margin[:-1] + "]"

@@ -22,10 +22,15 @@ class Settings:
 
     @classmethod
     def of(
-        cls, max_new_tokens: int = 128, do_sample: bool = False, temperature: float = 1.0, seed: int = 0
+        cls,
+        max_new_tokens: int = 128,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        seed: int = 0,
+        top_p: float = 1.0,
     ) -> Settings:
-        """Greedy decoding, or sampling from the target's whole distribution."""
-        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if do_sample else {}
+        """Greedy decoding, or sampling; from the target's whole distribution unless `top_p` is below 1."""
+        sampling = {"temperature": temperature, "top_k": 0, "top_p": top_p} if do_sample else {}
         return cls({"max_new_tokens": max_new_tokens, "do_sample": do_sample, "num_beams": 1, **sampling}, seed)
 
 
@@ -212,14 +217,13 @@ class Measurement:
         return {prompt: mine[prompt] / theirs[prompt] for prompt in mine}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """The settings and each method's summary, ready for JSON."""
         return {
             "reference": self.reference,
             "settings": asdict(self.settings),
             "methods": [asdict(row) for row in self.rows()],
             "failed": self.failed,
             "setup_seconds": self.setup_seconds,
-            "samples": [asdict(sample) for sample in self.samples],
         }
 
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache
 
 from specdec.attention.choice import AttentionChoice
 from specdec.attention.plan import TreePlan
 from specdec.attention.switch import switched_attention
+from specdec.compat import CACHE, cache_layers, prefill
 from specdec.experts import ExpertsSwitch
 from specdec.hidden_states import HiddenStates
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
@@ -25,6 +26,7 @@ from specdec.sequences import Sequences
 from specdec.tree import NODE_BUCKETS, TokenTree, padded_width
 
 if TYPE_CHECKING:
+    from specdec.compiled.auto import EagerPasses
     from specdec.compiled.passes import CompiledPasses
 
 MAX_NEW_SLOTS = 1024
@@ -34,14 +36,14 @@ CausalLM: TypeAlias = Any
 """A `PreTrainedModel` that is a `GenerationMixin`; transformers has no type for the two together."""
 
 DECODE_KWARGS_HANDLED = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
+    {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
 )
 """Arguments of the model's forward that a pass sets itself or that belong to the prefill."""
 
 
 def cache_layer_types(model: CausalLM) -> list[str]:
     """What each layer keeps between steps, in transformers' words (`"full_attention"`, `"linear_attention"`, ...)."""
-    return list(get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0])
+    return [kind for kind, _ in cache_layers(model.config.get_text_config(decoder=True))]
 
 
 def accepts(model: CausalLM, name: str) -> bool:
@@ -99,10 +101,10 @@ class TargetModel(ABC):
         self.model = model
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
-        self.past: Cache | None = model_kwargs.get("past_key_values")
+        self.past: Cache | None = model_kwargs.get(CACHE)
         self.device = torch.device("cpu")
         self.hidden_states: HiddenStates | None = None
-        self.compiled: CompiledPasses | None = None
+        self.compiled: CompiledPasses | EagerPasses | None = None
         self.extra = {
             name: value
             for name, value in model_kwargs.items()
@@ -119,8 +121,8 @@ class TargetModel(ABC):
             CacheNotFilledError: The prompt is not in the cache; the caller's own cache is as it was.
         """
         self.device = input_ids.device
-        kwargs = {**self.model_kwargs, "past_key_values": self._start_cache(input_ids)}
-        logits = self.model._prefill(input_ids, self.generation_config, kwargs).logits[:, -1:]
+        kwargs = {**self.model_kwargs, CACHE: self._start_cache(input_ids)}
+        logits = prefill(self.model, input_ids, self.generation_config, kwargs).logits[:, -1:]
         self._end_prefill(input_ids)
         if self.hidden_states is not None:
             self.hidden_states.keep_last()
@@ -287,7 +289,7 @@ class TreeTarget(TargetModel):
             return self.run_pass(tree.tokens, mask, positions)
 
     def compile_passes(self, tokens: Tensor) -> None:
-        if self.compiled is None:
+        if self.compiled is None or self.compiled.is_eager:
             return
         for nodes in (1, 2)[: self.max_nodes]:
             trial = tokens.expand(-1, nodes)
@@ -309,7 +311,7 @@ class TreeTarget(TargetModel):
         self.experts.use_for(tokens.shape[1])
         inputs: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
         inputs |= {"position_ids": positions} if positions is not None else {}
-        inputs |= {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True, "return_dict": True}
+        inputs |= {"input_ids": tokens, CACHE: self.cache, "use_cache": True, "return_dict": True}
 
         def as_it_is() -> tuple[Tensor, Tensor | None]:
             logits: Tensor = self.model(**inputs, **self.extra).logits

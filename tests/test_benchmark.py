@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +304,8 @@ def results_of(speeds: dict[str, list[float]]) -> dict[str, Any]:
         for method, of_method in speeds.items()
         for i, speed in enumerate(of_method)
     ]
-    return {"parts": {"greedy": Measurement(next(iter(speeds)), Settings({}), samples).to_dict()}}
+    found = Measurement(next(iter(speeds)), Settings({}), samples).to_dict()
+    return {"parts": {"greedy": {**found, "samples": [asdict(sample) for sample in samples]}}}
 
 
 BASE = [100.0, 110.0, 90.0, 120.0, 105.0, 95.0, 130.0, 80.0]

@@ -91,7 +91,7 @@ def test_command_writes_tables_figures_and_the_readme(folder: Path, tmp_path: Pa
         "".join(json.dumps({"prompt": PROMPT + str(i), "category": "ab"[i % 2]}) + "\n" for i in range(3))
     )
     json_file, output = tmp_path / "tiny.json", tmp_path / "out"
-    args = ["bench", "--model", folder, "--prompts", prompts, "--limit", 2, "--tokens", 6, "--random"]
+    args = ["bench", "--model", folder, "--prompts", prompts, "--limit", 2, "--tokens", 6, "--random", "--top-p", 0.9]
     args += [
         "--no-compiled",
         "--drafter",
@@ -104,10 +104,18 @@ def test_command_writes_tables_figures_and_the_readme(folder: Path, tmp_path: Pa
     result = call(*args, "--output", output)
     assert result.exit_code == 0, result.output
     assert "specdec lookahead max_depth=4" in result.output
-    found = load_results(json_file)
+    found = json.loads(json_file.read_text())
+    assert "samples" not in found["parts"]["greedy"]
+    with pytest.raises(ValueError, match="a summary without samples"):
+        load_results(json_file)
     assert set(found["parts"]) == {"greedy", "sampled", "incompressible"}
     assert found["num_prompts"] == 2
     assert {"hardware", "versions", "commit", "models", "command", "benchmark"} <= set(found)
+    assert found["parts"]["sampled"]["settings"]["arguments"]["top_p"] == 0.9
+    table = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))["measured_table"]
+    header, _, *rows = table(found, ["greedy", "categories"]).splitlines()
+    assert header == "| method | tokens per pass | a | b |"
+    assert [line.count("×") for line in rows[:3]] == [2, 2, 2]
     for part in found["parts"].values():
         rows = {row["method"]: row for row in part["methods"]}
         assert rows["specdec lookahead max_depth=4"]["num_identical"] == 2
@@ -121,7 +129,7 @@ def test_command_writes_tables_figures_and_the_readme(folder: Path, tmp_path: Pa
     assert "![speedup](speedup.png)" in text
     assert "approximate: the output may differ" in text
 
-    same = call("bench", "--compare", json_file, output)
+    same = call("bench", "--compare", output, output)
     assert same.exit_code == 0, same.output
     assert "faster" not in same.output and "slower" not in same.output
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import specdec
 from specdec import capability
 from specdec.capability import Capability, probe
+from specdec.compat import CACHE
 from specdec.generation import FallbackWarning
 from specdec.masks import MaskFormat
 from tests.conformance import Answers, OracleDrafter, RandomTreeDrafter, assert_identical
@@ -113,8 +114,8 @@ def test_chain_leaves_the_cache_as_plain_decoding_does() -> None:
     fast = specdec.accelerate(model, OracleDrafter(answers, decoys=False), capability="chain", strict=True)
     got = fast.generate(**SINGLE, **kwargs)
     assert got.sequences.tolist() == expected.sequences.tolist()
-    assert got.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
-    for mine, theirs in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    assert got[CACHE].get_seq_length() == expected[CACHE].get_seq_length()
+    for mine, theirs in zip(got[CACHE].layers, expected[CACHE].layers, strict=True):
         torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-5, rtol=1e-4)
 
 
@@ -154,10 +155,8 @@ def test_low_precision_passes_the_probe() -> None:
 class IgnoresPositions(tf.LlamaForCausalLM):
     """Makes its own positions of the length of the cache, as some models of remote code do."""
 
-    def forward(
-        self, input_ids: Any = None, position_ids: Any = None, past_key_values: Any = None, **kwargs: Any
-    ) -> Any:
-        return super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+    def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids=input_ids, **kwargs)
 
 
 class IgnoresMasks(tf.LlamaForCausalLM):
@@ -170,10 +169,10 @@ class IgnoresMasks(tf.LlamaForCausalLM):
 class Broken(tf.LlamaForCausalLM):
     """Takes one token at a time only."""
 
-    def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is not None and past_key_values.get_seq_length() and input_ids.shape[1] > 1:
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        if kwargs.get(CACHE) is not None and kwargs[CACHE].get_seq_length() and input_ids.shape[1] > 1:
             raise NotImplementedError("one token at a time")
-        return super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+        return super().forward(input_ids=input_ids, **kwargs)
 
 
 @pytest.mark.parametrize("model_class", [IgnoresPositions, IgnoresMasks, Broken])

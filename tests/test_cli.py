@@ -38,11 +38,11 @@ def save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def save_model(folder: Path, layers: int, seed: int) -> Path:
+def save_model(folder: Path, layers: int, seed: int, positions: int = 512) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
-        max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        max_position_embeddings=positions, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)
@@ -254,6 +254,19 @@ def test_chat_needs_a_template(target: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_chat_template_is_applied_where_there_is_one(target: Path, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "chat", layers=2, seed=0)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}=")
+    args = ["--model", folder, "--max-new-tokens", 12]
+    applied, raw = call("generate", PROMPT, *args), call("generate", PROMPT, *args, "--raw")
+    assert "the model's chat template is applied; --raw" in applied.stderr
+    assert applied.stdout == call("generate", PROMPT + "=", *args, "--raw").stdout != raw.stdout
+    assert raw.stdout == completion(target, max_new_tokens=12) + "\n"
+    assert "template" not in raw.stderr
+    assert "template" not in call("generate", PROMPT, *args, "--chat").stderr
+    assert json.loads(call("generate", PROMPT, *args, "--report", "json").stderr)
+
+
 def test_demo(target: Path, draft: Path, prompt_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "demo.json"
     result = call(
@@ -269,16 +282,41 @@ def test_demo(target: Path, draft: Path, prompt_file: Path, tmp_path: Path) -> N
         "specdec off",
         "specdec lookahead",
         "specdec draft model",
+        "specdec auto",
     ]
     rows = {row["method"]: row for row in written["methods"]}
-    assert list(rows) == [*names, "lookahead, shared memory"]
+    assert list(rows) == names
     assert all(row["num_runs"] == 2 for row in rows.values())
     assert all(rows[name]["num_identical"] == 2 for name in rows if "HF" not in name or name == "HF generate")
-    assert len(written["samples"]) == 14
+    assert "samples" not in written
     assert {"hardware", "versions", "commit", "settings", "models"} <= set(written)
     assert all(name in result.output for name in rows)
     assert "prompt 2/2, tokens/s: HF generate" in result.output
-    assert "file.py:0, completed with specdec lookahead" in result.output
+    assert "file.py:0, specdec auto" in result.output
+    assert "Left out: Medusa (no heads for this model)." in result.output
+
+
+def test_demo_of_a_chat_model_in_the_fastest_precision(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "chat", layers=1, seed=0, positions=2048)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}=")
+    result = call("demo", "--model", folder, "--prompts", 2, "--tokens", 4)
+    assert result.exit_code == 0, result.output
+    assert "A pass over one token on this CPU: " in result.output
+    assert "HF assisted and a draft model (no smaller model is at hand" in result.output
+    assert "> Write a" in result.output or "> " in result.output
+    if ", bfloat16)" in result.output:
+        assert "for 2 of 2 prompts" in result.output
+
+
+def test_demo_without_smollm2_shows_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Path:
+        raise FileNotFoundError("smollm2 was not found; install it")
+
+    monkeypatch.setattr("specdec.common.smollm2.smollm2_path", missing)
+    result = call("demo", "--prompts", 1, "--tokens", 4)
+    assert result.exit_code == 0, result.output
+    assert "The small embedded model is shown, as smollm2 was not found; install it." in result.output
+    assert call("demo", "--model", "smollm2").exit_code == 2
 
 
 def test_live_display_follows_the_runs() -> None:
@@ -288,7 +326,7 @@ def test_live_display_follows_the_runs() -> None:
     with LiveDisplay(console, ["A", "B"], num_prompts=1) as display:
         display.warmed_up("A", None)
         display.warmed_up("B", "it broke")
-        display.ran(Sample("A", "file.py:1", 0, [[1]], 8, 2.0, 0.5, 4), "x = [1]\ny = 2")
+        display.ran(Sample("A", "file.py:1", 0, [[1]], 8, 2.0, 0.5, 4), [("x = ", False), ("[1]\ny = 2", True)])
         console.print(display._screen())
     shown = console.export_text()
     assert "4 tokens/s, 2.00 per pass" in shown
@@ -328,7 +366,7 @@ def test_demo_marks_a_completion_in_which_drafting_rests(
     monkeypatch.setattr(Budget, "nodes_to_draft", lambda budget: 1)
     result = call("demo", "--model", target, "--prompt-file", prompt_file, "--prompts", 1, "--tokens", 8)
     assert result.exit_code == 0, result.output
-    assert "completed with specdec lookahead" in result.output
+    assert "file.py:0, specdec auto" in result.output
 
 
 def test_pieces_keep_the_text_and_its_origin(target: Path) -> None:

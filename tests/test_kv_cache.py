@@ -14,6 +14,7 @@ from torch import Tensor
 import specdec
 from specdec import kv_cache
 from specdec.budget import Budget
+from specdec.compat import CACHE
 from specdec.kv_cache import TreeCache, TreeLayer
 from specdec.target import TreeTarget
 from tests.conformance import RandomTreeDrafter, reference
@@ -30,7 +31,7 @@ def plain_cache(model: Any, tokens: Sequence[int], padding: int) -> list[tuple[T
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = tf.DynamicCache()  # without the config its layers have no window and keep everything
     with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: cache})
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
@@ -127,7 +128,7 @@ def test_memory_is_that_of_plain_decoding_and_the_tree(new_tokens: int, monkeypa
     assert fast.capability.mode == "tree"
     monkeypatch.setattr(TreeCache, "end_prefill", remember)
     out = fast.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=None, return_dict_in_generate=True)
-    layers = out.past_key_values.layers
+    layers = out[CACHE].layers
     plain = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
     # The last token of the output is in no cache, but there is a slot for it.
     assert caches[0].nbytes <= plain + (max_nodes + 1) * plain // layers[0].keys.shape[2]

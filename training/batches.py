@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 COLUMNS = ("input_ids", "supervised", "segments", "position_ids")
+WINDOW = "window_index"
+"""Column of a training batch: the number of each window."""
 Batch = Mapping[str, Tensor]
 
 
@@ -77,9 +79,23 @@ class _StepSampler(Sampler[list[int]]):
         return len(self.steps) * self.plan.accumulation
 
 
+@dataclass
+class _Numbered:
+    """Windows that know their number."""
+
+    windows: Any
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.windows[index], WINDOW: index}
+
+
 def collate(windows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Windows as tensors `[batch, window]`."""
-    return {name: torch.from_numpy(np.array([window[name] for window in windows], np.int64)) for name in COLUMNS}
+    """Windows as tensors `[batch, window]`, and their numbers `[batch]` where they are known."""
+    names = [*COLUMNS, WINDOW] if WINDOW in windows[0] else COLUMNS
+    return {name: torch.from_numpy(np.array([window[name] for window in windows], np.int64)) for name in names}
 
 
 def training_batches(
@@ -94,9 +110,10 @@ def training_batches(
         steps: Which steps.
         workers: Processes that read ahead.
     """
+    numbered = _Numbered(windows)
     # With a generator of its own, the loader draws nothing from the global one, whose state a checkpoint keeps.
-    loader = DataLoader(
-        windows,
+    loader: DataLoader[Any] = DataLoader(
+        numbered,  # type: ignore[arg-type]
         batch_sampler=_StepSampler(plan, process, steps),
         collate_fn=collate,
         num_workers=workers,

@@ -103,7 +103,7 @@ class ChatEncoder:
                 ) from None
         self._special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
 
-    def encode(self, messages: Sequence[Message], tools: Any, where: str) -> list[Encoded]:
+    def encode(self, messages: Sequence[Message], tools: Any, where: str, *, complete: bool = True) -> list[Encoded]:
         """A conversation as tokens; only what the assistant wrote is supervised.
 
         The assistant's turns are those the template marks by `{% generation %}`. Without that mark they are found by
@@ -115,6 +115,7 @@ class ChatEncoder:
             messages: The turns.
             tools: Tools for the template, or None.
             where: Where the conversation stands, for messages.
+            complete: Whether the last answer ended by itself. If not, the end token after it is not supervised.
 
         Raises:
             ValueError: There is no template, or the assistant's turns cannot be told apart.
@@ -125,8 +126,40 @@ class ChatEncoder:
             return []
         if _GENERATION_MARK.search(template):
             text, spans = self._render(messages, tools, template, marked=True)
-            return [self._tokens(text, spans, where)]
-        return [self._tokens(text, spans, where) for text, spans in self._turns(messages, tools, template, where)]
+            turns = [(text, spans)]
+        else:
+            turns = self._turns(messages, tools, template, where)
+        if not complete and turns[-1][1]:
+            text, spans = turns[-1]
+            turns[-1] = text, [*spans[:-1], self._without_end(text, spans[-1])]
+        return [self._tokens(text, spans, where) for text, spans in turns]
+
+    def _without_end(self, text: str, span: Span) -> Span:
+        """The span without the whitespace and special tokens that end it."""
+        start, end = span
+        while True:
+            end = start + len(text[start:end].rstrip())
+            token = next((token for token in self._special if text.endswith(token, start, end)), None)
+            if token is None:
+                return start, end
+            end -= len(token)
+
+    def user_turn(self) -> tuple[str, str]:
+        """What the template writes before and after the content of a first user turn, up to the assistant's header.
+
+        Raises:
+            ValueError: There is no template, or it changes the content of a user turn.
+            TemplateRefusedError: The template does not take a lone user turn.
+        """
+        marker = "UserTurnGoesHere"
+        text, _ = self._render([{"role": "user", "content": marker}], None, self._template_for(None, "a prompt"), True)
+        before, found, after = text.partition(marker)
+        if not found or marker in after:
+            raise ValueError(
+                "the chat template does not write a user turn exactly once, so the model cannot be let write one; "
+                "give prompts of your own"
+            )
+        return before, after
 
     def prompt(self, messages: Sequence[Message], tools: Any, where: str) -> list[int]:
         """Token ids of a conversation that the assistant is to continue."""

@@ -31,6 +31,7 @@ NOT_NEGATIVE = (
 POSITIVE = ("epochs", "head_lr_multiplier", "head_decay", "learning_rate", "heads_weight", "lora_alpha")
 WITHOUT_EFFECT = frozenset(
     {
+        "cache_states",
         "cpu",
         "device_map",
         "distill_batch",
@@ -145,6 +146,11 @@ class MedusaTrainingConfig:
     logits_mib: Annotated[int | None, "Largest block of logits held at a time, in MiB; 64, on the CPU 8."] = None
     workers: Annotated[int, "Processes that read batches ahead."] = 0
     threads: Annotated[int | None, "CPU threads of torch."] = None
+    cache_states: Annotated[
+        bool,
+        "medusa-1: keep the target's hidden states on disk while the run lasts (2 bytes * hidden size per token in "
+        "half precision), so that only the first epoch runs the target.",
+    ] = False
 
     eval_every: Annotated[int | None, "Steps between evaluations; only at the end if not given."] = None
     log_every: Annotated[int, "Steps between figures shown and tracked."] = 10

@@ -8,22 +8,20 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from specdec.api import DrafterLike, accelerate
 from specdec.drafters.documents import tokenizer_fingerprint
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.training.examples import prompt_ids
 from specdec.training.prompts import DistillationPrompt, batches_of, load_prompts, unique
-from specdec.training.records import DISTILLATION, SHARDS
+from specdec.training.records import SHARDS
+from specdec.training.shards import begin, end_tokens, progress_bar, seeded, write_atomically
 
 FORMAT = 1
 
@@ -122,12 +120,12 @@ def distill(
         "seed": seed,
     }
     target = Path(folder).expanduser()
-    _begin(target, manifest)
+    begin(target, manifest)
     report = DistillationReport(target, len(chosen))
     fast = accelerate(model, drafter)
     kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     kwargs |= {"temperature": temperature} if temperature > 0 else {}
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task, wanted = progress.add_task("distilling", total=len(chosen), speed=""), len(chosen)
         for index, batch in enumerate(batches):
             shard = target / SHARDS.replace("*", f"{index:06d}")
@@ -136,9 +134,9 @@ def distill(
                 wanted -= len(batch)
                 progress.update(task, total=wanted)
                 continue
-            with _seeded(seed, index, model.device):
+            with seeded(seed, index, model.device):
                 completions = _answer(fast, tokenizer, batch, kwargs, report)
-            _write_atomically(shard, "".join(_lines(batch, completions, tokenizer)))
+            write_atomically(shard, "".join(_lines(batch, completions, tokenizer, end_tokens(model, tokenizer))))
             speed = f"{report.tokens_per_second:.0f} tokens/s, {report.tokens_per_pass:.2f} per pass"
             progress.update(task, advance=len(batch), speed=speed)
     return report
@@ -190,48 +188,11 @@ def _digest(prompts: Sequence[DistillationPrompt]) -> str:
     return digest.hexdigest()
 
 
-def _begin(folder: Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder, or sees to it that it belongs to the same distillation."""
-    file = folder / DISTILLATION
-    for name in (DISTILLATION, SHARDS):
-        for left_over in folder.glob(f".{name}.*"):  # by a run that was killed
-            left_over.unlink()
-    if file.exists():
-        old = json.loads(file.read_text(encoding="utf-8"))
-        other = [name for name, value in manifest.items() if old.get(name) != value]
-        if other:
-            differences = ", ".join(f"{name} was {old.get(name)!r:.40} and is {manifest[name]!r:.40}" for name in other)
-            raise ValueError(f"{folder} holds another distillation: {differences}; use another folder, or remove it")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and not of a distillation; use another folder")
-    _write_atomically(file, json.dumps(manifest, indent=2) + "\n")
-
-
-def _write_atomically(file: Path, text: str) -> None:
-    """The file is there with all of the text, or not at all."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
-
-
-@contextmanager
-def _seeded(seed: int, index: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of one batch; afterwards the global state is as before."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        yield
-
-
 def _answer(
     fast: Any, tokenizer: Any, batch: Sequence[DistillationPrompt], kwargs: dict[str, Any], report: DistillationReport
 ) -> list[list[int]]:
     """Generates the answers to a batch, each up to its end-of-text token."""
-    ends = _end_tokens(fast.model, tokenizer)
+    ends = end_tokens(fast.model, tokenizer)
     padding = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
     width = max(len(prompt.input_ids) for prompt in batch)
     ids = torch.full((len(batch), width), padding)
@@ -256,14 +217,9 @@ def _answer(
     return completions
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def _lines(batch: Sequence[DistillationPrompt], completions: Sequence[list[int]], tokenizer: Any) -> Iterator[str]:
+def _lines(
+    batch: Sequence[DistillationPrompt], completions: Sequence[list[int]], tokenizer: Any, ends: Sequence[int]
+) -> Iterator[str]:
     for prompt, completion in zip(batch, completions, strict=True):
         record = {
             "id": prompt.id,
@@ -271,6 +227,7 @@ def _lines(batch: Sequence[DistillationPrompt], completions: Sequence[list[int]]
             "completion": tokenizer.decode(completion, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             "input_ids": [*prompt.input_ids, *completion],
             "num_prompt_tokens": len(prompt.input_ids),
+            "complete": any(token in ends for token in completion[-1:]),
         }
         yield json.dumps(record, ensure_ascii=False) + "\n"
 
@@ -283,16 +240,3 @@ def _remember(drafter: Any, shard: Path) -> None:
             completion = record["input_ids"][record["num_prompt_tokens"] :]
             if len(completion) > 1:
                 drafter.add(completion, scope="shared")
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=False, compact=True),
-        console=console or Console(quiet=True),
-        disable=console is None,
-    )

@@ -55,7 +55,8 @@ def load_examples(
 
     What is supervised depends on the record: of `messages` and `conversations` the assistant's turns, of `prompt` and
     `completion` the completion, of token ids with `num_prompt_tokens` (what `distill` writes) all after the prompt, and
-    of `text` everything.
+    of `text` everything. `"complete": false` beside `messages` or `completion` says that the last answer was cut: the
+    end token after it is not supervised.
 
     Args:
         source: A folder that `distill` wrote; a `.jsonl` or `.json` file of records; a text file, one document; a
@@ -126,7 +127,9 @@ class ExampleEncoder:
             return [self._token_example(record)]
         if kind == "messages":
             messages = as_messages(record, self.text_field)
-            return [Example(ids, flags) for ids, flags in self.chat.encode(messages, values.get("tools"), record.where)]
+            complete = values.get("complete") is not False
+            encoded = self.chat.encode(messages, values.get("tools"), record.where, complete=complete)
+            return [Example(ids, flags) for ids, flags in encoded]
         if kind == "completion":
             return [self._completion_example(record)]
         if kind == "prompt":
@@ -164,7 +167,8 @@ class ExampleEncoder:
         ids = list(self.tokenizer(prompt + completion).input_ids)
         if ids[: len(start)] != start:
             ids = start + list(self.tokenizer(completion, add_special_tokens=False).input_ids)
-        ids = self._ended(ids)
+        if record.values.get("complete") is not False:
+            ids = self._ended(ids)
         return Example(ids, [False] * len(start) + [True] * (len(ids) - len(start)))
 
     def _token_example(self, record: Record) -> Example:

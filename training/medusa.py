@@ -25,9 +25,10 @@ from specdec.training.data import TrainingData, most_frequent, self_distilled, w
 from specdec.training.evaluation import Counts, Evaluation, evaluate
 from specdec.training.losses import IGNORED, medusa_targets
 from specdec.training.progress import TrainingProgress, evaluation_table
-from specdec.training.recipes import Recipe, build
+from specdec.training.recipes import HeadsAlone, Recipe, build
 from specdec.training.results import TrainingResult, save_result
 from specdec.training.schedules import heads_factor, learning_rate_factor
+from specdec.training.state_cache import StateCache
 
 FIRST_STAGE_FOLDER = "first-stage"
 FIRST_STAGE_LEARNING_RATE = 1e-3
@@ -165,6 +166,10 @@ class _Run:
             heads = MedusaHeads.from_pretrained(config.initial_heads, dtype=torch.float32).bind(model)
         self.num_heads = heads.config.num_heads
         self.recipe: Recipe = build(model, heads, config)
+        self.state_cache: StateCache | None = None
+        if config.cache_states and isinstance(self.recipe, HeadsAlone):
+            key = f"{data.digest}-{accelerator.process_index}"
+            self.state_cache = self.recipe.state_cache = StateCache(Path(config.output), key, len(data.train))
         # From here on processes draw different numbers.
         set_seed(config.seed, device_specific=True)
         self.plan = BatchPlan(
@@ -201,6 +206,8 @@ class _Run:
             result = TrainingResult(self.config, done, False, self.recipe.heads, None, stopped_by=signals[0])
         else:
             result = self._finish(done)
+            if self.state_cache is not None:
+                self.state_cache.remove()
         if self.config.trackers:
             self.accelerator.end_training()
         return result

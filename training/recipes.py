@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from specdec.heads import MedusaHeads
-from specdec.training.batches import Batch
+from specdec.training.batches import WINDOW, Batch
 from specdec.training.config import MedusaTrainingConfig
 from specdec.training.hidden_states import FinalHiddenStates
 from specdec.training.losses import IGNORED, NUM_RANKS, Sums, chunked_loss
+from specdec.training.state_cache import StateCache
 
 ADAPTER_FOLDER = "adapter"
 
@@ -60,11 +61,17 @@ class HeadsAlone(nn.Module):
         self.logits_mib = config.logits_mib
         target.eval().requires_grad_(False)
         self.hidden_states = FinalHiddenStates(target)
+        self.state_cache: StateCache | None = None
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
         """Adds the target's hidden states to a batch; outside of `forward`, which is what processes synchronise."""
-        hidden = self.hidden_states(batch["input_ids"], batch["segments"], batch["position_ids"])
+
+        def compute() -> Tensor:
+            return self.hidden_states(batch["input_ids"], batch["segments"], batch["position_ids"])
+
+        is_kept = self.state_cache is not None and WINDOW in batch
+        hidden = self.state_cache.states(batch[WINDOW], compute) if is_kept else compute()  # type: ignore[union-attr]
         return {**batch, "hidden": hidden.to(self.heads.device)}
 
     def forward(self, batch: Batch, targets: Tensor, coefficients: Tensor) -> Sums:

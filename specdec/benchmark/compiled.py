@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
+from specdec.compat import CACHE
+
 COMPILED = "HF generate, compiled"
 
 
@@ -50,4 +52,4 @@ class CompiledGenerate:
         """`model.generate` with the cache, compiled."""
         config = CompileConfig()
         config._compile_all_devices = True  # type: ignore[assignment]  # on the CPU too
-        return self.model.generate(ids, past_key_values=self._cache, compile_config=config, **kwargs)
+        return self.model.generate(ids, **{CACHE: self._cache}, compile_config=config, **kwargs)

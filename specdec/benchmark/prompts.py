@@ -11,11 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from specdec.common.prompts import own_prompts
 from specdec.embedded import heldout_prompts
 from specdec.measuring import EncodedPrompt, end_tokens
 from specdec.training.records import TEXT_SUFFIXES, read_records
 
 EMBEDDED_PROMPTS = "embedded"
+OWN_PROMPTS = {"own": "heldout", "own-tuning": "tuning"}
+"""The split of the package's chat prompts by the name of the source."""
+DEFAULT_SOURCE = "default"
+"""The package's chat prompts for a tokenizer with a chat template, else `EMBEDDED_PROMPTS`."""
 RANDOM_PROMPT_TOKENS = 128
 T = TypeVar("T")
 
@@ -43,10 +48,11 @@ def read_benchmark_prompts(
     """Reads prompts; of questions of several turns, the first ones.
 
     Args:
-        source: `"embedded"` for those of the package; a JSONL file with one `{"prompt": ...}` a line, perhaps with
-            `id` and `category`, or in the layout of Spec-Bench and SPEED-Bench: `question_id`, `category` and `turns`;
-            a text file, which is one prompt; anything else is read as `specdec distill` reads it: a folder, a table, or
-            the name of a data set, `name:configuration`.
+        source: `"own"` for the package's held-out chat prompts, `"own-tuning"` for the others; `"embedded"` for its
+            beginnings of Python code; `"default"` for one or the other, by whether there is a chat template; a JSONL
+            file with one `{"prompt": ...}` a line, perhaps with `id` and `category`, or in the layout of Spec-Bench and
+            SPEED-Bench: `question_id`, `category` and `turns`; a text file, which is one prompt; anything else is read
+            as `specdec distill` reads it: a folder, a table, or the name of a data set, `name:configuration`.
         tokenizer: The target's.
         limit: So many questions at most, spread over all of them, and so over all categories.
         chat: Whether a prompt is a user's turn, which the chat template is applied to; if None, those in `turns` are,
@@ -105,6 +111,12 @@ def _questions(
     source: str, tokenizer: Any, limit: int | None, chat: bool, split: str
 ) -> Sequence[Question | EncodedPrompt]:
     """What a source holds."""
+    if source == DEFAULT_SOURCE:
+        source = "own" if tokenizer.chat_template else EMBEDDED_PROMPTS
+    if source in OWN_PROMPTS:
+        own = own_prompts(OWN_PROMPTS[source])
+        questions = [Question(p.id, [turn["content"] for turn in p.messages], p.category, True) for p in own]
+        return spread_over(questions, limit)
     if source == EMBEDDED_PROMPTS:
         return [Question(prompt.id, [prompt.text]) for prompt in heldout_prompts(limit)]
     path = Path(source).expanduser()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdec.benchmark.settings import BenchmarkSettings, Part
+from specdec.provenance import write_json
 from specdec.samples import Measurement
 
 if TYPE_CHECKING:
@@ -30,12 +31,19 @@ class PartResults:
     part: Part
     num_prompts: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; outputs that are those of the reference are not repeated."""
+    def to_dict(self, samples: bool = False) -> dict[str, Any]:
+        """Ready for JSON.
+
+        Args:
+            samples: Whether to add every sample; outputs that are those of the reference are not repeated.
+        """
         found = self.measurement.to_dict()
-        for sample in found["samples"]:
-            if sample["identical_rows"] and all(sample["identical_rows"]) and sample["method"] != found["reference"]:
-                del sample["outputs"]
+        if samples:
+            found["samples"] = [asdict(sample) for sample in self.measurement.samples]
+            for sample in found["samples"]:
+                is_same = sample["identical_rows"] and all(sample["identical_rows"])
+                if is_same and sample["method"] != found["reference"]:
+                    del sample["outputs"]
         return {
             "temperature": self.part.temperature,
             "batch": self.part.batch_size,
@@ -60,9 +68,9 @@ class BenchmarkResults:
     settings: BenchmarkSettings
     parts: dict[str, PartResults] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        parts = {name: part.to_dict() for name, part in self.parts.items()}
+    def to_dict(self, samples: bool = False) -> dict[str, Any]:
+        """Ready for JSON: medians and quartiles, and every sample if asked for."""
+        parts = {name: part.to_dict(samples) for name, part in self.parts.items()}
         sizes = list(self.settings.batch_sizes)
         return {
             **self.circumstances,
@@ -74,18 +82,9 @@ class BenchmarkResults:
             "parts": parts,
         }
 
-    def write_json(self, file: str | Path) -> None:
-        """Writes everything, a sample a line."""
-        found = self.to_dict()
-        samples = {name: part.pop("samples") for name, part in found["parts"].items()}
-        for name, part in found["parts"].items():
-            part["samples"] = f"samples of {name}"
-        text = json.dumps(found, indent=1)
-        for name, of_part in samples.items():
-            lines = ",\n".join("    " + json.dumps(sample) for sample in of_part)
-            text = text.replace(json.dumps(f"samples of {name}"), f"[\n{lines}\n   ]")
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(text + "\n", encoding="utf-8")
+    def write_json(self, file: str | Path, samples: bool = False) -> None:
+        """Writes medians and quartiles of each method, and every sample if asked for."""
+        write_json(Path(file), self.to_dict(samples))
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes `results.json`, `results.md` and, where matplotlib is installed, the figures.
@@ -96,7 +95,7 @@ class BenchmarkResults:
         from specdec.benchmark.tables import markdown
 
         folder = Path(folder)
-        self.write_json(folder / RESULTS_FILE)
+        self.write_json(folder / RESULTS_FILE, samples=True)
         try:
             from specdec.benchmark.plots import save_figures
 
@@ -117,13 +116,13 @@ class BenchmarkResults:
 
 
 def load_results(path: str | Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote.
+    """Reads the samples of a run.
 
     Args:
-        path: The file, or the folder of a run.
+        path: The folder of a run, or its `results.json`.
 
     Raises:
-        ValueError: It is not such a file.
+        ValueError: It is not such a file, or holds no samples.
     """
     file = Path(path)
     file = file / RESULTS_FILE if file.is_dir() else file
@@ -134,6 +133,8 @@ def load_results(path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         for part in found["parts"].values():
+            if "samples" not in part and "methods" in part:
+                raise ValueError("it is a summary without samples; name the folder given to --output instead")
             for sample in part["samples"]:
                 _ = sample["method"], sample["prompt"], sample["num_tokens"], sample["seconds"], part["reference"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,12 +15,13 @@ from specdec.benchmark.compiled import COMPILED, CompiledGenerate
 from specdec.benchmark.contenders import Contender, and_compiled, as_contenders, at_sizes, methods_of
 from specdec.benchmark.differences import note_differences
 from specdec.benchmark.progress import MeasuringProgress
-from specdec.benchmark.prompts import EMBEDDED_PROMPTS, batches, random_prompts, read_benchmark_prompts
+from specdec.benchmark.prompts import DEFAULT_SOURCE, batches, random_prompts, read_benchmark_prompts
 from specdec.benchmark.record import RunRecord
 from specdec.benchmark.results import BenchmarkResults, PartResults
 from specdec.benchmark.settings import BenchmarkSettings, Part
 from specdec.commands.contenders import OFF, assisted_kwargs
 from specdec.commands.loading import EMBEDDED
+from specdec.common.smollm2 import SMOLLM2, is_smollm2
 from specdec.embedded import embedded_path
 from specdec.measuring import EncodedPrompt, Method, run_interleaved
 from specdec.provenance import circumstances, model_info
@@ -48,7 +49,8 @@ def run_benchmark(
         model: The target.
         tokenizer: Its tokenizer.
         drafters: Names or contenders; None for all that can run.
-        prompts: Texts to complete, or encoded prompts of one row each; None for 20 held-out ones of the package.
+        prompts: Texts to complete, or encoded prompts of one row each; None for 20 held-out ones of the package:
+            chat prompts where the tokenizer has a chat template, else Python code.
         settings: Tokens, temperatures, batch sizes, repeats.
         warm_up: A prompt that is run beforehand and not measured; the first prompt if None.
         draft_model: For the drafter `"draft-model"` and transformers' assisted generation.
@@ -95,6 +97,8 @@ def run_benchmark(
 def _name_of(model: Any) -> str:
     """Hub name, or the folder's own name: where it lies is of no interest elsewhere."""
     name = str(model.config.name_or_path)
+    if is_smollm2(name):
+        return SMOLLM2
     for embedded, called in (("target", EMBEDDED), ("draft", f"{EMBEDDED}-draft")):
         with suppress(FileNotFoundError):  # an installation without these models
             if name == str(embedded_path(embedded)):
@@ -107,7 +111,7 @@ def _encoded(
 ) -> tuple[list[EncodedPrompt], EncodedPrompt]:
     """The prompts, and the one for the warm-up."""
     if prompts is None:
-        *prompts, warm_up = read_benchmark_prompts(EMBEDDED_PROMPTS, tokenizer, DEFAULT_PROMPTS + 1)
+        *prompts, warm_up = read_benchmark_prompts(DEFAULT_SOURCE, tokenizer, DEFAULT_PROMPTS + 1)
     if not prompts:
         raise ValueError("prompts are empty; give at least one")
 

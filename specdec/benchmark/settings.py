@@ -35,7 +35,7 @@ class BenchmarkSettings:
 
     Args:
         max_new_tokens: Tokens per completion at most.
-        temperatures: Each is a part of its own; 0 is greedy decoding, others sample from the whole distribution.
+        temperatures: Each is a part of its own; 0 is greedy decoding, others sample.
         batch_sizes: Prompts per call; each is a part of its own.
         repeats: Runs per prompt and method.
         seed: Prompt i is sampled with seed + i, by every method.
@@ -46,6 +46,7 @@ class BenchmarkSettings:
         methods_compiled: Whether to measure drafting off and each drafter with compiled passes too.
         max_nodes: Largest token tree per target pass, 1, 2, 4, ... 128; with several values each drafter is measured at
             each. None: the contenders' own.
+        top_p: Samples from the most probable tokens that have this probability together; 1 is all of them.
 
     Raises:
         ValueError: A value is not allowed.
@@ -60,6 +61,7 @@ class BenchmarkSettings:
     compiled: bool = False
     methods_compiled: bool = False
     max_nodes: tuple[int, ...] = ()
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 2), ("repeats", 1), ("seed", 0)):
@@ -70,6 +72,8 @@ class BenchmarkSettings:
             if not values or len(set(values)) < len(values) or min(values) < least:
                 raise ValueError(f"{name}={values} is not allowed; give distinct values, each at least {least}")
 
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is not allowed; it must be above 0 and at most 1")
         if not set(self.max_nodes) <= set(NODE_BUCKETS) or len(set(self.max_nodes)) < len(self.max_nodes):
             allowed = ", ".join(map(str, NODE_BUCKETS))
             raise ValueError(f"max_nodes={self.max_nodes} is not allowed; give distinct values out of {allowed}")
@@ -86,4 +90,4 @@ class BenchmarkSettings:
 
     def of(self, part: Part) -> Settings:
         """What the methods are asked for in a part."""
-        return Settings.of(self.max_new_tokens, part.temperature > 0, part.temperature, self.seed)
+        return Settings.of(self.max_new_tokens, part.temperature > 0, part.temperature, self.seed, self.top_p)

@@ -3,6 +3,7 @@
 COMMANDS = (
     "demo",
     "generate",
+    "chat",
     "trace",
     "bench",
     "roofline",

@@ -13,7 +13,7 @@ import typer
 from specdec.commands import options
 from specdec.commands.drafter_options import DRAFT_MODEL, DrafterFlags
 from specdec.commands.errors import UserError, user_errors
-from specdec.commands.loading import EMBEDDED, load_model, own_draft_model, prepare_torch
+from specdec.commands.loading import EMBEDDED, load_model, own_draft_model, path_of, prepare_torch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,9 +36,10 @@ def run(
     prompts: Annotated[
         str,
         typer.Option(
-            help="embedded; JSONL with prompt, or with question_id, category and turns; a text; a folder or data set."
+            help="own: chat prompts of the package; embedded: its Python code; JSONL with prompt, or with question_id, "
+            "category and turns; a text; a folder or data set. Default: own for a chat model, else embedded."
         ),
-    ] = EMBEDDED,
+    ] = "default",
     limit: Annotated[
         int, typer.Option(min=1, help="Prompts, or questions of several turns, that are measured; spread over all.")
     ] = 20,
@@ -46,6 +47,7 @@ def run(
     temperature: Annotated[
         list[float] | None, typer.Option(min=0.0, help="0 is greedy; may be repeated. Default: 0 and 1.")
     ] = None,
+    top_p: Annotated[float, typer.Option(help="When sampling: only tokens that have this probability together.")] = 1.0,
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Prompts per call; may be repeated. Default: 1.")
     ] = None,
@@ -107,8 +109,10 @@ def run(
             compiled=compiled is not False,
             methods_compiled=compiled is True,
             max_nodes=tuple(nodes or ()),
+            top_p=top_p,
         )
     prepare_torch(threads)
+    path_of(model)  # a conversion shows a progress bar of its own
     with console.status("loading the models"):
         target, tokenizer = load_model(model, dtype, device)
         draft_name = draft_model or own_draft_model(model)

@@ -7,12 +7,9 @@ from typing import Any
 
 from specdec.api import SpeculativeModel, accelerate, resolve_verifier
 from specdec.budget import Budget
+from specdec.compiled.passes import CompileMode
 from specdec.drafters.base import Drafter
-from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.drafters.lookahead import LookaheadDrafter
-from specdec.drafters.medusa import MedusaDrafter, own_heads
 from specdec.embedded import Prompt
-from specdec.heads import MedusaHeads
 from specdec.measuring import EncodedPrompt, Method
 from specdec.verifiers.base import Verifier
 
@@ -20,10 +17,6 @@ HF_GENERATE = "HF generate"
 HF_LOOKUP = "HF prompt lookup"
 HF_ASSISTED = "HF assisted"
 OFF = "specdec off"
-LOOKAHEAD = "specdec lookahead"
-MEDUSA = "specdec medusa"
-DRAFT_MODEL = "specdec draft model"
-SHARED = "lookahead, shared memory"
 
 
 def hf_methods(model: Any, draft_model: Any = None, draft_kwargs: dict[str, Any] | None = None) -> list[Method]:
@@ -53,7 +46,7 @@ def specdec_method(
     optional: bool = False,
     whole: bool = False,
     verifier: str | Verifier = "exact",
-    compiled: bool = False,
+    compiled: CompileMode = False,
 ) -> Method:
     """Ours with a drafter, made anew for each run unless it `remembers`: repeats must not help it.
 
@@ -66,23 +59,6 @@ def specdec_method(
 
     rule = resolve_verifier(verifier)
     return Method(name, prepare, remembers=remembers, optional=optional, guarantee=rule.guarantee)
-
-
-def specdec_methods(model: Any, draft_model: Any = None, shared: bool = False) -> list[Method]:
-    """Ours: drafting off, Lookahead, Medusa where the model's folder has heads, a draft model where one is given.
-
-    Args:
-        model: The target.
-        draft_model: With the target's tokenizer; where it does not fit, its method is left out, with the reason.
-        shared: Whether to list, at the end, a Lookahead that remembers outputs of other prompts.
-    """
-    methods = [specdec_method(OFF, model, lambda: None), specdec_method(LOOKAHEAD, model, LookaheadDrafter)]
-    if (folder := own_heads(model)) is not None:
-        heads = MedusaHeads.from_pretrained(folder)
-        methods.append(specdec_method(MEDUSA, model, lambda: MedusaDrafter(heads)))
-    if draft_model is not None:
-        methods.append(specdec_method(DRAFT_MODEL, model, lambda: DraftModelDrafter(draft_model), optional=True))
-    return methods + ([specdec_method(SHARED, model, LookaheadDrafter, remembers=True)] if shared else [])
 
 
 def assisted_kwargs(tokenizer: Any, draft_tokenizer: Any) -> dict[str, Any]:

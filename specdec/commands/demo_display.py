@@ -15,6 +15,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from specdec.commands.accepted_drafts import Pieces
 from specdec.measuring import Measurement, Sample
 
 MAX_PANEL_LINES = 16
@@ -49,7 +50,7 @@ class PlainDisplay:
             self.methods.remove(method)
         self.console.print(f"{'left out' if failure else 'warmed up'}: {method}", highlight=False)
 
-    def ran(self, sample: Sample, completion: str) -> None:
+    def ran(self, sample: Sample, pieces: Pieces) -> None:
         """A measured run has ended."""
         speeds = self.speeds.setdefault(sample.prompt, {})
         speeds[sample.method] = sample.tokens_per_second
@@ -58,6 +59,10 @@ class PlainDisplay:
             self.console.print(
                 f"prompt {len(self.speeds)}/{self.num_prompts}, tokens/s: {line}", highlight=False, soft_wrap=True
             )
+
+    def round_ended(self, prompt: str, text: str, is_code: bool, sample: Sample, pieces: Pieces) -> None:
+        """All methods have run on a prompt; shows one method's completion."""
+        print_completion(self.console, prompt, text, is_code, sample, pieces)
 
 
 class LiveDisplay:
@@ -100,14 +105,18 @@ class LiveDisplay:
             self.progress.update(self.task, total=(self.progress.tasks[0].total or 0) - self.num_prompts)
         self._advance(f"warmed up: {method}")
 
-    def ran(self, sample: Sample, completion: str) -> None:
+    def round_ended(self, prompt: str, text: str, is_code: bool, sample: Sample, pieces: Pieces) -> None:
+        """All methods have run on a prompt; shows one method's completion above the panels."""
+        print_completion(self.console, prompt, text, is_code, sample, pieces)
+
+    def ran(self, sample: Sample, pieces: Pieces) -> None:
         """A measured run has ended."""
         if sample.prompt != self.prompt:
             self.prompt = sample.prompt
             self.panels.clear()
         passes = sample.num_tokens / max(sample.num_target_passes, 1)
         width = self.console.width // self.columns - 4
-        text = Text("\n".join(_tail(completion, width, self.height - 2)), no_wrap=True, overflow="ellipsis")
+        text = _tail(self.console, marked(pieces), width, self.height - 2)
         self.panels[sample.method] = Panel(
             text,
             title=sample.method,
@@ -143,8 +152,39 @@ def display_for(console: Console, methods: Sequence[str], num_prompts: int) -> L
     return kind(console, methods, num_prompts)
 
 
-def _tail(text: str, width: int, lines: int) -> list[str]:
-    return [line[:width] for line in text.strip("\n").splitlines()[-lines:]]
+def marked(pieces: Pieces) -> Text:
+    """A completion, drafted pieces coloured."""
+    text = Text()
+    for piece, is_drafted in pieces:
+        text.append(piece, OURS if is_drafted else None)
+    return text
+
+
+def print_completion(console: Console, prompt: str, text: str, is_code: bool, sample: Sample, pieces: Pieces) -> None:
+    """A prompt and its completion.
+
+    Args:
+        console: Where to print.
+        prompt: The prompt's id.
+        text: The prompt; a chat prompt is cut to its first line.
+        is_code: Whether prompt and completion are one Python source.
+        sample: Of the run.
+        pieces: The completion.
+    """
+    title = Text(f"\n{prompt}, {sample.method}", "bold")
+    if console.is_terminal:
+        title.append("; ").append("green", OURS).append(" was drafted", "not bold")
+    shown = (
+        [completion_text(text, pieces)]
+        if is_code
+        else [Text(f"> {text.strip().splitlines()[0]}", "dim"), marked(pieces)]
+    )
+    console.print(Group(title, *shown), highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _tail(console: Console, text: Text, width: int, lines: int) -> Text:
+    """The last lines of a text that is wrapped to a width."""
+    return Text("\n").join(text.wrap(console, width)[-lines:])
 
 
 def _colour(method: str) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from specdec.commands import options
 from specdec.commands.drafter_options import DrafterFlags
-from specdec.commands.errors import user_errors
+from specdec.commands.errors import UserError, user_errors
 from specdec.commands.loading import EMBEDDED, load_model, prepare_torch
 
 INTERRUPTED = 130
@@ -20,14 +20,34 @@ def run(
     prompts: Annotated[
         str,
         typer.Argument(
-            help='JSONL of {"prompt": ...} or messages, text files, a folder of these, or a data set of the hub.'
+            help='JSONL of {"prompt": ...} or messages, text files, a folder of these, or a data set of the hub. '
+            "Leave it out with --own-prompts.",
+            metavar="[PROMPTS]",
         ),
     ],
-    folder: Annotated[Path, typer.Argument(help="For the answers; an interrupted run goes on from what is there.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            help="For the answers; an interrupted run continues from what is there.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ] = None,
+    own_prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The chat model writes this many prompts itself: questions, explanations, stories, code, and tasks "
+            "over texts that it wrote. No data set is needed.",
+        ),
+    ] = None,
     model: options.Model = EMBEDDED,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy; 0.3 gives more varied answers.")] = 0.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts that are answered at once: 8 by default, 32 with --own-prompts."),
+    ] = None,
     seed: options.Seed = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="So many prompts at most, chosen by the seed.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Text is cut into prompts of so many tokens.")] = 128,
@@ -37,7 +57,10 @@ def run(
     ] = None,
     split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
     text_field: Annotated[str | None, typer.Option(help="Field with text or turns, if it has no known name.")] = None,
-    drafter: options.DrafterName = "lookahead",
+    drafter: Annotated[
+        str | None,
+        typer.Option(help="Drafter by name, none for drafting off: lookahead by default, none with --own-prompts."),
+    ] = None,
     drafter_option: options.DrafterSettings = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -45,19 +68,34 @@ def run(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     threads: options.Threads = None,
 ) -> None:
-    """Let a model answer prompts, for training heads on its own answers; resumable."""
+    """Let a model answer prompts, for training heads on its own answers; resumable.
+
+    `specdec distill prompts.jsonl answers/` answers given prompts; `specdec distill --own-prompts 3000 answers/` lets
+    a chat model write the prompts too.
+    """
+    folder = _folder(prompts, folder, own_prompts)
+    if batch_size is None:
+        batch_size = 32 if own_prompts else 8
     prepare_torch(threads)
-    guess = DrafterFlags(drafter, drafter_option or []).build()
+    guess = DrafterFlags(drafter or ("none" if own_prompts else "lookahead"), drafter_option or []).build()
     loaded, tokenizer = load_model(model, dtype, device, device_map, None, trust_remote_code)
 
     from rich.console import Console
 
     from specdec.training.distillation import distill
-    from specdec.training.prompts import load_prompts
+    from specdec.training.own_prompts import write_prompts
+    from specdec.training.prompts import DistillationPrompt, load_prompts
 
     console = Console(stderr=True)
-    with user_errors(ValueError, OSError):
-        chosen = load_prompts(
+    template = str(chat_template) if chat_template else None
+
+    def read() -> list[DistillationPrompt]:
+        if own_prompts is not None:
+            return write_prompts(
+                loaded, tokenizer, own_prompts, folder,
+                batch_size=batch_size, seed=seed, chat_template=template, console=console,
+            )  # fmt: skip
+        return load_prompts(
             prompts,
             tokenizer,
             prompt_tokens=prompt_tokens,
@@ -66,10 +104,12 @@ def run(
             limit=limit,
             seed=seed,
             chat=chat,
-            chat_template=str(chat_template) if chat_template else None,
+            chat_template=template,
         )
+
     try:
         with user_errors(ValueError, OSError):
+            chosen = read()
             report = distill(
                 loaded,
                 tokenizer,
@@ -86,3 +126,15 @@ def run(
         typer.echo("Stopped; the same command goes on from here.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(str(report))
+
+
+def _folder(prompts: str, folder: Path | None, own_prompts: int | None) -> Path:
+    """Where the answers go: the second argument, or with --own-prompts the only one."""
+    if own_prompts is None and folder is None:
+        raise UserError(
+            "distill needs PROMPTS and FOLDER; to let the model write the prompts too: "
+            f"specdec distill --own-prompts 3000 {prompts}"
+        )
+    if own_prompts is not None and folder is not None:
+        raise UserError(f"--own-prompts {own_prompts} takes FOLDER alone, and got {prompts} too; leave one of them out")
+    return folder or Path(prompts)

@@ -17,6 +17,7 @@ from specdec.commands.drafter_options import DrafterFlags
 from specdec.commands.errors import UserError, user_errors
 from specdec.commands.loading import EMBEDDED, load_model, prepare_torch, read_text
 from specdec.commands.verifier_options import VerifierFlags
+from specdec.compiled.passes import CompileMode
 
 COMPARED_RUNS = 3
 
@@ -60,7 +61,12 @@ TopK = Annotated[int | None, typer.Option(min=0, help="Needs --sample.")]
 TopP = Annotated[float | None, typer.Option(min=1e-6, max=1.0, help="Needs --sample.")]
 MinP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Needs --sample.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(min=1e-3, help="1 is none.")]
-Chat = Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn: apply the chat template.")]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--raw", help="A user's turn, in the chat template, or a text to complete. Default: by the model."
+    ),
+]
 Stream = Annotated[bool, typer.Option(help="Print tokens as they are accepted.")]
 Compare = Annotated[bool, typer.Option("--compare", help="Run HF generate too: same output? how much faster?")]
 PrintReport = Annotated[Report, typer.Option(help="Print the report to stderr.")]
@@ -80,6 +86,7 @@ def run(
     max_nodes: MaxNodes = 64,
     max_new_tokens: MaxNewTokens = 128,
     compiled: options.Compiled = False,
+    compiled_auto: options.CompiledAuto = False,
     deterministic: options.Deterministic = False,
     sample: options.Sample = False,
     temperature: Temperature = None,
@@ -88,7 +95,7 @@ def run(
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
     seed: options.Seed = 0,
-    chat: Chat = False,
+    chat: Chat = None,
     stream: Stream = True,
     compare: Compare = False,
     report: PrintReport = Report.TABLE,
@@ -108,10 +115,11 @@ def run(
     first_drafter = drafted.build()
     rule = VerifierFlags(verifier, verifier_option or []).build()
     loaded, tokenizer = load_model(model, dtype, device, device_map, attn, trust_remote_code)
-    inputs = encode_prompt(text, tokenizer, chat).to(loaded.device)
+    inputs = encode_prompt(text, tokenizer, chat, tell=report is not Report.JSON).to(loaded.device)
     with user_errors(ValueError, TypeError, OSError):
+        mode: CompileMode = compiled or ("auto" if compiled_auto else False)
         fast = specdec.accelerate(
-            loaded, first_drafter, rule, max_nodes=max_nodes, compiled=compiled, deterministic=deterministic
+            loaded, first_drafter, rule, max_nodes=max_nodes, compiled=mode, deterministic=deterministic
         )
     completion = _complete(fast, tokenizer, inputs, seed, kwargs, stream)
     if report is not Report.NONE:
@@ -141,13 +149,21 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
     return prompt
 
 
-def encode_prompt(text: str, tokenizer: Any, chat: bool) -> Any:
+def encode_prompt(text: str, tokenizer: Any, chat: bool | None, tell: bool = True) -> Any:
     """Token ids and mask of the prompt, `[1, tokens]` each.
+
+    Args:
+        text: The prompt.
+        tokenizer: The target's.
+        chat: Whether to apply the chat template; None to do so where there is one.
+        tell: Whether to say on stderr that it was applied unasked.
 
     Raises:
         UserError: There is no chat template.
     """
-    if not chat:
+    if chat is None and tokenizer.chat_template and tell:
+        typer.echo("the model's chat template is applied; --raw completes the text as it is", err=True)
+    if not (tokenizer.chat_template if chat is None else chat):
         return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     if not tokenizer.chat_template:
         raise UserError("--chat: the model has no chat template; leave it out, or use a chat model")

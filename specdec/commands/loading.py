@@ -24,7 +24,7 @@ def load_model(
     """Loads a causal LM and its tokenizer.
 
     Args:
-        name: `"embedded"`, `"embedded-draft"`, a folder, or a name on the Hugging Face hub.
+        name: `"embedded"`, `"embedded-draft"`, `"smollm2"`, a folder, or a name on the Hugging Face hub.
         dtype: One of `DTYPES`.
         device: Such as `"cpu"` or `"cuda:0"`; `"auto"` is CUDA where there is some. Not used with `device_map`.
         device_map: As for `from_pretrained`.
@@ -75,8 +75,12 @@ def path_of(name: str, needed: str = "config.json") -> str:
     Raises:
         UserError: It is a path, and not of such a folder.
     """
+    from specdec.common.smollm2 import SMOLLM2, smollm2_path
     from specdec.embedded import embedded_path
 
+    if name == SMOLLM2:
+        with user_errors(OSError, ValueError, ImportError):
+            return str(smollm2_path())
     if name in (EMBEDDED, f"{EMBEDDED}-draft"):
         with user_errors(FileNotFoundError):
             return str(embedded_path("draft" if name.endswith("-draft") else "target"))

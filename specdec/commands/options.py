@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option(help="Folder or hub name of a causal LM, or embedded.")]
+Model = Annotated[str, typer.Option(help="Folder or hub name of a causal LM, or embedded, or smollm2.")]
 DraftModel = Annotated[
     str | None,
     typer.Option(help="For assisted generation, HF's and specdec's; embedded-draft with the embedded model."),
@@ -24,7 +24,11 @@ Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto: cuda if there is one.")]
 Compiled = Annotated[
-    bool, typer.Option("--compiled", help="Compile the target's passes: half a minute, once per model.")
+    bool, typer.Option("--compiled", help="Compile the target's passes: takes minutes, once per model.")
+]
+CompiledAuto = Annotated[
+    bool,
+    typer.Option("--compiled-auto", help="Use passes compiled before; else compile in the background meanwhile."),
 ]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Same call, same tokens in every process: nothing goes by the clock.")

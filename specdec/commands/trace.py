@@ -32,7 +32,7 @@ def run(
     top_p: generate.TopP = None,
     min_p: generate.MinP = None,
     seed: options.Seed = 0,
-    chat: generate.Chat = False,
+    chat: generate.Chat = None,
     width: Width = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",

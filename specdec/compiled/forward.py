@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
+
+from specdec.compat import CACHE, DummyLayer
 
 IMPLEMENTATION = "specdec_grouped_sdpa"
 """Under this name transformers finds `grouped_sdpa`."""
@@ -123,10 +125,8 @@ class SlotForward(nn.Module):
                 keys, values = pools[2 * at[0] : 2 * at[0] + 2]
                 layers.append(_SlotLayer(keys, values, at[1], rows, slots, width))
         with _output_embedding_inputs(self.model) as hidden:
-            cache = Cache(layers=layers)
-            logits = self.model(
-                input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True, **given
-            ).logits
+            given[CACHE] = Cache(layers=layers)
+            logits = self.model(input_ids=tokens, use_cache=True, return_dict=True, **given).logits
         return (logits, *hidden[:1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,13 +17,24 @@ from specdec.capture.fingerprint import fingerprint, hooked
 from specdec.compiled import package
 from specdec.compiled.forward import Layout, SlotForward, grouped_attention
 from specdec.kv_cache import TreeCache
-from specdec.rounding import differ
+from specdec.rounding import differ, noise_of
 
 EXAMPLE = {"rows": 3, "nodes": 7, "width": 263, "slots": 521}
 """Sizes of what is exported: none is special, so that none is taken for a constant."""
+CompileMode = bool | Literal["auto"]
 Mask = Tensor | Mapping[str, Tensor] | None
 Result = tuple[Tensor, Tensor | None]
 """Logits, `[batch, nodes, vocab]`, and what the output embedding was given, `[batch, nodes, hidden]`, if known."""
+
+
+def check_compile_mode(mode: Any) -> None:
+    """Refuses what `compiled` cannot be.
+
+    Raises:
+        ValueError: It is neither True, False nor `"auto"`.
+    """
+    if mode not in (True, False, "auto"):
+        raise ValueError(f"compiled={mode!r} is not known; use True, False or 'auto'")
 
 
 class CompiledPasses:
@@ -33,6 +44,8 @@ class CompiledPasses:
     batches. It is built when it is first needed and compared with the model itself on the first input of each kind.
     Where it cannot be had, or differs, the model runs as it is for good, after one warning.
     """
+
+    is_eager = False
 
     def __init__(self) -> None:
         self.failure: str | None = None
@@ -48,16 +61,22 @@ class CompiledPasses:
         """Whether something was built and has not failed."""
         return bool(self._functions)
 
-    def begin(self, model: Any, reason: str | None = None) -> bool:
+    def is_ready_for(self, fingerprint: int) -> bool:
+        """Whether what was built is of the model as it is now."""
+        return self.is_ready and fingerprint == self._fingerprint
+
+    def begin(self, model: Any, reason: str | None = None, is_told: bool = True) -> bool:
         """Begins a call: whether the model's passes can be compiled now, which is told once where not.
 
         Args:
             model: The model.
             reason: Why not, if that is known.
+            is_told: Warn where not.
         """
         reason = reason or self.failure or obstacle(model)
         if reason is not None:
-            self._tell(model, reason)
+            if is_told:
+                self._tell(model, reason)
             return False
         current = fingerprint(model)
         if current != self._fingerprint:  # weights that were moved or replaced, another adapter
@@ -75,6 +94,7 @@ class CompiledPasses:
         mask: Mask,
         extra: Mapping[str, Any],
         eager: Callable[[], Result],
+        may_compile: bool = True,
     ) -> Result:
         """One pass.
 
@@ -86,31 +106,22 @@ class CompiledPasses:
             mask: As the model takes it, over the slots in use; None to see all of these.
             extra: What else the model's forward is given.
             eager: Runs the same pass by the model itself.
+            may_compile: Compile where nothing is found on the disk; else the model runs as it is.
         """
         batch, nodes = tokens.shape
-        static = cache.static
-        if static is None:
-            width = cache.width + cache.staged + nodes
-            cache.reserve(width)
-            rows, slots = cache.new_slots(nodes, tokens.device)
-        else:
-            width, rows, slots = static.width, static.rows, static.slots
-        if mask is None:
-            mask = torch.ones((batch, 1, nodes, width), dtype=torch.bool, device=tokens.device)
-        masks, kinds = ([mask], None) if isinstance(mask, Tensor) else ([*mask.values()], tuple(mask))
-        pools, places = cache.pools()
+        layout, small, pools = inputs_of(cache, tokens, positions, mask, extra)
         if self.failure is not None or not all(part.is_contiguous() for part in pools):
             return eager()
-        layout = Layout(places, kinds, positions is not None, tuple(sorted(extra.items())))
-        small = [tokens, rows, slots, *([] if positions is None else [positions]), *masks]
         shapes = tuple((part.ndim, part.dtype) for part in small), tuple((p.shape[2::2], p.dtype) for p in pools)
-        key = layout.places, kinds, repr(layout.extra), shapes, tokens.device
+        key = layout.places, layout.mask_kinds, repr(layout.extra), shapes, tokens.device
         sort = key, batch == 1, nodes == 1
-        if static is not None and sort not in self._compared:  # captured perhaps: no time for anything new
+        if cache.static is not None and sort not in self._compared:  # captured perhaps: no time for anything new
             return eager()
         try:
             inputs = [_aligned(part) for part in small] + pools
             if key not in self._functions:
+                if not may_compile and not package.package_file(*module_of(model, layout, inputs)).exists():
+                    return eager()
                 self._functions[key] = self._build(model, layout, inputs)
             logits, *others = self._functions[key](*inputs)
         except Exception as error:  # whatever a model, torch or the compiler may raise
@@ -119,7 +130,8 @@ class CompiledPasses:
         hidden = others[0] if others else None
         if sort not in self._compared:
             theirs = eager()
-            if differ(logits, theirs[0], model.dtype) or _differ(hidden, theirs[1], model.dtype):
+            noise = noise_of(model, model.dtype)
+            if differ(logits, theirs[0], model.dtype, noise) or _differ(hidden, theirs[1], model.dtype, noise):
                 self._fail(model, "its compiled passes give other logits than the model itself")
                 return theirs
             self._compared.add(sort)
@@ -127,9 +139,8 @@ class CompiledPasses:
 
     def _build(self, model: Any, layout: Layout, inputs: list[Tensor]) -> package.Function:
         started = time.perf_counter()
-        examples, dynamic = zip(*_examples(layout, inputs), strict=True)
         with grouped_attention(model):
-            built = package.compile_ahead(SlotForward(model, layout), examples, dynamic, type(model).__name__)
+            built = package.compile_ahead(*module_of(model, layout, inputs), type(model).__name__)
         # Exporting puts some attributes back as copies.
         self._fingerprint = fingerprint(model)
         self.seconds += time.perf_counter() - started
@@ -164,19 +175,11 @@ def compiled_passes(model: Any) -> CompiledPasses:
 def begin_compiled(model: Any, capability: Capability) -> CompiledPasses | None:
     """The compiled passes of a model for one call; None where there are none, which is told once."""
     passes = compiled_passes(model)
-    return passes if passes.begin(model, _no_trees(capability)) else None
+    return passes if passes.begin(model, no_trees(capability)) else None
 
 
-def describe_compiled(model: Any, capability: Capability) -> str:
-    """In words, whether passes of this model are compiled, and why not."""
-    passes = compiled_passes(model)
-    reason = _no_trees(capability) or passes.failure or obstacle(model)
-    if reason is not None:
-        return f"no, because {reason}"
-    return f"yes, ready in {passes.seconds:.1f} s" if passes.is_ready else "at the first call"
-
-
-def _no_trees(capability: Capability) -> str | None:
+def no_trees(capability: Capability) -> str | None:
+    """Why a model that is run this way has no compiled passes, or None."""
     if capability.mode != "tree":
         return f"the model is not run on trees ({capability.reason})"
     if "model" not in capability.attention:
@@ -198,6 +201,34 @@ def obstacle(model: Any) -> str | None:
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
     return None
+
+
+def inputs_of(
+    cache: TreeCache, tokens: Tensor, positions: Tensor | None, mask: Mask, extra: Mapping[str, Any]
+) -> tuple[Layout, list[Tensor], list[Tensor]]:
+    """How the inputs of a pass are laid out, those made for it, and the pools of the cache."""
+    batch, nodes = tokens.shape
+    static = cache.static
+    if static is None:
+        width = cache.width + cache.staged + nodes
+        cache.reserve(width)
+        rows, slots = cache.new_slots(nodes, tokens.device)
+    else:
+        width, rows, slots = static.width, static.rows, static.slots
+    if mask is None:
+        mask = torch.ones((batch, 1, nodes, width), dtype=torch.bool, device=tokens.device)
+    masks, kinds = ([mask], None) if isinstance(mask, Tensor) else ([*mask.values()], tuple(mask))
+    pools, places = cache.pools()
+    layout = Layout(places, kinds, positions is not None, tuple(sorted(extra.items())))
+    return layout, [tokens, rows, slots, *([] if positions is None else [positions]), *masks], pools
+
+
+def module_of(
+    model: Any, layout: Layout, inputs: list[Tensor]
+) -> tuple[SlotForward, tuple[Tensor, ...], tuple[Any, ...]]:
+    """What is compiled, with examples of its inputs and which of their dimensions may have other sizes."""
+    examples, dynamic = zip(*_examples(layout, inputs), strict=True)
+    return SlotForward(model, layout), examples, dynamic
 
 
 def _examples(layout: Layout, inputs: list[Tensor]) -> list[tuple[Tensor, dict[int, Any]]]:
@@ -227,5 +258,5 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.device.type == "cpu" else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _differ(mine: Tensor | None, theirs: Tensor | None, dtype: torch.dtype) -> bool:
-    return mine is not None and theirs is not None and differ(mine, theirs, dtype)
+def _differ(mine: Tensor | None, theirs: Tensor | None, dtype: torch.dtype, noise: float) -> bool:
+    return mine is not None and theirs is not None and differ(mine, theirs, dtype, noise)

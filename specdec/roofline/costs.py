@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.compat import CACHE
 from specdec.target import input_device
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -104,9 +105,9 @@ def _input_embedding(model: Any) -> Tensor | None:
 
 @torch.no_grad()
 def _kv_bytes(model: nn.Module) -> int:
-    past = model(torch.ones((1, TOKENS), dtype=torch.int64, device=input_device(model)), use_cache=True)
+    outputs = model(torch.ones((1, TOKENS), dtype=torch.int64, device=input_device(model)), use_cache=True)
     total = 0
-    for layer in past.past_key_values.layers:
+    for layer in outputs[CACHE].layers:
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             total += 0 if tensor is None else tensor.numel() * tensor.element_size()
     return total // TOKENS

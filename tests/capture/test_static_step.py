@@ -14,6 +14,7 @@ from specdec.capture import target as static_targets
 from specdec.capture import transfers
 from specdec.capture.step import CapturedStep
 from specdec.capture.target import StaticTarget, width_of
+from specdec.compat import CACHE
 from specdec.drafters import RecyclingDrafter
 from tests.capture.recorders import Replays, recorded_by
 from tests.conformance import DRAFTERS, assert_identical, reference
@@ -200,7 +201,7 @@ def test_the_cache_that_is_handed_back() -> None:
             model, drafter, strict=True, budget=Budget(16, fixed=True), cuda_graphs="eager"
         ).generate(**batch, **kwargs)
         assert fast.sequences.tolist() == plain.sequences.tolist()
-        for mine, theirs in zip(fast.past_key_values.layers, plain.past_key_values.layers, strict=True):
+        for mine, theirs in zip(fast[CACHE].layers, plain[CACHE].layers, strict=True):
             torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(mine.values, theirs.values, atol=1e-4, rtol=1e-4)
 

@@ -64,9 +64,9 @@ def test_what_was_compiled_is_found_again(
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert torch.equal(build()(torch.ones(5, 4))[0], torch.full((5, 4), 2.0))
-    assert len(compiled) == 1 and [file.suffix for file in (tmp_path / "cache").iterdir()] == [".pt2"]
+    assert len(compiled) == 1 and len(list((tmp_path / "cache").glob("*.pt2"))) == 1
     assert [record.message for record in caplog.records] == [
-        "compiling the passes of Scaled, once on this machine: about half a minute"
+        "compiling the passes of Scaled, once on this machine; this takes minutes for many layers"
     ]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import specdec
 from specdec.budget import Budget
 from specdec.capability import Capability
+from specdec.compat import CACHE
 from specdec.drafters import DraftContext, DraftModelDrafter, draft_loading
 from specdec.drafters.draft_passes import TreePasses
 from specdec.drafters.draft_vocabulary import LEAST_KNOWN_SHARE
@@ -224,7 +225,7 @@ class Checked(DraftModelDrafter):
         for i, tokens in enumerate(call.texts.tokens):
             assert call.passes.lengths[i] == len(tokens) - 1
             cache = tf.DynamicCache(config=self._model.config)
-            self._model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None], past_key_values=cache)
+            self._model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None], **{CACHE: cache})
             for mine, other in zip(call.passes.cache.tree_layers(), cache.layers, strict=True):
                 torch.testing.assert_close(mine.keys[i][:, : len(tokens)], other.keys[0], atol=1e-4, rtol=1e-4)
         self.steps += 1

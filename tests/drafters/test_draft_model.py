@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 import specdec
 from specdec.budget import Budget
 from specdec.capability import Capability
+from specdec.compat import CACHE
 from specdec.drafters import DraftContext, DraftModelDrafter, draft_loading
 from specdec.drafters.draft_passes import TreePasses
 from specdec.tree import TokenTree
@@ -132,7 +133,7 @@ class Checked(DraftModelDrafter):
         ids = [*sequence[:-1].tolist(), *(int(nodes.tokens[i, node]) for node in path)]
         cache = DynamicCache(config=self._model.config)
         # Position ids of the padding-free row, whatever the batch looks like.
-        self._model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        self._model(input_ids=torch.tensor([ids]), use_cache=True, **{CACHE: cache})
         length = len(sequence) - 1
         slots = [*range(length), *(length + int(nodes.fed[i, node]) for node in path)]
         for mine, other in zip(call.passes.cache.tree_layers(), cache.layers, strict=True):

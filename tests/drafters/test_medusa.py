@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch.nn import functional as F
 
 import specdec
 from specdec.budget import Budget
-from specdec.commands.contenders import MEDUSA, specdec_methods
+from specdec.commands.demo import _methods
 from specdec.drafters import DraftContext, MedusaDrafter, Step
 from specdec.drafters.medusa import default_accuracies
 from specdec.drafters.rank_tree import count_ranks, draft_rows
@@ -270,13 +271,14 @@ def test_heads_of_a_folder_come_in_the_targets_precision(dtype: torch.dtype, tmp
 
 
 def test_the_demonstration_shows_medusa_where_the_model_has_heads(tmp_path: Path) -> None:
+    def shown(target: Any) -> list[str]:
+        return [method.name for method in _methods(Console(quiet=True), target, None, {}, sample=False)]
+
     model = new_model("llama")
-    assert MEDUSA not in [method.name for method in specdec_methods(model, shared=True)]
+    assert "specdec medusa" not in shown(model)
     model.save_pretrained(tmp_path)
     random_heads(model).save_pretrained(tmp_path / "medusa")
-    loaded = type(model).from_pretrained(tmp_path).eval()
-    medusa = next(method for method in specdec_methods(loaded) if method.name == MEDUSA)
-    assert isinstance(medusa.prepare().drafter, MedusaDrafter)
+    assert "specdec medusa" in shown(type(model).from_pretrained(tmp_path).eval())
 
 
 def test_settings_are_ready_for_json() -> None:

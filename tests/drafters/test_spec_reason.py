@@ -10,6 +10,7 @@ import torch
 
 from specdec.audit import StepAudit
 from specdec.budget import Budget
+from specdec.compat import CACHE
 from specdec.trace_text import trace_text
 from tests.conformance import OracleDrafter, answers_of, assert_identical, draft_of, lookahead, reference, spec_reason
 from tests.drafters.reasoning import NO_END, always, asking, by_length, check_audit, continued, counted, never, run
@@ -278,7 +279,7 @@ def test_scores_and_cache_of_kept_steps() -> None:
     logits = tiny_model()(out.sequences).logits[0, 6:-1]
     assert torch.allclose(torch.cat(out.logits), logits, atol=1e-4)
     assert all(bool(torch.isfinite(scores).sum() == len(scores[0])) for scores in out.scores)
-    assert out.past_key_values.get_seq_length() == 7 + 40 - 1
+    assert out[CACHE].get_seq_length() == 7 + 40 - 1
 
 
 def test_report_is_ready_for_json_and_prints_as_tables() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import specdec
 from specdec.budget import Budget
+from specdec.compat import CACHE
 from tests.conformance import RandomTreeDrafter, assert_identical, reference
 from tests.generate.common import NEW_TOKENS, PADDED, SINGLE, accelerated
 from tests.tiny_models import prompts, tiny_model
@@ -98,7 +99,7 @@ def test_cache_is_returned_as_plain_decoding_leaves_it(name: str) -> None:
         got = accelerated(model, inputs, eos_token_id=None).generate(**inputs, **kwargs)
         expected = model.generate(**inputs, **kwargs)
         assert got.sequences.tolist() == expected.sequences.tolist()
-        assert_same_cache(got.past_key_values, expected.past_key_values)
+        assert_same_cache(got[CACHE], expected[CACHE])
 
 
 def test_cache_of_a_row_that_ended_is_that_of_its_tokens() -> None:
@@ -111,35 +112,41 @@ def test_cache_of_a_row_that_ended_is_that_of_its_tokens() -> None:
     expected = model.generate(**PADDED, **kwargs, return_dict_in_generate=True)
     prompt = PADDED["input_ids"].shape[1]
     lengths = [prompt + len(answer) - 1 for answer in answers]
-    assert_same_cache(got.past_key_values, expected.past_key_values, lengths)
+    assert_same_cache(got[CACHE], expected[CACHE], lengths)
 
 
-def second_turn(generate: Callable[..., Any], model: Any, inputs: dict[str, Tensor], cache: Any) -> tuple[Any, Any]:
-    """Two turns of a conversation on one cache: handed in (a cache), or taken from the first turn's output (None)."""
+def turns(generate: Callable[..., Any], inputs: dict[str, Tensor], cache: Any, spelling: str) -> tuple[Any, Any]:
+    """Three turns of a conversation on one cache: handed in, or taken from the first turn's output (None)."""
     kwargs = {"max_new_tokens": 12, "do_sample": True, "eos_token_id": None, "return_dict_in_generate": True}
-    first = generate(**inputs, past_key_values=cache, **kwargs) if cache is not None else generate(**inputs, **kwargs)
-    more = prompts(*[5] * len(first.sequences), seed=7)["input_ids"]
-    ids = torch.cat([first.sequences, more], dim=1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), 12 + 5, dtype=torch.int64)], dim=1)
-    second = generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **kwargs)
-    return second.sequences, second.past_key_values
+    out = generate(**inputs, **({spelling: cache} if cache is not None else {}), **kwargs)
+    mask = inputs["attention_mask"]
+    for turn in range(2):
+        more = prompts(*[5] * len(out.sequences), seed=7 + turn)["input_ids"]
+        ids = torch.cat([out.sequences, more], dim=1)
+        mask = torch.cat([mask, torch.ones(len(ids), 12 + 5, dtype=torch.int64)], dim=1)
+        out = generate(input_ids=ids, attention_mask=mask, **{spelling: out[CACHE]}, **kwargs)
+    return out.sequences, out[CACHE]
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("spelling", sorted({"past_key_values", CACHE}))
 @pytest.mark.parametrize("handed_in", [False, True], ids=["cache-from-output", "cache-handed-in"])
 @pytest.mark.parametrize("inputs", [SINGLE, PADDED], ids=["single", "padded"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window", "gemma3-mixed-windows"])
-def test_second_turn_goes_on_from_the_first_turns_cache(name: str, inputs: Any, handed_in: bool) -> None:
+def test_later_turns_continue_from_the_first_turns_cache(
+    name: str, inputs: Any, handed_in: bool, spelling: str
+) -> None:
     model = tiny_model(name)
 
     def cache() -> Any:
         return tf.DynamicCache(config=model.config) if handed_in else None
 
     torch.manual_seed(5)
-    expected, expected_cache = second_turn(model.generate, model, inputs, cache())
+    expected, expected_cache = turns(model.generate, inputs, cache(), spelling)
     answers = [row[inputs["input_ids"].shape[1] :] for row in expected.tolist()]
     fast = specdec.accelerate(model, RandomTreeDrafter(answers), strict=True, budget=Budget(64, fixed=True))
     torch.manual_seed(5)
-    got, got_cache = second_turn(fast.generate, model, inputs, cache())
+    got, got_cache = turns(fast.generate, inputs, cache(), spelling)
     assert got.tolist() == expected.tolist()
     assert fast.report.fallback is None
     assert_same_cache(got_cache, expected_cache)
@@ -160,7 +167,7 @@ def test_second_turn_after_rows_of_different_lengths() -> None:
         mask = torch.cat([mask, more["attention_mask"]], dim=1)
         assert (mask[:, :-5] == 0).any(1).sum() > 1
         second = target.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **kwargs | {"eos_token_id": None}
+            input_ids=ids, attention_mask=mask, **{CACHE: first[CACHE]}, **kwargs | {"eos_token_id": None}
         )
         texts.append(second.sequences.tolist())
     assert texts[0] == texts[1]
@@ -169,8 +176,8 @@ def test_second_turn_after_rows_of_different_lengths() -> None:
 def test_cache_handed_in_is_filled_though_nothing_is_returned() -> None:
     model = tiny_model()
     mine, theirs = (tf.DynamicCache(config=model.config) for _ in range(2))
-    got = accelerated(model, SINGLE).generate(**SINGLE, max_new_tokens=NEW_TOKENS, past_key_values=mine)
-    expected = model.generate(**SINGLE, max_new_tokens=NEW_TOKENS, past_key_values=theirs)
+    got = accelerated(model, SINGLE).generate(**SINGLE, max_new_tokens=NEW_TOKENS, **{CACHE: mine})
+    expected = model.generate(**SINGLE, max_new_tokens=NEW_TOKENS, **{CACHE: theirs})
     assert got.tolist() == expected.tolist()
     assert_same_cache(mine, theirs)
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from specdec.cli import app
 from specdec.commands.loading import load_model
-from specdec.training import distillation, pack
+from specdec.training import distillation, pack, shards
 from specdec.training.distillation import distill
 from specdec.training.examples import load_examples
 from specdec.training.prompts import load_prompts
@@ -79,7 +79,7 @@ def test_sampled_batch_is_that_of_generate(model: Any, tmp_path: Path) -> None:
     distill(model, tokenizer, prompts, tmp_path / "out", max_new_tokens=20, temperature=0.7, batch_size=3, seed=5)
     ids = torch.tensor([tokenizer(f"{p:>4}").input_ids for p in prompts])
     mask = (ids != tokenizer(" ").input_ids[0]).long()
-    with distillation._seeded(5, 0, model.device):
+    with shards.seeded(5, 0, model.device):
         expected = model.generate(
             ids, attention_mask=mask, max_new_tokens=20, do_sample=True, temperature=0.7, pad_token_id=0
         )

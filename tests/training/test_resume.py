@@ -19,6 +19,7 @@ from tests.training.small_runs import run, small_config
 
 RECIPES: dict[str, dict[str, Any]] = {
     "medusa-1": {"accumulation": 2},
+    "medusa-1, states kept": {"cache_states": True, "steps": 24},
     "medusa-2": {"recipe": "medusa-2", "lora_dropout": 0.3, "first_stage_steps": 3},
     "medusa-2-distill": {"recipe": "medusa-2-distill", "lora_dropout": 0.3},
 }
