@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 import specdec
+from specdec import step_times
 from specdec.budget import Budget
 from specdec.drafters import MergedDrafter, RecyclingDrafter
 from specdec.step_times import StepTimes
+from specdec.tree import NODE_BUCKETS
 from tests.conformance import AlwaysWrongDrafter, FailingDrafter, OracleDrafter, reference
-from tests.test_budget import set_times
 from tests.tiny_models import new_model, prompts, tiny_model
 
 KWARGS: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": None}
@@ -26,7 +27,7 @@ def explained(fast: specdec.SpeculativeModel, capsys: pytest.CaptureFixture[str]
 def test_sources_sizes_and_reasons_are_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StepTimes, "time", lambda self, n, _: set_times(self, {n: 0.01 if n <= 8 else 0.02}))
+    monkeypatch.setattr(step_times, "first_seconds", lambda *_: {n: 0.01 if n <= 8 else 0.02 for n in NODE_BUCKETS})
     monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: None)
     model = new_model("llama")
     answers = reference(model, prompts(8), **KWARGS).answers
@@ -44,7 +45,8 @@ def test_sources_sizes_and_reasons_are_told(
 
 
 def test_no_draft_is_told_with_its_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepTimes, "time", lambda self, n, _: set_times(self, {n: 0.01 if n == 1 else 0.9}))
+    monkeypatch.setattr(step_times, "first_seconds", lambda *_: {n: 0.01 if n == 1 else 0.9 for n in NODE_BUCKETS})
+    monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: None)
     model = new_model("llama")
     answers = reference(model, prompts(8), **KWARGS).answers
     fast = specdec.accelerate(model, AlwaysWrongDrafter(answers), strict=True)
