@@ -89,7 +89,7 @@ def test_cache_is_kept_from_turn_to_turn(model: Any, capsys: pytest.CaptureFixtu
         conversation.ask("hi", max_new_tokens=4)
     finally:
         handle.remove()
-    # Of 62 tokens, the 33 of the first question are kept; this template renders an answer otherwise than it asks for it.
+    # Of 62 tokens, 33 are kept: this template renders an answer differently from the prompt for it.
     assert max(lengths) == 29
 
 
