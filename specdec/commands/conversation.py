@@ -12,6 +12,8 @@ from transformers import DynamicCache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from specdec.compat import CACHE
+
 
 class Conversation:
     """Turns, and the cache of those so far.
@@ -61,7 +63,7 @@ class Conversation:
         output = self.fast.generate(
             **inputs,
             **kwargs,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             streamer=printer,
             stopping_criteria=StoppingCriteriaList([self.stopping]),
             trace=self.show_drafts,
@@ -82,9 +84,10 @@ class Conversation:
             if old != new:
                 break
             common += 1
-        if common < self.cache.get_seq_length():
+        length = self.cache.get_seq_length()
+        if common < length:
             try:
-                self.cache.crop(common)
+                self.cache.crop(common - length)
             except (ValueError, RuntimeError, NotImplementedError):  # layers with a window cannot be cut back
                 self.cache = DynamicCache(config=self.fast.model.config)
 

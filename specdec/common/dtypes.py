@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from specdec.compat import CACHE
+
 CONTEXT = 64
 """Tokens of context of the passes that are timed."""
 PASSES = 6
@@ -22,10 +24,10 @@ def seconds_per_pass(model: Any) -> float:
     ids = torch.arange(3, 3 + CONTEXT, device=model.device)[None]
     cache, times = DynamicCache(config=model.config), []
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         for _ in range(PASSES + 2):
             start = time.perf_counter()
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{CACHE: cache})
             times.append(time.perf_counter() - start)
     return median(times[2:])
 
