@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,9 @@ from specdec.commands.drafter_options import DrafterFlags
 from specdec.commands.errors import UserError, user_errors
 from specdec.commands.loading import EMBEDDED, load_model, prepare_torch, read_text
 from specdec.commands.verifier_options import VerifierFlags
-from specdec.compiled.passes import CompileMode
+
+if TYPE_CHECKING:
+    from specdec.compiled.passes import CompileMode
 
 COMPARED_RUNS = 3
 

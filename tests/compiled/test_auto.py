@@ -101,9 +101,7 @@ def test_a_failure_is_told_and_not_repeated(started: list[FakeCompilation]) -> N
     assert len(started) == 1
 
 
-def test_what_another_process_compiles_is_not_compiled_twice(
-    started: list[FakeCompilation], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_another_process_compiles_is_not_compiled_twice(started: list[FakeCompilation]) -> None:
     model = new_model("llama")
     run(model)
     file = started.pop().file
@@ -116,7 +114,7 @@ def test_what_another_process_compiles_is_not_compiled_twice(
     assert len(started) == 1
 
 
-def test_other_logits_are_noticed(started: list[FakeCompilation], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_logits_are_noticed(started: list[FakeCompilation]) -> None:
     def wrong(module: nn.Module, *args: Any) -> package.Function:
         right = uncompiled(module, *args)
         return lambda *inputs: (-right(*inputs)[0], *right(*inputs)[1:])
@@ -124,9 +122,11 @@ def test_other_logits_are_noticed(started: list[FakeCompilation], monkeypatch: p
     model = new_model("llama")
     run(model)
     started[0].end()
-    monkeypatch.setattr(package, "compile_ahead", wrong)
-    with pytest.warns(RuntimeWarning, match="other logits than the model itself"):
-        assert run(model).startswith("no, because its compiled passes give other logits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package, "compile_ahead", wrong)  # undone before `started` puts the original back
+        with pytest.warns(RuntimeWarning, match="other logits than the model itself"):
+            told = run(model)
+        assert told.startswith("no, because its compiled passes give other logits")
     assert run(model).startswith("no")
 
 
