@@ -54,7 +54,7 @@ class NearTies:
         nodes = path_of(acceptance)
         rows = torch.arange(len(nodes), device=nodes.device)[:, None]
         values = values[rows, nodes]
-        return self._marks(margins(values.log() if is_sampled else values), acceptance)
+        return self._marks(margins(values, is_sampled), acceptance)
 
     def _marks(self, margin: Tensor, acceptance: Acceptance) -> Tensor:
         is_token = torch.arange(margin.shape[1], device=margin.device) <= acceptance.num_accepted[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import specdec
 from specdec.budget import Budget
 from specdec.near_ties import NearTies
 from specdec.noise import NoiseQueue
-from specdec.sampling import Sampler
+from specdec.sampling import Sampler, margins
 from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 from specdec.verifiers import ExactVerifier
@@ -21,6 +21,44 @@ from tests.tiny_models import new_model, prompts, tiny_model
 
 ALL = 1e9
 """A gap below which every pick is."""
+
+
+@pytest.mark.parametrize("best", [0, 4, 8])
+@pytest.mark.parametrize("second", [1, 7, 0.0, -torch.inf])
+def test_margins_wherever_the_two_best_are(best: int, second: float) -> None:
+    values = torch.full((2, 3, 9), -torch.inf) if second == -torch.inf else -torch.rand(2, 3, 9) - 1.0
+    values[..., best] = 2.0
+    if second == 0.0:  # as high as the best
+        values[..., (best + 3) % 9] = 2.0
+    elif second > 0:
+        values[..., int(second)] = 0.5
+    two = values.topk(2).values
+    assert torch.equal(margins(values), two[..., 0] - two[..., 1])
+    draws = values.exp()
+    two = draws.topk(2).values.log()
+    assert torch.equal(margins(draws, is_sampled=True), two[..., 0] - two[..., 1])
+
+
+class _CountingLogits(torch.Tensor):
+    """Logits that note how many of their values were converted."""
+
+    converted: ClassVar[list[int]] = []
+
+    def float(self) -> torch.Tensor:  # type: ignore[override]
+        self.converted.append(self.numel())
+        return self.as_subclass(torch.Tensor).float()
+
+
+def test_only_nodes_on_the_path_are_converted_to_float32() -> None:
+    sequences = Sequences(torch.zeros(1, 3, dtype=torch.int64), None, 100)
+    tree = TokenTree.from_rows([[0, 1, 2, 3]], [[-1, 0, 0, 1]])
+    logits = torch.zeros(1, 4, 11, dtype=torch.bfloat16)
+    logits[0, 0, 2] = 1.0
+    logits[0, 2, 5] = 1.0
+    _CountingLogits.converted.clear()
+    picks = Sampler(LogitsProcessorList(), False, sequences).pick(tree, logits.as_subclass(_CountingLogits), [0])
+    assert picks.tolist() == [[2, -1, 5, -1]]
+    assert _CountingLogits.converted == [11, 11]
 
 
 @pytest.mark.parametrize("is_flat", [False, True])
