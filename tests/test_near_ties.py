@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_margins_wherever_the_two_best_are(best: int, second: float) -> None:
 class _CountingLogits(torch.Tensor):
     """Logits that note how many of their values were converted."""
 
-    converted: list[int] = []
+    converted: ClassVar[list[int]] = []
 
     def float(self) -> torch.Tensor:  # type: ignore[override]
         self.converted.append(self.numel())
