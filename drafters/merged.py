@@ -112,7 +112,7 @@ class MergedDrafter(Drafter):
         """Fresh sources, all of which are asked in each step: what they cost is not measured."""
         settings = {name: getattr(self, name) for name in ("max_nodes", "prior_weight", "memory", "chained")}
         new = MergedDrafter([source.fresh() for source in self.sources], **settings)
-        new._clock = lambda: 0.0
+        new.name, new._clock = self.name, lambda: 0.0
         new._shares_counts = False
         return new
 

@@ -45,10 +45,12 @@ def with_random_clock(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(time, "perf_counter", clock)
 
 
-def drafters() -> dict[str, Any]:
+def drafters(answer: list[int]) -> dict[str, Any]:
+    lookahead = LookaheadDrafter()
+    lookahead.add([answer])
     return {
         "auto": "auto",
-        "lookahead": "lookahead",
+        "lookahead": lookahead,
         "recycling": "recycling",
         "draft-model": draft_of("llama"),
         "merged": ["auto", draft_of("llama")],
@@ -61,10 +63,11 @@ def test_the_same_call_verifies_the_same_trees(
     name: str, dtype: torch.dtype, trees: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = new_model("llama").to(dtype)
+    answer = reference(model, prompts(9), **KWARGS).answers[0]
     runs, outputs = [], []
     for seed, earlier_calls in ((1, 0), (2, 3)):
         with_random_clock(monkeypatch, seed)
-        fast = specdec.accelerate(model, drafters()[name], strict=True, capability="tree", deterministic=True)
+        fast = specdec.accelerate(model, drafters(answer)[name], strict=True, capability="tree", deterministic=True)
         for length in range(earlier_calls):
             fast.generate(**prompts(5 + length), **KWARGS)
         trees.clear()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from specdec.training.distillation import DistillationReport, distill
     from specdec.training.examples import Example, load_examples, show_example, split
     from specdec.training.medusa import train
+    from specdec.training.own_prompts import write_prompts
     from specdec.training.packing import pack
     from specdec.training.prompts import DistillationPrompt, load_prompts
     from specdec.training.results import TrainingResult
@@ -31,6 +32,7 @@ __all__ = [
     "show_example",
     "split",
     "train",
+    "write_prompts",
 ]
 
 _HOMES = {
@@ -46,6 +48,7 @@ _HOMES = {
     "show_example": "specdec.training.examples",
     "split": "specdec.training.examples",
     "train": "specdec.training.medusa",
+    "write_prompts": "specdec.training.own_prompts",
 }
 """Names are looked up on first use: the command line reads the settings without waiting for torch."""
 

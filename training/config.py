@@ -23,7 +23,7 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
 POSITIVE_INTEGERS = (
     "num_heads", "num_layers", "window", "batch_size", "accumulation", "save_every", "keep_checkpoints", "log_every",
     "lora_rank", "logits_mib", "eval_windows", "distill_tokens", "distill_batch", "measure_tokens", "steps", "limit",
-    "eval_every", "threads", "first_stage_steps", "draft_vocabulary",
+    "eval_every", "threads", "first_stage_steps", "draft_vocabulary", "own_prompts",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "warmup_steps", "weight_decay", "max_grad_norm", "seed", "workers", "measure_prompts", "distill_temperature",
@@ -69,6 +69,10 @@ class MedusaTrainingConfig:
         str | None,
         "In place of --data: prompts that the target answers first, as training data (self-distillation).",
     ] = None
+    own_prompts: Annotated[
+        int | None,
+        "In place of --data and --prompts: the chat model writes this many prompts itself, then answers them.",
+    ] = None
     output: Annotated[str, "Folder for the result and the checkpoints."] = "medusa"
     model: Annotated[str, "The target: folder or hub name of a causal LM, or embedded."] = "embedded"
     recipe: Annotated[
@@ -98,9 +102,11 @@ class MedusaTrainingConfig:
     eval_fraction: Annotated[float, "Share of the examples that is held out for the evaluation."] = 0.05
     eval_windows: Annotated[int, "Evaluate on so many windows at most."] = 200
     window: Annotated[int, "Tokens per window; examples are packed into windows."] = 1024
-    distill_tokens: Annotated[int, "With --prompts: longest answer, in tokens."] = 256
-    distill_temperature: Annotated[float, "With --prompts: temperature of the answers; 0 is greedy."] = 0.0
-    distill_batch: Annotated[int, "With --prompts: prompts answered at a time."] = 8
+    distill_tokens: Annotated[int, "With --prompts and --own-prompts: longest answer, in tokens."] = 256
+    distill_temperature: Annotated[
+        float, "With --prompts and --own-prompts: temperature of the answers; 0 is greedy."
+    ] = 0.0
+    distill_batch: Annotated[int, "With --prompts and --own-prompts: prompts answered at a time."] = 8
 
     batch_size: Annotated[int, "Windows per process and forward pass."] = 8
     accumulation: Annotated[int, "Forward passes per step."] = 1
@@ -177,8 +183,16 @@ class MedusaTrainingConfig:
         self._check("lora_dropout", 0 <= self.lora_dropout < 1, "from 0 up to 1")
         least = self.num_heads + 2
         self._check("window", self.window >= least, f"{least} or more, to hold a target of every head")
-        if self.data is not None and self.prompts is not None:
-            raise ValueError("data and prompts exclude each other: name what to train on, or what to answer first")
+        if sum(value is not None for value in (self.data, self.prompts, self.own_prompts)) > 1:
+            raise ValueError(
+                "data, prompts and own_prompts exclude each other: name what to train on, what to answer first, or how "
+                "many prompts the model writes itself"
+            )
+
+    @property
+    def is_self_distilled(self) -> bool:
+        """Whether the target writes the answers to train on."""
+        return self.prompts is not None or self.own_prompts is not None
 
     def _check(self, name: str, is_allowed: bool, allowed: str) -> None:
         if not is_allowed:

@@ -15,6 +15,7 @@ from rich.console import Console
 from specdec.training.config import MedusaTrainingConfig
 from specdec.training.distillation import distill
 from specdec.training.examples import load_examples, split
+from specdec.training.own_prompts import write_prompts
 from specdec.training.packing import pack
 from specdec.training.prompts import load_prompts
 
@@ -64,7 +65,7 @@ def most_frequent(windows: Any, count: int) -> list[int]:
 
 def read_examples(config: MedusaTrainingConfig, source: str, tokenizer: Any) -> Any:
     """All examples of a source."""
-    if config.prompts is not None:  # the other settings chose the prompts; of the answers all are used
+    if config.is_self_distilled:  # the other settings chose the prompts; of the answers all are used
         return load_examples(source, tokenizer)
     return load_examples(source, tokenizer, **_reading(config))
 
@@ -94,16 +95,31 @@ def windows_of(config: MedusaTrainingConfig, source: str, tokenizer: Any) -> Tra
 
 
 def self_distilled(config: MedusaTrainingConfig, model: Any, tokenizer: Any, console: Console | None) -> str:
-    """Lets the target answer the prompts, through specdec; returns the folder of the answers."""
-    prompts = load_prompts(config.prompts or "", tokenizer, **_reading(config))
+    """Lets the target answer the prompts, its own or given ones; returns the folder of the answers."""
+    folder = Path(config.output) / DISTILLED_FOLDER
+    drafter = "lookahead" if config.own_prompts is None else None
+    if config.own_prompts is not None:
+        prompts = write_prompts(
+            model,
+            tokenizer,
+            config.own_prompts,
+            folder,
+            batch_size=config.distill_batch,
+            seed=config.seed,
+            chat_template=config.chat_template,
+            console=console,
+        )
+    else:
+        prompts = load_prompts(config.prompts or "", tokenizer, **_reading(config))
     report = distill(
         model,
         tokenizer,
         prompts,
-        Path(config.output) / DISTILLED_FOLDER,
+        folder,
         max_new_tokens=config.distill_tokens,
         temperature=config.distill_temperature,
         batch_size=config.distill_batch,
+        drafter=drafter,
         seed=config.seed,
         console=console,
     )

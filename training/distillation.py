@@ -18,6 +18,7 @@ from rich.console import Console
 from specdec.api import DrafterLike, accelerate
 from specdec.drafters.documents import tokenizer_fingerprint
 from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.generation import FallbackWarning
 from specdec.training.examples import prompt_ids
 from specdec.training.prompts import DistillationPrompt, batches_of, load_prompts, unique
 from specdec.training.records import SHARDS
@@ -202,13 +203,16 @@ def _answer(
         mask[row, width - len(prompt.input_ids) :] = 1
     device = fast.model.device
     started = time.perf_counter()
-    output = fast.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        pad_token_id=padding,
-        eos_token_id=ends or None,
-        **kwargs,
-    )[:, width:].tolist()
+    with warnings.catch_warnings():
+        if fast.drafter is None:  # generating without speculation is what was asked for
+            warnings.simplefilter("ignore", FallbackWarning)
+        output = fast.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            pad_token_id=padding,
+            eos_token_id=ends or None,
+            **kwargs,
+        )[:, width:].tolist()
     report.seconds += time.perf_counter() - started
     completions = [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in output]
     report.num_new_prompts += len(batch)

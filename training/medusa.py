@@ -116,8 +116,11 @@ def _data(
     config: MedusaTrainingConfig, model: Any, tokenizer: Any, accelerator: Accelerator, console: Console
 ) -> TrainingData:
     source = config.data
-    if (source is None) == (config.prompts is None):
-        raise ValueError("there must be either data to train on, or prompts for the target to answer; name one of them")
+    if (source is None) != config.is_self_distilled:
+        raise ValueError(
+            "there must be either data to train on, or prompts for the target to answer, or own_prompts, a number of "
+            "prompts that it writes itself; name one of them"
+        )
     with accelerator.main_process_first():
         if source is None:
             source = self_distilled(config, model, tokenizer, console if accelerator.is_main_process else None)

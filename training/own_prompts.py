@@ -117,7 +117,6 @@ def write_prompts(
             "--chat-template, or give prompts of your own: --prompts of train-medusa, PROMPTS of distill"
         )
     encoder = ChatEncoder(tokenizer, chat_template)
-    _, after = encoder.user_turn()
     target = Path(folder).expanduser() / OWN_PROMPTS
     manifest = {
         "format": FORMAT,
@@ -289,7 +288,7 @@ class _Writer:
 
 def _cut(text: str) -> str:
     """The text up to its last full sentence or line."""
-    ends = [match.end() for match in re.finditer(r"[.!?。！？](?=\s|$)|\n", text)]
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)|[\u3002\uff01\uff1f]|\n", text)]
     return (text[: ends[-1]] if ends else text).strip()
 
 

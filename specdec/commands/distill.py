@@ -73,7 +73,11 @@ def run(
     `specdec distill prompts.jsonl answers/` answers given prompts; `specdec distill --own-prompts 3000 answers/` lets
     a chat model write the prompts too.
     """
-    folder = _folder(prompts, folder, own_prompts)
+    target = _folder(prompts, folder, own_prompts)
+    if own_prompts is not None and (limit is not None or chat or text_field is not None):
+        raise UserError(
+            "--limit, --chat and --text-field choose among given PROMPTS; leave them out with --own-prompts"
+        )
     if batch_size is None:
         batch_size = 32 if own_prompts else 8
     prepare_torch(threads)
@@ -92,7 +96,7 @@ def run(
     def read() -> list[DistillationPrompt]:
         if own_prompts is not None:
             return write_prompts(
-                loaded, tokenizer, own_prompts, folder,
+                loaded, tokenizer, own_prompts, target,
                 batch_size=batch_size, seed=seed, chat_template=template, console=console,
             )  # fmt: skip
         return load_prompts(
@@ -114,7 +118,7 @@ def run(
                 loaded,
                 tokenizer,
                 chosen,
-                folder,
+                target,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 batch_size=batch_size,

@@ -57,7 +57,9 @@ def _show_example(config: MedusaTrainingConfig) -> None:
     from specdec.training.examples import show_example
 
     if config.data is None:
-        raise UserError("--show-example needs --data: with --prompts, the answers are not there before the training")
+        raise UserError(
+            "--show-example needs --data: with --prompts or --own-prompts there are no answers before the training"
+        )
     with user_errors(ValueError, OSError):
         tokenizer = AutoTokenizer.from_pretrained(
             path_of(config.model, "tokenizer_config.json"), trust_remote_code=config.trust_remote_code
