@@ -7,7 +7,7 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any
 from weakref import ref
 
 import numpy as np
@@ -23,13 +23,13 @@ from specdec.drafters.draft_learning import Learned, learned
 from specdec.drafters.draft_lists import DraftLists, Kind
 from specdec.drafters.draft_loading import SELF, capability_of, load_draft_model, load_vocabularies, longest_sequence
 from specdec.drafters.draft_passes import ChainPasses, DraftPasses, TreePasses, warmed_up
+from specdec.drafters.draft_settings import Mode, check_settings
 from specdec.drafters.draft_vocabulary import RowTexts, Use
 from specdec.drafters.pipelined import LoadWindows, Pacing, adjust_threshold, check_pipeline, paced_growth
 from specdec.kernels import Floats, Ints
 from specdec.target import embedding_rows
 from specdec.tree import TokenTree
 
-Mode = Literal["auto", "chain", "static", "dynamic", "paced"]
 DEPTHS: dict[str, int] = {"auto": 32, "chain": 12, "static": 6, "dynamic": 6, "paced": 32}
 """Levels at most, unless `max_depth` is given."""
 UNMEASURED_DEPTH = 8
@@ -120,7 +120,7 @@ class DraftModelDrafter(Drafter):
     _model: Any = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        self._check_settings()
+        check_settings(self)
         if self.pipelined:
             self.growth = "paced"
         self._pacing = Pacing()
@@ -382,32 +382,6 @@ class DraftModelDrafter(Drafter):
         return rates
 
     # --- settings ---
-
-    def _check_settings(self) -> None:
-        """Raises a ValueError for a hyper-parameter out of range."""
-        self.acceptances = tuple(self.acceptances)
-        if self.growth not in get_args(Mode):
-            known = ", ".join(map(repr, get_args(Mode)))
-            raise ValueError(f"growth={self.growth!r} is not known; use one of {known}")
-        if self.vocabulary not in get_args(Use):
-            known = ", ".join(map(repr, get_args(Use)))
-            raise ValueError(f"vocabulary={self.vocabulary!r} is not known; use one of {known}")
-        if self.pipelined and self.growth not in ("auto", "paced"):
-            raise ValueError(f"pipelined=True goes with growth='paced' only, not {self.growth!r}; leave growth out")
-        if self.layers is not None and self.draft_model != SELF:
-            raise ValueError(f"layers={self.layers} has a meaning with draft_model='self' only; leave it out")
-        for name, least in (("max_nodes", 1), ("top_k", 1), ("beam", 1), ("prior_weight", 0.01), ("memory", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.max_depth is not None and self.max_depth < 1:
-            raise ValueError(f"max_depth={self.max_depth} must be at least 1, or None for what suits the growth")
-        if not 0 <= self.min_confidence < 1:
-            raise ValueError(f"min_confidence={self.min_confidence} must be at least 0 and below 1")
-        falls = all(a >= b for a, b in zip(self.acceptances, self.acceptances[1:], strict=False))
-        if not self.acceptances or not falls or min(self.acceptances) <= 0 or sum(self.acceptances) > 1 + 1e-6:
-            raise ValueError(
-                f"acceptances={self.acceptances} must be probabilities by rank: falling, above 0 and 1 in all at most"
-            )
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 import warnings
@@ -27,14 +26,13 @@ from specdec.drafters.base import (
 from specdec.drafters.merge_call import MergedCall, PendingStep, Proposal, distinct_names, idle_step, verified_part
 from specdec.drafters.merge_chain import MOST_NODES, Chained, grafted, leaves_of
 from specdec.drafters.merge_growth import (
-    DEPTH_CLASSES,
-    SCORE_BINS,
     CandidateStore,
     add_tree,
     follow_merged,
     grow_merged,
     mark_verified,
 )
+from specdec.drafters.merge_kernels import compile_kernels
 from specdec.drafters.merge_known import Known, known_of, new_known
 from specdec.drafters.merge_worth import HEAVY_SHARE, Asked, Worth, sureness_of
 from specdec.kernels import Ints
@@ -131,7 +129,7 @@ class MergedDrafter(Drafter):
                 kind = type(self), *map(type, self.sources), str(self.settings())
                 number = len(self.sources)
                 self._known = known_of(model, kind, number) if self._shares_counts else new_known(number)
-        _compile_kernels()
+        compile_kernels()
 
     def needs(self, device: torch.device, rows: int, is_sampled: bool) -> Needs:
         """As its sources; on the CPU those excepted that have not earned of late what they take."""
@@ -392,17 +390,3 @@ class MergedDrafter(Drafter):
                 stacklevel=2,
             )
             return None
-
-
-@functools.cache
-def _compile_kernels() -> None:
-    """Compiles, or loads what was compiled before, so that no step of a generation waits for it."""
-    ids, table = np.zeros((1, 2), np.int64), np.zeros((2, DEPTH_CLASSES, SCORE_BINS))
-    parents, scores = np.array([[-1, 0]]), np.zeros((1, 2), np.float32)
-    nodes = CandidateStore.of_roots(ids[0, :1].copy(), 2)
-    add_tree(nodes, 0, ids, parents, scores, ids[0, :1].copy(), 1, ids.copy(), np.ones(1, np.int64))
-    leaves_of(TokenTree.of_arrays(ids, parents, scores))
-    grow_merged(nodes, table, table.copy(), 1.0, ids.copy(), ids.copy(), scores)
-    counts = np.ones(1, np.int64)
-    follow_merged(nodes, ids, counts, 1.0, table, table.copy(), ids[0].copy(), ids[:, :1].copy(), counts.copy())
-    mark_verified(nodes, ids, parents, np.zeros((1, 2), np.bool_))
