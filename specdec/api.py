@@ -161,6 +161,11 @@ def _speculation(
     check_attention(attention)
     check_graph_mode(cuda_graphs)
     check_compile_mode(compiled)
+    if deterministic and compiled == "auto":
+        raise ValueError(
+            "compiled='auto' cannot be used with deterministic=True: passes round differently once they are compiled, "
+            "whenever that is; use compiled=True or compiled=False"
+        )
     drafter, verifier = resolve_drafter(drafter), resolve_verifier(verifier)
     check_guard(near_tie_guard, verifier)
     budget = budget or Budget(max_nodes)

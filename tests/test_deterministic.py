@@ -122,3 +122,5 @@ def test_what_goes_by_the_clock_is_refused() -> None:
     for drafter in (DraftModelDrafter(draft_of("llama"), pipelined=True), SpecReasonDrafter(draft_of("llama"))):
         with pytest.raises(ValueError, match="cannot be used with deterministic=True"):
             drafter.fresh()
+    with pytest.raises(ValueError, match="compiled='auto' cannot be used with deterministic=True"):
+        specdec.accelerate(new_model("llama"), compiled="auto", deterministic=True)
