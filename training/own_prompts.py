@@ -215,14 +215,16 @@ class _Writer:
             if not asked:
                 break
             starts = [self.encoder.prompt([{"role": "user", "content": row["text"]}], None, "a") for row in asked]
-            rows = self._batch(kind, lambda rng, starts=starts: self._sample(rng, starts, TEXT_TOKENS, self.ends, None))
+            rows = self._batch(
+                kind, lambda rng, starts=starts: self._sampled(rng, starts, TEXT_TOKENS, self.ends, None)
+            )
             found += [row for row in rows if novelty.accepts(row["text"])][: wanted - len(found)]
         return found
 
     def _user_turns(self, rng: np.random.Generator, words: Sequence[str]) -> list[str]:
         chosen = [words[i] for i in rng.integers(len(words), size=self.batch_size)]
         starts = [self.tokenizer(self.before + word, add_special_tokens=False).input_ids for word in chosen]
-        found = self._sample(rng, starts, PROMPT_TOKENS, self.turn_ends, self.stop, whole=True)
+        found = self._sampled(rng, starts, PROMPT_TOKENS, self.turn_ends, self.stop, whole=True)
         return [(word + text).strip() if text.strip() else "" for word, text in zip(chosen, found, strict=True)]
 
     def _batch(self, kind: str, sample: Any) -> list[Row]:
@@ -236,7 +238,7 @@ class _Writer:
             write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
-    def _sample(
+    def _sampled(
         self,
         rng: np.random.Generator,
         starts: Sequence[list[int]],

@@ -222,16 +222,16 @@ def test_scores_are_those_of_plain_decoding() -> None:
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_step_times_are_those_of_whole_static_steps() -> None:
+def test_step_times_come_from_whole_static_steps() -> None:
     model, recorder = new_model("llama"), Replays()
     with recorded_by(recorder) as found:
         report = assert_identical(
             model, DRAFTERS["random-tree"], prompts(12), budget=Budget(8), max_new_tokens=32, cuda_graphs="eager"
         )
         keys = list(found[model].graphs._entries)
-    assert report.seconds["calibrate"] > 0
-    assert {key[1] for key in keys} >= {1, 2, 4, 8}
-    assert all(key[-1] is not None for key in keys), "a trial pass is followed by what real ones are followed by"
+    assert report.seconds["calibrate"] == 0, "no pass is run only to be timed"
+    assert {key[1] for key in keys} <= {1, 2, 4, 8} and len({key[1] for key in keys}) > 1
+    assert all(key[-1] is not None for key in keys), "each pass is followed by what verifies it"
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
