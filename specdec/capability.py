@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +20,8 @@ from specdec.chain_target import ChainTarget
 from specdec.compat import CACHE, cache_layers
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.masks import MaskFormat
-from specdec.probing import DOUBTFUL, Trial, branching, chain, first_problem, is_passing, prompts_of
-from specdec.rounding import remember_noise, typical_noise
+from specdec.probing import Trial, branching, chain, first_problem, is_passing, prompts_of
+from specdec.rounding import floor_of, remember_noise, typical_noise
 from specdec.target import CausalLM, TreeTarget, accepts, input_device
 
 Mode = Literal["tree", "chain", "plain"]
@@ -133,11 +132,13 @@ def _found(model: CausalLM, mode: str, attention: AttentionLike) -> Capability:
     key = (mode, names, implementation, model.dtype, model.training)
     known = _KNOWN.setdefault(model, {})
     if key not in known:
+        if mode == "tree":  # nothing is tried
+            return known.setdefault(key, _demanded_tree(model, names))
         file = capability_store.file_of(model, key)
-        if stored := capability_store.read(file, model):
+        if stored := capability_store.read(file, model, names):
             return known.setdefault(key, stored)
         try:
-            known[key] = _demanded_tree(model, names) if mode == "tree" else _probe(model, names)
+            known[key] = _probe(model, names)
         except Exception as error:
             if not is_passing(error):
                 raise
@@ -241,33 +242,32 @@ def _compare(trial: Trial, names: tuple[str, ...]) -> tuple[Capability, bool]:
         return Capability("plain", "it keeps no cache that transformers can hand to it"), False
     trial.run_reference()
     formats, problem = _mask_formats(trial.model)
-    nearest = math.inf
+    is_doubtful, dtype = False, trial.model.dtype
     for mask_format in formats:
-        problems, largest = {}, 0.0
+        problems, largest, doubts = {}, 0.0, {}
         for name in names:
-            trial.largest = 0.0
+            trial.begin()
             attention = None if name == "model" else choice_for(trial.model, (name,))
             arguments = trial.model, trial.generation_config, trial.fresh_kwargs(), mask_format
             target = TreeTarget(*arguments, attention=attention)
-            problems[name] = first_problem(partial(branching, target, trial))
+            problems[name], doubts[name] = first_problem(partial(branching, target, trial)), trial.is_doubtful
             if problems[name] is None:
                 largest = max(largest, trial.largest)
-            elif trial.largest > 0:
-                nearest = min(nearest, trial.largest)
         right = tuple(name for name in names if problems[name] is None)
         if right:
-            noise = max(largest, typical_noise(trial.model.dtype))
-            remember_noise(trial.model, trial.model.dtype, noise)
+            own = trial.noise if largest > floor_of(dtype) else largest
+            remember_noise(trial.model, dtype, max(own, typical_noise(dtype)))
+            rounding = max(largest, typical_noise(dtype)) * trial.spread
             rejected = {name: why for name, why in problems.items() if why is not None}
             reason = "a branching tree gives the logits of plain decoding"
-            return Capability("tree", reason, mask_format, right, rejected, noise * trial.spread), False
+            found = Capability("tree", reason, mask_format, right, rejected, rounding)
+            return found, any(doubts[name] for name in right)
+        is_doubtful |= any(doubts.values())
         problem = "; ".join(f"{name}: {why}" if len(names) > 1 else str(why) for name, why in problems.items())
-    is_doubtful = trial.is_rounding(nearest, DOUBTFUL)
-    trial.largest = 0.0
+    trial.begin()
     chains = ChainTarget(trial.model, trial.generation_config, trial.fresh_kwargs())
     chain_problem = first_problem(partial(chain, chains, trial))
-    noise = max(trial.noise if chain_problem else trial.largest, typical_noise(trial.model.dtype))
-    rounding = noise * trial.spread
+    rounding = max(trial.noise if chain_problem else trial.largest, typical_noise(dtype)) * trial.spread
     if chain_problem is None:
         return Capability("chain", f"no branching trees: {problem}", rounding=rounding), is_doubtful
     reason = f"no branching trees: {problem}; no chains: {chain_problem}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers
 
 from specdec.common.folders import cache_folder
 from specdec.masks import MaskFormat
+from specdec.probing import LARGEST_HALF_NOISE
 from specdec.rounding import noise_of, remember_noise
 
 if TYPE_CHECKING:
@@ -51,9 +53,15 @@ def file_of(model: Any, key: tuple[Any, ...]) -> Path | None:
     return cache_folder() / "capability" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
-def read(file: Path | None, model: Any) -> Capability | None:
-    """An answer from disk, or None. A file that cannot be read counts as none."""
-    from specdec.capability import MODES, Capability
+def read(file: Path | None, model: Any, names: Sequence[str]) -> Capability | None:
+    """An answer from disk, or None. A file that cannot be read, or says what no probe says, counts as none.
+
+    Args:
+        file: See `file_of`.
+        model: The target.
+        names: Backends of tree attention that the answer may name.
+    """
+    from specdec.capability import Capability
 
     if file is None:
         return None
@@ -65,7 +73,9 @@ def read(file: Path | None, model: Any) -> Capability | None:
             mask = MaskFormat(**{**mask, "layer_types": tuple(mask["layer_types"])})
         values["attention"] = tuple(values["attention"])
         found = Capability(**values)
-        if found.mode not in MODES:
+        if found.mode not in ("tree", "chain") or (mask is None) == (found.mode == "tree"):
+            return None
+        if not 0 <= noise <= LARGEST_HALF_NOISE or (found.mode == "tree" and not set(found.attention) <= set(names)):
             return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -19,8 +19,8 @@ _NOISE: WeakKeyDictionary[nn.Module, dict[torch.dtype, float]] = WeakKeyDictiona
 
 
 def noise_of(model: nn.Module, dtype: torch.dtype) -> float:
-    """Rounding noise of a model in standard deviations, as the probe measured it; 0 where it has not."""
-    return _NOISE.get(model, {}).get(dtype, 0.0)
+    """Rounding noise of a model in standard deviations, as the probe measured it; where it has not, the typical one."""
+    return _NOISE.get(model, {}).get(dtype, typical_noise(dtype))
 
 
 def remember_noise(model: nn.Module, dtype: torch.dtype, noise: float) -> None:

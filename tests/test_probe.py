@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specdec import capability, capability_store, probing
 from specdec.capability import probe
+from specdec.chain_target import ChainTarget
 from specdec.kv_cache import TreeCache
 from specdec.masks import MaskFormat
 from specdec.rounding import allowed, differ, distance, noise_of, typical_noise
@@ -124,6 +125,60 @@ def test_windows_and_a_large_vocabulary_in_half_precision() -> None:
     assert probe(model).mode == "tree", probe(model).reason
 
 
+def keep_a_rejected_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chain: one token too many stays in the cache, though positions and mask are right."""
+    commit = ChainTarget._commit
+
+    def careless(self: Any, *args: Any) -> None:
+        self.nodes -= 1
+        commit(self, *args)
+
+    def forward(self: Any, tree: TokenTree) -> Tensor:
+        if (past := self._cache().get_seq_length()) > (seen := self.mask.shape[1]):
+            self.mask = torch.nn.functional.pad(self.mask, (0, past - seen), value=1)
+        return right(self, tree)
+
+    right = ChainTarget.forward
+    monkeypatch.setattr(ChainTarget, "_commit", careless)
+    monkeypatch.setattr(ChainTarget, "forward", forward)
+
+
+def look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chain: every token sees those behind it, too."""
+    forward = ChainTarget.forward
+
+    def seeing(self: Any, tree: TokenTree) -> Tensor:
+        right, nodes = self.mask, tree.num_nodes
+        self.mask = None
+        seen = torch.nn.functional.pad(right, (0, nodes), value=1).bool()[:, None, None].expand(-1, 1, nodes, -1)
+        self.extra["attention_mask"] = seen
+        try:
+            return forward(self, tree)
+        finally:
+            self.mask = right
+            del self.extra["attention_mask"]
+
+    monkeypatch.setattr(ChainTarget, "forward", seeing)
+
+
+def no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("fault", "mode"), [(no_change, "chain"), (keep_a_rejected_token, "plain"), (look_ahead, "plain")]
+)
+def test_faults_of_chains_are_caught(
+    fault: Any, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capability, "_mask_formats", lambda model: ([], "it takes none"))
+    fault(monkeypatch)
+    found = probe(deep_model(dtype))
+    assert found.mode == mode, found.reason
+    assert mode == "chain" or "differ" in found.reason or "depend" in found.reason
+
+
 # --- passes -----------------------------------------------------------------------------------------------------------
 
 
@@ -143,11 +198,19 @@ def test_random_numbers_are_left_alone_in_training_mode() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_lack_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_a_lack_of_memory_is_not_remembered(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     model = new_model("llama")
 
     def starved(*args: Any) -> None:
-        raise torch.OutOfMemoryError("out of memory")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(probing.Trial, "run_reference", starved)
@@ -168,6 +231,23 @@ def test_a_doubt_is_settled_by_a_second_prompt(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(capability, "_compare", watched)
     assert probe(new_model("llama")).mode == "tree"
     assert seeds == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("multiple", "is_off", "is_doubtful"),
+    [(0.5, False, False), (0.9, False, True), (1.5, True, True), (3, True, False)],
+)
+def test_differences_close_to_what_is_allowed_leave_a_doubt(
+    multiple: float, is_off: bool, is_doubtful: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing.Trial, "noise", 0.1)
+    ids, _ = probing.prompts_of(512, seed=0)
+    trial = probing.Trial(deep_model(), ids, tf.GenerationConfig(), {})
+    right = torch.randn(2, 3, 100, generator=torch.Generator().manual_seed(0))
+    wrong = right.clone()
+    wrong[0, 1] += multiple * allowed(torch.bfloat16, 0.1) * float(right.std())
+    assert trial.is_off(wrong, right) == is_off
+    assert trial.is_doubtful == is_doubtful
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------
@@ -234,10 +314,20 @@ def test_another_model_dtype_or_attention_has_an_answer_of_its_own(store: Path) 
 def test_a_broken_file_counts_as_none(store: Path) -> None:
     found = probe(deep_model())
     file = next(store.iterdir())
-    for text in ("", "[]", "{}", json.dumps({"noise": 1}), file.read_text().replace('"tree"', '"forest"')):
+    right = json.loads(file.read_text())
+    changes = [{"mode": "forest"}, {"mode": "plain"}, {"noise": 1e9}, {"attention": ["flex"]}, {"mask_format": None}]
+    for text in ("", "[]", "{}", json.dumps({"noise": 1}), *(json.dumps(right | change) for change in changes)):
         file.write_text(text)
         forget()
         assert probe(deep_model()) == found
+
+
+def test_what_is_demanded_is_not_kept(store: Path) -> None:
+    model = deep_model()
+    assert probe(model, "tree").rounding is None
+    assert not store.exists()
+    assert noise_of(model, torch.bfloat16) == typical_noise(torch.bfloat16)  # until it is probed
+    assert noise_of(model, torch.float32) == 0.0
 
 
 def test_models_that_their_config_does_not_tell_are_not_kept(store: Path) -> None:
