@@ -60,3 +60,20 @@ def test_half_precision_counts_near_ties(smollm2_folder: str) -> None:
     fast.generate(**chat_inputs(smollm2_folder, 3), max_new_tokens=40, do_sample=False)
     assert fast.report.near_tie_gap is not None and 0.1 < fast.report.near_tie_gap < 1.0
     assert fast.report.num_near_ties
+
+
+@pytest.mark.parametrize("mode", ["auto", "tree"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_static_layout_is_right_in_half_precision(smollm2_folder: str, dtype: torch.dtype, mode: str) -> None:
+    fast = specdec.accelerate(
+        loaded(smollm2_folder, dtype), "lookahead", "typical", capability=mode, cuda_graphs="eager", strict=True
+    )
+    fast.generate(**chat_inputs(smollm2_folder, 2), max_new_tokens=16, do_sample=True)
+    assert "the same static step runs as it is" in fast.report.cuda_graphs
+
+
+@pytest.mark.timeout(600)
+def test_compiled_passes_are_right_in_half_precision(smollm2_folder: str) -> None:
+    fast = specdec.accelerate(loaded(smollm2_folder, torch.bfloat16), "lookahead", compiled=True, strict=True)
+    fast.generate(**chat_inputs(smollm2_folder, 2), max_new_tokens=32, do_sample=False)
+    assert fast.report.compiled.startswith("yes"), fast.report.compiled
