@@ -20,7 +20,7 @@ REFERENCE = {
         "specdec.generation",
         "specdec.report",
         "specdec.tree",
-        "specdec.trace",
+        "specdec.inspection.trace",
         "specdec.budget",
     ],
     "drafters": ["base", "lookahead", "medusa", "draft_model", "recycling", "merged", "auto"],
@@ -30,7 +30,12 @@ REFERENCE = {
     "benchmark": ["settings", "contenders", "runner", "results", "prompts", "comparison"],
 }
 """Modules by page."""
-MORE = {"specdec.audit", "specdec.drafters.spec_reason", "specdec.verifiers.step", "specdec.verifiers.judges"}
+MORE = {
+    "specdec.inspection.audit",
+    "specdec.drafters.spec_reason",
+    "specdec.verifiers.step",
+    "specdec.verifiers.judges",
+}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"(^```.*?^```\s*$)", re.MULTILINE | re.DOTALL)
 

@@ -32,29 +32,42 @@ from rich.table import Table
 
 from specdec.api import accelerate
 from specdec.benchmark.prompts import spread_over
+from specdec.benchmark.runs import spread
 from specdec.budget import Budget
-from specdec.commands.loading import load_model, prepare_torch
+from specdec.common.loading import load_model, prepare_torch
+from specdec.common.provenance import circumstances, model_info, write_json
 from specdec.drafters import AutoDrafter, DraftModelDrafter
-from specdec.provenance import circumstances, model_info, write_json
-from specdec.samples import spread
 
 RESULTS = Path(__file__).parent / "results"
 MODULES = (
-    "budget", "standing", "step_times", "near_ties", "drafting",
-    "drafters.merge_call", "drafters.merge_chain", "drafters.merge_growth", "drafters.merge_known",
-    "drafters.merge_worth", "drafters.merged", "drafters.trie_growth", "drafters.lookahead", "drafters.draft_depth",
-    "drafters.draft_growth", "drafters.auto", "drafters.recycling",
-)  # fmt: skip
+    "budget",
+    "budgeting.ledger",
+    "budgeting.pass_times",
+    "passes.near_ties",
+    "drafting",
+    "drafters.merging.call",
+    "drafters.merging.chain",
+    "drafters.merging.growth",
+    "drafters.merging.known",
+    "drafters.merging.worth",
+    "drafters.merged",
+    "drafters.ngrams.trie_growth",
+    "drafters.lookahead",
+    "drafters.small_model.depth",
+    "drafters.small_model.growth",
+    "drafters.auto",
+    "drafters.recycling",
+)
 """Whose numeric constants are in `ABLATIONS` or in `NOT_SWITCHED`."""
 FROZEN = "sizes the arrays of compiled kernels, or is built into them"
 NOT_SWITCHED = {
-    "step_times.TRIALS": "generation times no size by trial passes",
-    "standing.SCORE_BINS": FROZEN,
-    "drafters.merge_growth.DEPTH_CLASSES": FROZEN,
-    "drafters.merge_growth.SCORE_BINS": FROZEN,
-    "drafters.merge_growth.MOST_SURE": FROZEN,
-    "drafters.merge_growth.LEAST_COUNTED": FROZEN,
-    "drafters.draft_depth.SCORE_CLASSES": FROZEN,
+    "budgeting.pass_times.TRIALS": "generation times no size by trial passes",
+    "budgeting.ledger.SCORE_BINS": FROZEN,
+    "drafters.merging.growth.DEPTH_CLASSES": FROZEN,
+    "drafters.merging.growth.SCORE_BINS": FROZEN,
+    "drafters.merging.growth.MOST_SURE": FROZEN,
+    "drafters.merging.growth.LEAST_COUNTED": FROZEN,
+    "drafters.small_model.depth.SCORE_CLASSES": FROZEN,
     "drafters.recycling.DEPTH_CLASSES": FROZEN,
     "drafters.recycling.LEAST_LIKELY": FROZEN,
     "drafters.merged.MAX_SOURCES": "a limit that no run reaches",
@@ -62,61 +75,121 @@ NOT_SWITCHED = {
     "drafters.lookahead.MAX_SLOTS": "a limit of memory that no run reaches",
 }
 DEFAULTS = {
-    "drafters.merge_worth.DEAR_SHARE": ("drafters.merge_worth", "Worth.is_dear", "share"),
-    "standing.FIRST_CREDIT": ("standing", "Standing.__init__", "credit"),
-    "standing.FIRST_SHORTENING": ("standing", "Standing.__init__", "shortening"),
+    "drafters.merging.worth.DEAR_SHARE": ("drafters.merging.worth", "Worth.is_dear", "share"),
+    "budgeting.ledger.FIRST_CREDIT": ("budgeting.ledger", "Standing.__init__", "credit"),
+    "budgeting.ledger.FIRST_SHORTENING": ("budgeting.ledger", "Standing.__init__", "shortening"),
 }
 """Constants that are a parameter's default too, which holds the value from when the function was made."""
 IMPORTED = {
-    "drafters.merge_worth.HEAVY_SHARE": ("drafters.merged",),
-    "drafters.merge_chain.MOST_NODES": ("drafters.merged",),
+    "drafters.merging.worth.HEAVY_SHARE": ("drafters.merged",),
+    "drafters.merging.chain.MOST_NODES": ("drafters.merged",),
 }
 """Modules that hold a constant under its name too."""
 OFF: dict[str, float] = {
-    "budget.DECAY": 1.0, "budget.IDLE_DECAY": 1.0, "budget.PRIOR_WEIGHT": 1e-6, "budget.LEAST_PROMISE": 1.0,
-    "budget.TRUST_DECAY": 1.0, "budget.MOST_STALL": 1e9, "budget.PLAIN_STEPS_PER_LOOK": 1,
-    "standing.PATIENCE": 1, "standing.MOST_LOST": 0.0, "standing.FIRST_CREDIT": 0.0, "standing.MOST_CREDIT": 1e9,
-    "standing.MOST_DEBT": 0.0, "standing.DEBT_KEPT": 1.0, "standing.DEBT_MARGIN": 0.0, "standing.LEAST_TRUST": 1.0,
-    "standing.MOST_TRUST": 1.0, "standing.TRUST_PRIOR": 1e9, "standing.FORGIVEN": 0.0, "standing.TRIAL_SHARE": 1e9,
-    "standing.LONGEST_REST": 0, "standing.FIRST_RESTS": 0, "standing.LEAST_SHORTENING": 1e9,
-    "standing.SHORTENING_RATE": 0.0, "standing.FIRST_SHORTENING": 1.0, "standing.SHORTENING_DOUBT": 0.0,
-    "step_times.DRIFT": 0.0, "step_times.UPDATES_PER_LOOK": 1, "step_times.CLIP": 1e9,
-    "step_times.LEAST_RATE": 0.0,    "step_times.FIRST_LENGTH": 2**30,
-    "drafting.RANKED_NODES": 1, "drafting.MOST_RESTED": 0,
-    "drafters.merge_chain.LEAST_LIKELY": 0.0, "drafters.merge_chain.MOST_NODES": 64,
-    "drafters.merge_known.FEW_CALLS": 0, "drafters.merge_known.MANY_CALLS": 2**30,
-    "drafters.merge_worth.DEAR_SHARE": 1e9, "drafters.merge_worth.HEAVY_SHARE": 1e9,
-    "drafters.merge_worth.FIRST_WORTH": 0.0, "drafters.merge_worth.LEARNING_RATE": 0.0,
-    "drafters.merge_worth.FIRST_STANDING": 0.0, "drafters.merge_worth.STANDING_RATE": 0.0,
-    "drafters.merge_worth.STANDING_SHARE": 0.0, "drafters.merge_worth.IDLE_DECAY": 1.0,
-    "drafters.merge_worth.TRIAL_SHARE": 0.0, "drafters.merge_worth.CHAIN_TRIAL_SHARE": 0.0,
-    "drafters.merge_worth.STEPS": 1,
-    "drafters.merged.UNKNOWN_SCORE": 1.0, "drafters.lookahead.FIRST_SLOTS": 2**16,
-    "drafters.draft_depth.MEMORY": 1.0, "drafters.draft_depth.WORTH_MEMORY": 1.0,
-    "drafters.draft_depth.IDLE_GAIN": 0.0, "drafters.draft_depth.LOOK_AHEAD": 1,
-}  # fmt: skip
+    "budget.DECAY": 1.0,
+    "budget.IDLE_DECAY": 1.0,
+    "budget.PRIOR_WEIGHT": 1e-6,
+    "budget.LEAST_PROMISE": 1.0,
+    "budget.TRUST_DECAY": 1.0,
+    "budget.MOST_STALL": 1e9,
+    "budget.PLAIN_STEPS_PER_LOOK": 1,
+    "budgeting.ledger.PATIENCE": 1,
+    "budgeting.ledger.MOST_LOST": 0.0,
+    "budgeting.ledger.FIRST_CREDIT": 0.0,
+    "budgeting.ledger.MOST_CREDIT": 1e9,
+    "budgeting.ledger.MOST_DEBT": 0.0,
+    "budgeting.ledger.DEBT_KEPT": 1.0,
+    "budgeting.ledger.DEBT_MARGIN": 0.0,
+    "budgeting.ledger.LEAST_TRUST": 1.0,
+    "budgeting.ledger.MOST_TRUST": 1.0,
+    "budgeting.ledger.TRUST_PRIOR": 1e9,
+    "budgeting.ledger.FORGIVEN": 0.0,
+    "budgeting.ledger.TRIAL_SHARE": 1e9,
+    "budgeting.ledger.LONGEST_REST": 0,
+    "budgeting.ledger.FIRST_RESTS": 0,
+    "budgeting.ledger.LEAST_SHORTENING": 1e9,
+    "budgeting.ledger.SHORTENING_RATE": 0.0,
+    "budgeting.ledger.FIRST_SHORTENING": 1.0,
+    "budgeting.ledger.SHORTENING_DOUBT": 0.0,
+    "budgeting.pass_times.DRIFT": 0.0,
+    "budgeting.pass_times.UPDATES_PER_LOOK": 1,
+    "budgeting.pass_times.CLIP": 1e9,
+    "budgeting.pass_times.LEAST_RATE": 0.0,
+    "budgeting.pass_times.FIRST_LENGTH": 2**30,
+    "drafting.RANKED_NODES": 1,
+    "drafting.MOST_RESTED": 0,
+    "drafters.merging.chain.LEAST_LIKELY": 0.0,
+    "drafters.merging.chain.MOST_NODES": 64,
+    "drafters.merging.known.FEW_CALLS": 0,
+    "drafters.merging.known.MANY_CALLS": 2**30,
+    "drafters.merging.worth.DEAR_SHARE": 1e9,
+    "drafters.merging.worth.HEAVY_SHARE": 1e9,
+    "drafters.merging.worth.FIRST_WORTH": 0.0,
+    "drafters.merging.worth.LEARNING_RATE": 0.0,
+    "drafters.merging.worth.FIRST_STANDING": 0.0,
+    "drafters.merging.worth.STANDING_RATE": 0.0,
+    "drafters.merging.worth.STANDING_SHARE": 0.0,
+    "drafters.merging.worth.IDLE_DECAY": 1.0,
+    "drafters.merging.worth.TRIAL_SHARE": 0.0,
+    "drafters.merging.worth.CHAIN_TRIAL_SHARE": 0.0,
+    "drafters.merging.worth.STEPS": 1,
+    "drafters.merged.UNKNOWN_SCORE": 1.0,
+    "drafters.lookahead.FIRST_SLOTS": 2**16,
+    "drafters.small_model.depth.MEMORY": 1.0,
+    "drafters.small_model.depth.WORTH_MEMORY": 1.0,
+    "drafters.small_model.depth.IDLE_GAIN": 0.0,
+    "drafters.small_model.depth.LOOK_AHEAD": 1,
+}
 """Constants, and the value that takes each out of play: no decay, no margin, no limit, no rest."""
 SETTINGS: dict[str, tuple[tuple[str, float | int | bool], ...]] = {
-    "drafters.auto.AutoDrafter": (("prior_weight", 0.01), ("memory", 1e9), ("chained", False)),
+    "drafters.auto.AutoDrafter": (("prior_weight", 0.01), ("benchmark.peak_memory", 1e9), ("chained", False)),
     "drafters.lookahead.LookaheadDrafter": (
-        ("max_nodes", 16), ("max_depth", 16), ("max_match", 8), ("max_hits", 4), ("growth", 1.0), ("full_match", 1),
-        ("recency", 1.0), ("discount", 0.0), ("smoothing", 0.01), ("shared_weight", 1.0), ("share_outputs", False),
+        ("max_nodes", 16),
+        ("max_depth", 16),
+        ("max_match", 8),
+        ("max_hits", 4),
+        ("growth", 1.0),
+        ("full_match", 1),
+        ("recency", 1.0),
+        ("discount", 0.0),
+        ("smoothing", 0.01),
+        ("shared_weight", 1.0),
+        ("share_outputs", False),
     ),
     "drafters.recycling.RecyclingDrafter": (
-        ("max_nodes", 16), ("max_depth", 4), ("top_k", 4), ("last_list", False), ("prior_weight", 0.01),
-        ("memory", 1e9),
+        ("max_nodes", 16),
+        ("max_depth", 4),
+        ("top_k", 4),
+        ("last_list", False),
+        ("prior_weight", 0.01),
+        ("benchmark.peak_memory", 1e9),
     ),
-    "drafters.medusa.MedusaDrafter": (("dynamic", False), ("top_k", 5), ("prior_weight", 0.01), ("memory", 1e9)),
-}  # fmt: skip
+    "drafters.medusa.MedusaDrafter": (
+        ("dynamic", False),
+        ("top_k", 5),
+        ("prior_weight", 0.01),
+        ("benchmark.peak_memory", 1e9),
+    ),
+}
 """Settings of drafters, and the value without the feature."""
 DRAFT_SETTINGS: tuple[tuple[str, Any], ...] = (
-    ("growth", "chain"), ("growth", "static"), ("growth", "dynamic"), ("top_k", 3), ("beam", 4), ("coupled", False),
-    ("min_confidence", 0.0), ("prior_weight", 0.01), ("memory", 1e9),
-)  # fmt: skip
+    ("growth", "chain"),
+    ("growth", "static"),
+    ("growth", "dynamic"),
+    ("top_k", 3),
+    ("beam", 4),
+    ("coupled", False),
+    ("min_confidence", 0.0),
+    ("prior_weight", 0.01),
+    ("benchmark.peak_memory", 1e9),
+)
 LEARNED = (
-    ("standing", "LEARNED"), ("budget", "LEARNED"), ("step_times", "TIMES"), ("drafters.merge_known", "_KNOWN"),
-    ("drafters.draft_learning", "_LEARNED"),
-)  # fmt: skip
+    ("budgeting.ledger", "LEARNED"),
+    ("budget", "LEARNED"),
+    ("budgeting.pass_times", "TIMES"),
+    ("drafters.merging.known", "_KNOWN"),
+    ("drafters.small_model.learning", "_LEARNED"),
+)
 """Where the package keeps what runs with a model have taught it."""
 AUTO, DRAFT = "auto", "draft"
 
@@ -190,7 +263,7 @@ def constant_entries() -> Iterator[Ablation]:
         values = {"off": off, "half": kind(usual * 0.5), "double": kind(usual * 2)}
         if usual > 0.9 and usual < 1.0:  # a decay: its memory is halved and doubled
             values |= {"half": 1.0 - 2.0 * (1.0 - usual), "double": 1.0 - 0.5 * (1.0 - usual)}
-        on = DRAFT if path == "drafters.draft_depth" else AUTO
+        on = DRAFT if path == "drafters.small_model.depth" else AUTO
         for how, value in values.items():
             if how == "off" or (value != usual and value != off and value > 0):
                 yield Ablation(
@@ -239,11 +312,15 @@ def feature_entries() -> Iterator[Ablation]:
     yield Ablation("budget fixed", "the choice of the size: 64 nodes always", nothing_changed, "fixed")
     yield Ablation("near-tie guard", "adds the guard", nothing_changed, AUTO, (("near_tie_guard", True),))
     yield Ablation("deterministic", "choices by the clock", nothing_changed, AUTO, (("deterministic", True),))
-    yield Ablation("compiled", "adds compiled passes", nothing_changed, AUTO, (("compiled", True),))
-    yield Ablation("rests", "resting while drafting does not pay", method_changed("standing", "Standing", "lose", None))
-    yield Ablation("margin", "the margin that debts ask for", method_changed("standing", "Standing", "margin", 1.0))
-    yield Ablation("trust", "the factor of kept promises", method_changed("standing", "Learned", "trust", 1.0))
-    worth = "drafters.merge_worth"
+    yield Ablation("passes.compiled", "adds compiled passes", nothing_changed, AUTO, (("passes.compiled", True),))
+    yield Ablation(
+        "rests", "resting while drafting does not pay", method_changed("budgeting.ledger", "Standing", "lose", None)
+    )
+    yield Ablation(
+        "margin", "the margin that debts ask for", method_changed("budgeting.ledger", "Standing", "margin", 1.0)
+    )
+    yield Ablation("trust", "the factor of kept promises", method_changed("budgeting.ledger", "Learned", "trust", 1.0))
+    worth = "drafters.merging.worth"
     yield Ablation("asking by worth", "every source is asked", method_changed(worth, "Worth", "is_asked", True))
     yield Ablation("chain by worth", "chaining always", method_changed(worth, "Worth", "pays", True))
     yield Ablation("idle sources", "no source sits calls out", method_changed(worth, "Worth", "idle_among", set()))

@@ -39,7 +39,7 @@ def main(
     if sample is not None:
         typer.echo(json.dumps(timed_calls(model, dtypes, sample, new_tokens)))
         return
-    from specdec.provenance import circumstances, write_json
+    from specdec.common.provenance import circumstances, write_json
 
     results = []
     for dtype in dtypes.split(","):
@@ -77,7 +77,7 @@ def run(model: str, dtype: str, method: str, new_tokens: int) -> dict[str, float
 
 def timed_calls(name: str, dtype: str, method: str, new_tokens: int) -> dict[str, float]:
     """Seconds of wrapping the model, and of the first two calls of this process."""
-    from specdec.commands.loading import load_model
+    from specdec.common.loading import load_model
     from specdec.common.prompts import own_prompts
 
     model, tokenizer = load_model(name, dtype, "auto")

@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor
 
 import specdec
-from specdec.commands.loading import load_model
+from specdec.common.loading import load_model
 from specdec.common.prompts import own_prompts
-from specdec.provenance import circumstances, model_info, write_json
+from specdec.common.provenance import circumstances, model_info, write_json
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("identical", "prompts", "median_tokens_until_divergence", "median_gap", "largest_gap", "tokens_per_pass")

@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.api import SpeculativeModel, accelerate
+from specdec.benchmark.baselines import HF_ASSISTED, HF_GENERATE, OFF, assisted_kwargs, encode_prompts, specdec_method
 from specdec.benchmark.compiled import COMPILED, CompiledGenerate
+from specdec.benchmark.measuring import EncodedPrompt, Measurement, Method, Settings
 from specdec.benchmark.progress import measure_with_progress as measure
 from specdec.commands import options
-from specdec.commands.contenders import HF_ASSISTED, HF_GENERATE, OFF, assisted_kwargs, encode_prompts, specdec_method
 from specdec.commands.demo_display import summary_table
-from specdec.commands.errors import UserError, with_short_errors
-from specdec.commands.loading import EMBEDDED, load_model, own_draft_model, prepare_torch
+from specdec.common.embedded import heldout_prompts, read_prompts
+from specdec.common.errors import UserError, with_short_errors
+from specdec.common.loading import EMBEDDED, load_model, own_draft_model, prepare_torch
+from specdec.common.provenance import circumstances, model_info, write_json
 from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.embedded import heldout_prompts, read_prompts
-from specdec.measuring import EncodedPrompt, Measurement, Method, Settings
-from specdec.provenance import circumstances, model_info, write_json
 
 RESULTS = Path(__file__).parent / "results"
 GROWTHS = ("chain", "static", "dynamic", "auto")

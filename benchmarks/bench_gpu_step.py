@@ -32,14 +32,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
+from specdec.benchmark.roofline.costs import step_costs
+from specdec.benchmark.roofline.limits import DeviceLimits, device_limits, synchronize
+from specdec.benchmark.roofline.measure import measure_roofline
 from specdec.budget import Budget
-from specdec.capture.store import release
-from specdec.commands.errors import with_short_errors
+from specdec.common.errors import with_short_errors
+from specdec.common.provenance import circumstances, model_info, write_json
 from specdec.drafters import DraftContext, Drafter
-from specdec.provenance import circumstances, model_info, write_json
-from specdec.roofline.costs import step_costs
-from specdec.roofline.limits import DeviceLimits, device_limits, synchronize
-from specdec.roofline.measure import measure_roofline
+from specdec.passes.cuda_graphs.store import release
 from specdec.tree import TokenTree
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,11 +22,11 @@ from rich.table import Table
 
 import specdec
 from specdec.commands import options
-from specdec.commands.loading import prepare_torch
+from specdec.common.embedded import heldout_prompts, load_embedded
+from specdec.common.loading import prepare_torch
+from specdec.common.provenance import circumstances, write_json
 from specdec.drafters import SpecReasonDrafter
-from specdec.drafters.judge_prompts import PLAIN
-from specdec.embedded import heldout_prompts, load_embedded
-from specdec.provenance import circumstances, write_json
+from specdec.drafters.reasoning.judge_prompts import PLAIN
 from specdec.verifiers import JudgedStep, StepVerifier
 
 RESULTS = Path(__file__).parent / "results"

@@ -27,9 +27,9 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 import specdec.drafters.lookahead as lookahead_module
+from specdec.common.provenance import circumstances, write_json
 from specdec.drafters.base import DraftContext
 from specdec.drafters.lookahead import LookaheadDrafter
-from specdec.provenance import circumstances, write_json
 
 RESULTS = Path(__file__).parent / "results"
 TOKENIZER = Path(__file__).parents[1] / "specdec" / "assets" / "embedded" / "target" / "tokenizer.json"

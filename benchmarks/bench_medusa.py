@@ -22,18 +22,18 @@ import torch
 import typer
 from rich.console import Console
 
+from specdec.benchmark.baselines import HF_GENERATE, OFF, encode_prompts, specdec_method
+from specdec.benchmark.measuring import EncodedPrompt, Method, Settings
 from specdec.benchmark.progress import measure_with_progress as measure
 from specdec.commands import options
-from specdec.commands.contenders import HF_GENERATE, OFF, encode_prompts, specdec_method
 from specdec.commands.demo_display import summary_table
-from specdec.commands.errors import with_short_errors
-from specdec.commands.loading import EMBEDDED, load_model, prepare_torch
+from specdec.common.embedded import heldout_prompts, read_prompts
+from specdec.common.errors import with_short_errors
+from specdec.common.loading import EMBEDDED, load_model, prepare_torch
+from specdec.common.provenance import circumstances, model_info, write_json
 from specdec.drafters.base import DraftContext, Drafter
 from specdec.drafters.medusa import MedusaDrafter
-from specdec.embedded import heldout_prompts, read_prompts
 from specdec.heads import MedusaHeads
-from specdec.measuring import EncodedPrompt, Method, Settings
-from specdec.provenance import circumstances, model_info, write_json
 from specdec.tree import TokenTree
 
 RESULTS = Path(__file__).parent / "results"

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.budget import Budget
+from specdec.common.provenance import circumstances, write_json
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.merged import MergedDrafter
-from specdec.provenance import circumstances, write_json
 from specdec.tree import NODE_BUCKETS, TokenTree
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import specdec
 from specdec.budget import Budget
-from specdec.embedded import heldout_prompts, load_embedded
-from specdec.provenance import circumstances, model_info, write_json
+from specdec.common.embedded import heldout_prompts, load_embedded
+from specdec.common.provenance import circumstances, model_info, write_json
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("identical", "tokens_until_divergence", "near_ties", "guard_passes", "tokens_per_pass", "largest_gap")

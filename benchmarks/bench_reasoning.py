@@ -25,19 +25,19 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from specdec.api import accelerate
+from specdec.benchmark.baselines import HF_GENERATE, OFF
+from specdec.benchmark.measuring import EncodedPrompt, Method, run_interleaved
 from specdec.benchmark.progress import MeasuringProgress
 from specdec.benchmark.record import RunRecord
+from specdec.benchmark.runs import Measurement, Sample, Settings
 from specdec.budget import Budget
 from specdec.commands import options
-from specdec.commands.contenders import HF_GENERATE, OFF
-from specdec.commands.errors import with_short_errors
-from specdec.commands.loading import load_model, prepare_torch
+from specdec.common.errors import with_short_errors
+from specdec.common.loading import load_model, prepare_torch
+from specdec.common.provenance import circumstances, model_info, write_json
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.spec_reason import SpecReasonDrafter
-from specdec.measuring import EncodedPrompt, Method, run_interleaved
-from specdec.provenance import circumstances, model_info, write_json
-from specdec.samples import Measurement, Sample, Settings
 from specdec.verifiers.step import StepVerifier
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "reasoning"))

@@ -37,12 +37,12 @@ from rich.table import Table
 
 from specdec.api import SpeculativeModel, accelerate
 from specdec.budget import Budget
+from specdec.common.embedded import heldout_prompts, load_embedded
+from specdec.common.provenance import circumstances, write_json
 from specdec.drafters import AutoDrafter, Drafter, DraftModelDrafter, LookaheadDrafter, MergedDrafter, RecyclingDrafter
 from specdec.drafters.medusa import MedusaDrafter, own_heads
-from specdec.drafters.merge_known import Known
-from specdec.drafters.merge_worth import Worth
-from specdec.embedded import heldout_prompts, load_embedded
-from specdec.provenance import circumstances, write_json
+from specdec.drafters.merging.known import Known
+from specdec.drafters.merging.worth import Worth
 from specdec.report import SpeculationReport
 from specdec.target import TreeTarget
 from specdec.tree import TokenTree

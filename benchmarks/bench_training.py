@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from specdec.benchmark.runs import spread
 from specdec.commands import options
-from specdec.commands.errors import with_short_errors
-from specdec.commands.loading import EMBEDDED, load_model, prepare_torch
+from specdec.common.errors import with_short_errors
+from specdec.common.loading import EMBEDDED, load_model, prepare_torch
+from specdec.common.provenance import circumstances, model_info, write_json
 from specdec.heads import MedusaHeads
-from specdec.provenance import circumstances, model_info, write_json
-from specdec.samples import spread
 from specdec.training.config import MedusaTrainingConfig
 from specdec.training.losses import LOGITS_MIB, LOGITS_MIB_CPU, medusa_targets
 from specdec.training.recipes import HeadsAlone, head_losses

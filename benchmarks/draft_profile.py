@@ -14,14 +14,15 @@ from unittest.mock import patch
 import torch
 
 from specdec.api import accelerate
+from specdec.benchmark.measuring import EncodedPrompt, Method, Settings, run_once
 from specdec.budget import Budget
-from specdec.compiled.passes import CompiledPasses
-from specdec.drafters import draft_call, draft_model
-from specdec.drafters.draft_depth import Pace
-from specdec.drafters.draft_lists import DraftLists
+from specdec.drafters import draft_model
 from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.drafters.draft_passes import ChainPasses, TreePasses
-from specdec.measuring import EncodedPrompt, Method, Settings, run_once
+from specdec.drafters.small_model import call as draft_call
+from specdec.drafters.small_model.depth import Pace
+from specdec.drafters.small_model.lists import DraftLists
+from specdec.drafters.small_model.passes import ChainPasses, TreePasses
+from specdec.passes.compiled.passes import CompiledPasses
 
 FORWARDS = "forwards"
 PARTS: dict[str, list[tuple[Any, Sequence[str]]]] = {

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from specdec.benchmark.measuring import EncodedPrompt
 from specdec.benchmark.plots import COLOURS
-from specdec.measuring import EncodedPrompt
-from specdec.samples import Measurement, Sample, spread
+from specdec.benchmark.runs import Measurement, Sample, spread
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "reasoning"))
 from task import JUDGE_PROMPT, written_answer

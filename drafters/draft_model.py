@@ -13,19 +13,25 @@ from weakref import ref
 import numpy as np
 import torch
 
-from specdec.drafters import branch_pace
 from specdec.drafters.base import DraftContext, Drafter, Step
-from specdec.drafters.draft_call import MAX_CANDIDATES, DraftCall, Growth, compile_kernels
-from specdec.drafters.draft_captured import captured_pass
-from specdec.drafters.draft_depth import WIDTHS, Pace
-from specdec.drafters.draft_growth import DraftNodes, least_product, write_trees
-from specdec.drafters.draft_learning import Learned, learned
-from specdec.drafters.draft_lists import DraftLists, Kind
-from specdec.drafters.draft_loading import SELF, capability_of, load_draft_model, load_vocabularies, longest_sequence
-from specdec.drafters.draft_passes import ChainPasses, DraftPasses, TreePasses, warmed_up
-from specdec.drafters.draft_settings import Mode, check_settings
-from specdec.drafters.draft_vocabulary import RowTexts, Use
-from specdec.drafters.pipelined import LoadWindows, Pacing, adjust_threshold, check_pipeline, paced_growth
+from specdec.drafters.small_model import branch_pace
+from specdec.drafters.small_model.call import MAX_CANDIDATES, DraftCall, Growth, compile_kernels
+from specdec.drafters.small_model.captured import captured_pass
+from specdec.drafters.small_model.depth import WIDTHS, Pace
+from specdec.drafters.small_model.growth import DraftNodes, least_product, write_trees
+from specdec.drafters.small_model.learning import Learned, learned
+from specdec.drafters.small_model.lists import DraftLists, Kind
+from specdec.drafters.small_model.loading import (
+    SELF,
+    capability_of,
+    load_draft_model,
+    load_vocabularies,
+    longest_sequence,
+)
+from specdec.drafters.small_model.passes import ChainPasses, DraftPasses, TreePasses, warmed_up
+from specdec.drafters.small_model.pipelined import LoadWindows, Pacing, adjust_threshold, check_pipeline, paced_growth
+from specdec.drafters.small_model.settings import Mode, check_settings
+from specdec.drafters.tokenizers.draft_vocabulary import RowTexts, Use
 from specdec.kernels import Floats, Ints
 from specdec.target import embedding_rows
 from specdec.tree import TokenTree

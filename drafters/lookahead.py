@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specdec.drafters.base import DraftContext, Drafter
-from specdec.drafters.call_indexes import PEERS, CallIndexes
-from specdec.drafters.documents import Documents, token_documents, tokenizer_fingerprint
-from specdec.drafters.ngram_index import (
+from specdec.drafters.ngrams.call_indexes import PEERS, CallIndexes
+from specdec.drafters.ngrams.documents import Documents, token_documents, tokenizer_fingerprint
+from specdec.drafters.ngrams.ngram_index import (
     IntArray,
     NgramIndex,
     power_of_two,
     room_for_matches,
 )
-from specdec.drafters.ngram_store import load_indexes, save_indexes
-from specdec.drafters.trie_growth import draft_row
+from specdec.drafters.ngrams.ngram_store import load_indexes, save_indexes
+from specdec.drafters.ngrams.trie_growth import draft_row
 from specdec.tree import TokenTree
 
 SCOPES = ("request", "shared", "corpus")

@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.capture.call import CapturedCall
-from specdec.capture.fingerprint import hooked, module_state
 from specdec.common.smollm2 import packaged_heads
 from specdec.drafters.base import DraftContext, Drafter, Step
-from specdec.drafters.rank_tree import count_ranks, draft_rows
+from specdec.drafters.trees.rank_tree import count_ranks, draft_rows
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.output_embedding import OutputEmbedding
-from specdec.ranks import check_whole
+from specdec.passes.cuda_graphs.call import CapturedCall
+from specdec.passes.cuda_graphs.fingerprint import hooked, module_state
+from specdec.passes.tensor_parallel import check_whole
 from specdec.tree import TokenTree
 
 NUM_CLASSES = 16

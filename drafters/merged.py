@@ -23,18 +23,18 @@ from specdec.drafters.base import (
     Step,
     check_proposal,
 )
-from specdec.drafters.merge_call import MergedCall, PendingStep, Proposal, distinct_names, idle_step, verified_part
-from specdec.drafters.merge_chain import MOST_NODES, Chained, grafted, leaves_of
-from specdec.drafters.merge_growth import (
+from specdec.drafters.merging.call import MergedCall, PendingStep, Proposal, distinct_names, idle_step, verified_part
+from specdec.drafters.merging.chain import MOST_NODES, Chained, grafted, leaves_of
+from specdec.drafters.merging.growth import (
     CandidateStore,
     add_tree,
     follow_merged,
     grow_merged,
     mark_verified,
 )
-from specdec.drafters.merge_kernels import compile_kernels
-from specdec.drafters.merge_known import Known, known_of, new_known
-from specdec.drafters.merge_worth import HEAVY_SHARE, Asked, Worth, sureness_of
+from specdec.drafters.merging.kernels import compile_kernels
+from specdec.drafters.merging.known import Known, known_of, new_known
+from specdec.drafters.merging.worth import HEAVY_SHARE, Asked, Worth, sureness_of
 from specdec.kernels import Ints
 from specdec.target import embedding_rows
 from specdec.tree import TokenTree

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specdec.drafters.base import DraftContext, Drafter, Step
-from specdec.drafters.recycled_lists import LAST, Lists, count_listed, grow_recycled, keep_lists
+from specdec.drafters.trees.recycled_lists import LAST, Lists, count_listed, grow_recycled, keep_lists
 from specdec.kernels import Floats, Ints
 from specdec.target import embedding_rows
 from specdec.tree import TokenTree

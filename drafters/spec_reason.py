@@ -9,7 +9,11 @@ from typing import Any, get_args
 from weakref import ref
 
 from specdec.drafters.base import DraftContext, Drafter, Step
-from specdec.drafters.draft_loading import (
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.reasoning.bounds import StepMarks, TextBytes
+from specdec.drafters.reasoning.call import StepCall, StepSettings
+from specdec.drafters.reasoning.judge_prompts import make_question
+from specdec.drafters.small_model.loading import (
     SELF,
     capability_of,
     load_draft_model,
@@ -17,13 +21,9 @@ from specdec.drafters.draft_loading import (
     longest_sequence,
     tokenizer_of,
 )
-from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.drafters.draft_passes import warmed_up
-from specdec.drafters.draft_vocabulary import Use
-from specdec.drafters.judge_prompts import make_question
-from specdec.drafters.step_bounds import StepMarks, TextBytes
-from specdec.drafters.step_call import StepCall, StepSettings
-from specdec.drafters.token_text import token_text
+from specdec.drafters.small_model.passes import warmed_up
+from specdec.drafters.tokenizers.draft_vocabulary import Use
+from specdec.drafters.tokenizers.token_text import token_text
 from specdec.target import embedding_rows
 from specdec.tree import TokenTree
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 import specdec
-from specdec.embedded import heldout_prompts, load_embedded
+from specdec.common.embedded import heldout_prompts, load_embedded
 
 model, tokenizer = load_embedded("target")
 fast = specdec.accelerate(model, drafter="lookahead")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
 import specdec
-from specdec.commands.loading import path_of
+from specdec.common.loading import path_of
 
 
 def main(

@@ -12,17 +12,17 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
-from specdec.attention.choice import AttentionLike, check_attention
 from specdec.budget import Budget
-from specdec.capability import Capability, check_mode
-from specdec.capture.store import GraphMode, check_graph_mode
-from specdec.compiled.passes import CompileMode, check_compile_mode
+from specdec.budgeting.profiles import Tuning, load_profile, save_profile, tune
 from specdec.drafters import DRAFTERS, AutoDrafter, DraftModelDrafter, MergedDrafter
 from specdec.drafters.base import Drafter
-from specdec.explaining import explain
 from specdec.generation import Speculation
-from specdec.near_ties import check_guard
-from specdec.profiles import Tuning, load_profile, save_profile, tune
+from specdec.inspection.explain import explain
+from specdec.passes.attention.choice import AttentionLike, check_attention
+from specdec.passes.capability import Capability, check_mode
+from specdec.passes.compiled.passes import CompileMode, check_compile_mode
+from specdec.passes.cuda_graphs.store import GraphMode, check_graph_mode
+from specdec.passes.near_ties import check_guard
 from specdec.report import SpeculationReport
 from specdec.target import unwrapped
 from specdec.verifiers import VERIFIERS

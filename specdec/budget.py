@@ -11,10 +11,10 @@ from weakref import ref
 import numpy as np
 from torch import nn
 
+from specdec.budgeting.ledger import LEARNED, SCORE_BINS, Learned
+from specdec.budgeting.pass_times import StepTimes, Surroundings, keep_times, length_class, size_class, times_of
+from specdec.budgeting.priors import first_seconds
 from specdec.kernels import Floats, Ints, best_size, count_accepted, count_followed
-from specdec.priors import first_seconds
-from specdec.standing import LEARNED, SCORE_BINS, Learned
-from specdec.step_times import StepTimes, Surroundings, keep_times, length_class, size_class, times_of
 from specdec.tree import NODE_BUCKETS, TokenTree
 
 DECAY = 0.98

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from specdec.commands import COMMANDS
-from specdec.commands.errors import with_short_errors
+from specdec.common.errors import with_short_errors
 
 app = typer.Typer(
     name="specdec",

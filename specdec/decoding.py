@@ -9,13 +9,13 @@ from torch import Tensor
 
 from specdec.budget import Budget
 from specdec.drafting import GuardedDrafter
-from specdec.ranks import Ranks
+from specdec.passes.tensor_parallel import Ranks
 from specdec.report import SpeculationReport
+from specdec.rows.sequences import Sequences
+from specdec.rows.stopping import StopRule
+from specdec.rows.streaming import StreamFeeder
 from specdec.sampling import Sampler
-from specdec.sequences import Sequences
 from specdec.step import Outcome, Step
-from specdec.stopping import StopRule
-from specdec.streaming import StreamFeeder
 from specdec.target import TargetModel
 from specdec.tree import TokenTree
 

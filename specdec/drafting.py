@@ -12,12 +12,12 @@ from torch import Tensor
 
 from specdec.budget import Budget
 from specdec.drafters.base import DraftContext, Drafter, DrafterSwitchedOffWarning, Step, check_proposal
-from specdec.hidden_states import HiddenStates
 from specdec.kernels import Floats, Ints, host_array, largest_at
+from specdec.passes.hidden_states import HiddenStates
 from specdec.reasoning import Verdict
 from specdec.report import SpeculationReport
+from specdec.rows.sequences import Sequences
 from specdec.sampling import Sampler
-from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 
 __all__ = ["DrafterSwitchedOffWarning", "GuardedDrafter"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 
+from specdec.common.provenance import versions
 from specdec.compat import TESTED, has_default_cache
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
-from specdec.provenance import versions
 from specdec.target import CausalLM, cache_layer_types
 
 

@@ -14,34 +14,34 @@ from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specdec.attention.choice import AttentionLike
 from specdec.budget import Budget
-from specdec.capability import Capability, probe
-from specdec.capture.step import step_for
-from specdec.capture.store import GraphMode, acquire, check_demand, describe
-from specdec.capture.target import StaticTarget
-from specdec.chain_target import ChainTarget
 from specdec.compat import CACHE, decoding_method, eos_tokens, is_handed_in, pad_token
-from specdec.compiled.auto import begin_passes, describe_compiled
-from specdec.compiled.passes import CompileMode
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
 from specdec.drafting import GuardedDrafter
 from specdec.fallback import FallbackWarning as FallbackWarning
 from specdec.fallback import UnexpectedFallbackWarning, remedy, takes_drafts
-from specdec.hidden_states import HiddenStates
-from specdec.limits import length_limit
-from specdec.near_ties import HALF, NearTies, gap_of
-from specdec.noise import NoiseQueue
+from specdec.inspection.trace import Trace
 from specdec.obstacles import NO_CACHE, foreign_inputs, impossible
-from specdec.ranks import Ranks, obstacle
+from specdec.passes.attention.choice import AttentionLike
+from specdec.passes.capability import Capability, probe
+from specdec.passes.chain_target import ChainTarget
+from specdec.passes.compiled.auto import begin_passes, describe_compiled
+from specdec.passes.compiled.passes import CompileMode
+from specdec.passes.cuda_graphs.step import step_for
+from specdec.passes.cuda_graphs.store import GraphMode, acquire, check_demand, describe
+from specdec.passes.cuda_graphs.target import StaticTarget
+from specdec.passes.hidden_states import HiddenStates
+from specdec.passes.length_limits import length_limit
+from specdec.passes.near_ties import HALF, NearTies, gap_of
+from specdec.passes.tensor_parallel import Ranks, obstacle
 from specdec.report import SpeculationReport
+from specdec.rows.draws import NoiseQueue
+from specdec.rows.sequences import Sequences
+from specdec.rows.stopping import StopRule
+from specdec.rows.streaming import StreamFeeder
 from specdec.sampling import Sampler
-from specdec.sequences import Sequences
-from specdec.stopping import StopRule
-from specdec.streaming import StreamFeeder
 from specdec.target import CacheNotFilledError, CausalLM, TargetModel, TreeTarget, embedding_rows
-from specdec.trace import Trace
 from specdec.verifiers.base import Verifier
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 
-from specdec.cache_commit import move_slots
 from specdec.compat import DummyLayer, add_layers
+from specdec.passes.cache_commit import move_slots
 
 ATTENTION_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 GROWTH = 256

@@ -9,8 +9,9 @@ from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
-from specdec import kv_cache, sampling, stopping
+from specdec import kv_cache, sampling
 from specdec.compat import CACHE
+from specdec.rows import stopping
 from specdec.target import DECODE_KWARGS_HANDLED, CausalLM
 
 NO_CACHE = "the model keeps no kv cache that could be rolled back"

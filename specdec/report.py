@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from specdec.audit import StepAudit
-from specdec.trace import Trace
+from specdec.inspection.audit import StepAudit
+from specdec.inspection.trace import Trace
 
 PHASES = ("prefill", "compile", "calibrate", "draft", "target", "verify", "commit")
 

@@ -14,8 +14,8 @@ from transformers.generation import logits_process as lp
 from transformers.generation.logits_process import LogitsProcessorList
 
 from specdec.kernels import child_with
-from specdec.noise import NoiseQueue
-from specdec.sequences import Sequences
+from specdec.rows.draws import NoiseQueue
+from specdec.rows.sequences import Sequences
 from specdec.tree import TokenTree
 
 SCORE_ONLY = frozenset(

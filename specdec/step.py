@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdec.drafting import GuardedDrafter
 from specdec.kernels import Ints
-from specdec.near_ties import NearTies
+from specdec.passes.near_ties import NearTies
 from specdec.reasoning import Verdict
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler

@@ -14,20 +14,20 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
-from specdec.attention.choice import AttentionChoice
-from specdec.attention.plan import TreePlan
-from specdec.attention.switch import switched_attention
 from specdec.compat import CACHE, cache_layers, prefill
-from specdec.experts import ExpertsSwitch
-from specdec.hidden_states import HiddenStates
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
-from specdec.masks import MaskFormat
-from specdec.sequences import Sequences
+from specdec.passes.attention.choice import AttentionChoice
+from specdec.passes.attention.plan import TreePlan
+from specdec.passes.attention.switch import switched_attention
+from specdec.passes.hidden_states import HiddenStates
+from specdec.passes.masks import MaskFormat
+from specdec.passes.moe import ExpertsSwitch
+from specdec.rows.sequences import Sequences
 from specdec.tree import NODE_BUCKETS, TokenTree, padded_width
 
 if TYPE_CHECKING:
-    from specdec.compiled.auto import EagerPasses
-    from specdec.compiled.passes import CompiledPasses
+    from specdec.passes.compiled.auto import EagerPasses
+    from specdec.passes.compiled.passes import CompiledPasses
 
 MAX_NEW_SLOTS = 1024
 """New tokens that get slots from the start; for more the cache grows."""

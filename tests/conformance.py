@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import specdec
-from specdec.attention.choice import AttentionLike
 from specdec.budget import Budget
 from specdec.drafters import (
     DraftContext,
@@ -25,6 +24,7 @@ from specdec.drafters import (
     Step,
 )
 from specdec.heads import MedusaHeads
+from specdec.passes.attention.choice import AttentionLike
 from specdec.report import SpeculationReport
 from specdec.tree import TokenTree
 from tests.tiny_models import PAD, VOCAB, tiny_model, tiny_tokenizer

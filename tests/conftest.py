@@ -17,10 +17,10 @@ if not torch.cuda.is_available():  # read when triton is imported, by transforme
 
 import transformers
 
-from specdec.drafters.draft_learning import _LEARNED
-from specdec.drafters.merge_known import _KNOWN
-from specdec.standing import LEARNED
-from specdec.step_times import TIMES
+from specdec.budgeting.ledger import LEARNED
+from specdec.budgeting.pass_times import TIMES
+from specdec.drafters.merging.known import _KNOWN
+from specdec.drafters.small_model.learning import _LEARNED
 
 _NUMBERS = itertools.count()
 torch.set_num_threads(1)

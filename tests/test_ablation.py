@@ -83,11 +83,11 @@ def test_settings_do_not_learn_from_each_other() -> None:
         for file in files
         for name in re.findall(r"^(\w*(?:LEARNED|KNOWN|TIMES)): WeakKeyDictionary", file.read_text("utf-8"), re.M)
     }
-    assert holding - {("capability", "_KNOWN")} <= set(ablation.LEARNED)
+    assert holding - {("passes.capability", "_KNOWN")} <= set(ablation.LEARNED)
     usual = {key: getattr(ablation.module_of(key[0]), key[1]) for key in ablation.LEARNED}
     with ablation.Memory().in_use():
         assert not any(getattr(ablation.module_of(path), name) is usual[path, name] for path, name in usual)
-        assert ablation.module_of("budget").LEARNED is ablation.module_of("standing").LEARNED
+        assert ablation.module_of("budget").LEARNED is ablation.module_of("budgeting.ledger").LEARNED
     assert all(getattr(ablation.module_of(path), name) is usual[path, name] for path, name in usual)
 
 

@@ -22,8 +22,8 @@ from transformers.utils import logging
 
 import specdec
 from specdec.budget import Budget
-from specdec.capability import MODES
 from specdec.drafters.base import DraftContext, Drafter
+from specdec.passes.capability import MODES
 from specdec.tree import TokenTree
 from tests.architectures import NAMES, VOCAB, tiny_config, tiny_model
 

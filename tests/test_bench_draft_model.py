@@ -12,9 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from specdec.benchmark.measuring import EncodedPrompt, Settings
 from specdec.drafters import DraftModelDrafter
-from specdec.drafters.draft_lists import DraftLists
-from specdec.measuring import EncodedPrompt, Settings
+from specdec.drafters.small_model.lists import DraftLists
 from tests.compiled.builders import built_by, uncompiled
 from tests.conformance import draft_of
 from tests.test_cli import PROMPT, save_model

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from specdec.samples import Measurement, Sample, Settings
+from specdec.benchmark.runs import Measurement, Sample, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("bench_reasoning", "reasoning_figures", "task", "chains", "judging", "solving")

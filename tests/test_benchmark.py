@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig
 
-from specdec import measuring
-from specdec.benchmark import BenchmarkResults, BenchmarkSettings, Contender, figures, runner
+from specdec.benchmark import BenchmarkResults, BenchmarkSettings, Contender, figures, measuring, runner
 from specdec.benchmark.comparison import compare, comparison_tables, interval
 from specdec.benchmark.differences import first_difference
+from specdec.benchmark.measuring import EncodedPrompt, Measurement, Method, Sample
 from specdec.benchmark.prompts import batches
 from specdec.benchmark.results import load_results
+from specdec.benchmark.runs import Settings, spread
 from specdec.benchmark.tables import text_tables
 from specdec.drafters import DraftContext, Drafter, LookaheadDrafter
-from specdec.measuring import EncodedPrompt, Measurement, Method, Sample
-from specdec.samples import Settings, spread
 from specdec.tree import TokenTree
 from tests.compiled.builders import built_by, uncompiled
 from tests.tiny_models import EOS, tiny_model, tiny_tokenizer

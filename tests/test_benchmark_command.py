@@ -12,10 +12,10 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from specdec import provenance
 from specdec.benchmark import load_results, read_benchmark_prompts
 from specdec.benchmark.prompts import answers_of, read_benchmark_questions
 from specdec.cli import app
+from specdec.common import provenance
 from tests.test_cli import PROMPT, save_model
 from tests.tiny_models import EOS, tiny_model, tiny_tokenizer
 

@@ -10,7 +10,7 @@ import torch
 
 import specdec
 from specdec.budget import Budget
-from specdec.step_times import StepTimes
+from specdec.budgeting.pass_times import StepTimes
 from specdec.tree import NODE_BUCKETS, TokenTree, bucket_of
 from tests.conformance import AlwaysWrongDrafter, OracleDrafter, reference
 from tests.tiny_models import prompts, tiny_model

@@ -11,8 +11,8 @@ import torch
 
 import specdec
 from specdec.budget import Budget, Learned
-from specdec.standing import FIRST_SHORTENING
-from specdec.step_times import TIMES
+from specdec.budgeting.ledger import FIRST_SHORTENING
+from specdec.budgeting.pass_times import TIMES
 from specdec.tree import TokenTree
 from tests.conformance import OracleDrafter, reference
 from tests.test_budget import CPU, chain, set_times, with_times

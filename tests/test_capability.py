@@ -10,11 +10,11 @@ import transformers as tf
 from torch import Tensor
 
 import specdec
-from specdec import capability
-from specdec.capability import Capability, probe
 from specdec.compat import CACHE
 from specdec.generation import FallbackWarning
-from specdec.masks import MaskFormat
+from specdec.passes import capability
+from specdec.passes.capability import Capability, probe
+from specdec.passes.masks import MaskFormat
 from tests.conformance import Answers, OracleDrafter, RandomTreeDrafter, assert_identical
 from tests.tiny_models import BOS, EOS, MODELS, PAD, VOCAB, WINDOW, new_model, prompts, tiny_model
 

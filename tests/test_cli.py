@@ -16,14 +16,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from specdec import embedded
+from specdec.benchmark.measuring import Sample
 from specdec.budget import Budget
 from specdec.cli import app
 from specdec.commands import COMMANDS
 from specdec.commands.accepted_drafts import pieces_of
 from specdec.commands.demo_display import LiveDisplay, completion_text
-from specdec.commands.errors import UserError
-from specdec.measuring import Sample
+from specdec.common import embedded
+from specdec.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "def add(a, b):\n    return a"

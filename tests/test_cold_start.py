@@ -11,9 +11,10 @@ import pytest
 from numba.core.dispatcher import Dispatcher
 
 import specdec
-from specdec import priors, step_times
 from specdec.budget import Budget
-from specdec.step_times import StepTimes, Surroundings, times_of
+from specdec.budgeting import pass_times as step_times
+from specdec.budgeting import priors
+from specdec.budgeting.pass_times import StepTimes, Surroundings, times_of
 from specdec.target import TargetModel
 from tests.conformance import assert_identical
 from tests.test_budget import CPU

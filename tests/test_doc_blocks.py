@@ -35,7 +35,7 @@ import specdec
 from specdec.cli import app
 from specdec.commands.bench import _parsed
 from specdec.commands.drafter_options import DrafterFlags
-from specdec.embedded import embedded_path, heldout_prompts, load_embedded
+from specdec.common.embedded import embedded_path, heldout_prompts, load_embedded
 from tests.tiny_models import LLAMA_LIKE, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import pytest
 
-from specdec import embedded
 from specdec.commands.drafter_options import DrafterFlags
-from specdec.commands.errors import UserError
-from specdec.conversion import convert
+from specdec.common import embedded
+from specdec.common.conversion import convert
+from specdec.common.errors import UserError
 from specdec.drafters import DRAFTERS, DraftContext, Drafter
 from specdec.tree import TokenTree
 

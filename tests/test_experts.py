@@ -10,7 +10,7 @@ import transformers as tf
 
 import specdec
 from specdec import target as targets
-from specdec.experts import ExpertsSwitch
+from specdec.passes.moe import ExpertsSwitch
 from tests.conformance import DRAFTERS, assert_identical
 from tests.tiny_models import LLAMA_LIKE, new_model, prompts
 

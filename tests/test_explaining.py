@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 import specdec
-from specdec import step_times
 from specdec.budget import Budget
+from specdec.budgeting import pass_times as step_times
+from specdec.budgeting.pass_times import StepTimes
 from specdec.drafters import MergedDrafter, RecyclingDrafter
-from specdec.step_times import StepTimes
 from specdec.tree import NODE_BUCKETS
 from tests.conformance import AlwaysWrongDrafter, FailingDrafter, OracleDrafter, reference
 from tests.tiny_models import new_model, prompts, tiny_model

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import specdec
-from specdec.attention.base import TreeAttention
-from specdec.attention.choice import BACKENDS, AttentionChoice, seconds_of
 from specdec.budget import Budget
-from specdec.cache_commit import move_slots
-from specdec.capture.graphs import MAX_GRAPHS
-from specdec.capture.store import store_of
 from specdec.drafters import DraftModelDrafter
 from specdec.drafters.draft_model import Mode
+from specdec.passes.attention.base import TreeAttention
+from specdec.passes.attention.choice import BACKENDS, AttentionChoice, seconds_of
+from specdec.passes.cache_commit import move_slots
+from specdec.passes.cuda_graphs.graphs import MAX_GRAPHS
+from specdec.passes.cuda_graphs.store import store_of
 from specdec.target import TreeTarget
 from specdec.tree import NODE_BUCKETS
 from tests.attention.reference import SHAPES, Shape, call_of

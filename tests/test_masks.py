@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.masks import MaskFormat, tree_mask
+from specdec.passes.masks import MaskFormat, tree_mask
 from specdec.tree import TokenTree
 from tests.conformance import ancestors, random_tree
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdec import accelerate, measuring, provenance
+from specdec import accelerate
+from specdec.benchmark import measuring
+from specdec.benchmark.measuring import EncodedPrompt, Measurement, Method, Settings, count_tokens, run_interleaved
+from specdec.common import provenance
 from specdec.drafters import LookaheadDrafter
-from specdec.measuring import EncodedPrompt, Measurement, Method, Settings, count_tokens, run_interleaved
 
 EOS = 2
 PROMPTS = [EncodedPrompt(f"prompt {i}", torch.tensor([[5, 6, 7 + i]])) for i in range(3)]

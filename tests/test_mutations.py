@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec import masks
 from specdec.kv_cache import TreeCache
-from specdec.noise import NoiseQueue
+from specdec.passes import masks
+from specdec.rows.draws import NoiseQueue
+from specdec.rows.sequences import Sequences
+from specdec.rows.stopping import StopRule
 from specdec.sampling import Sampler
-from specdec.sequences import Sequences
-from specdec.stopping import StopRule
 from specdec.target import TreeTarget
 from specdec.tree import TokenTree
 from tests.conformance import OracleDrafter, RandomTreeDrafter, assert_identical, reference

@@ -10,10 +10,10 @@ from transformers.generation.logits_process import LogitsProcessorList, TopPLogi
 
 import specdec
 from specdec.budget import Budget
-from specdec.near_ties import NearTies
-from specdec.noise import NoiseQueue
+from specdec.passes.near_ties import NearTies
+from specdec.rows.draws import NoiseQueue
+from specdec.rows.sequences import Sequences
 from specdec.sampling import Sampler, margins
-from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 from specdec.verifiers import ExactVerifier
 from tests.conformance import DRAFTERS, Answers, OracleDrafter, RandomTreeDrafter, assert_identical

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.noise import NoiseQueue
+from specdec.rows.draws import NoiseQueue
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,13 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from specdec import capability, capability_store, probing
-from specdec.capability import probe
-from specdec.chain_target import ChainTarget
 from specdec.kv_cache import TreeCache
-from specdec.masks import MaskFormat
-from specdec.rounding import allowed, differ, distance, noise_of, typical_noise
+from specdec.passes import capability, capability_store
+from specdec.passes import probe as probing
+from specdec.passes.capability import probe
+from specdec.passes.chain_target import ChainTarget
+from specdec.passes.masks import MaskFormat
+from specdec.passes.tolerance import allowed, differ, distance, noise_of, typical_noise
 from specdec.target import TreeTarget
 from specdec.tree import TokenTree
 from tests.tiny_models import new_model

@@ -12,7 +12,8 @@ import torch
 
 import specdec
 from specdec import budget as budget_module
-from specdec import profiles, step_times
+from specdec.budgeting import pass_times as step_times
+from specdec.budgeting import profiles
 from specdec.drafters import LookaheadDrafter, MergedDrafter, RecyclingDrafter
 from tests.conformance import reference
 from tests.tiny_models import new_model, prompts

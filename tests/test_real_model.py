@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import specdec
-from specdec import capability
-from specdec.capability import probe
+from specdec.passes import capability
+from specdec.passes.capability import probe
 from tests.real_model import TURNS, chat_inputs, loaded, smollm2_folder
 from tests.test_probe import FAULTS
 

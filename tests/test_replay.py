@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from specdec.benchmark.offline_replay import replay, replay_file
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.lookahead import LookaheadDrafter
-from specdec.replay import replay, replay_file
 from specdec.tree import TokenTree
 
 

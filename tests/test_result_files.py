@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from specdec.provenance import write_json
+from specdec.common.provenance import write_json
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "results").glob("*.json"))
 MOST_LINES, MOST_NUMBERS = 700, 64

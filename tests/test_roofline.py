@@ -10,11 +10,11 @@ import torch
 import transformers as tf
 from typer.testing import CliRunner
 
+from specdec.benchmark.roofline.costs import StepCosts, step_costs
+from specdec.benchmark.roofline.limits import DeviceLimits, device_limits
+from specdec.benchmark.roofline.measure import Roofline, StepTime, measure_roofline
+from specdec.benchmark.roofline.report import roofline_tables
 from specdec.cli import app
-from specdec.roofline.costs import StepCosts, step_costs
-from specdec.roofline.limits import DeviceLimits, device_limits
-from specdec.roofline.measure import Roofline, StepTime, measure_roofline
-from specdec.roofline.report import roofline_tables
 from tests.test_cli import save_model
 from tests.tiny_models import LLAMA_LIKE, tiny_model
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import specdec
-from specdec import step_times
-from specdec.step_times import StepTimes, Surroundings, length_class, times_of
+from specdec.budgeting import pass_times as step_times
+from specdec.budgeting.pass_times import StepTimes, Surroundings, length_class, times_of
 from tests.conformance import OracleDrafter, reference
 from tests.test_budget import CPU, GPU, set_times
 from tests.tiny_models import new_model, prompts
@@ -63,7 +63,7 @@ def test_a_size_that_seemed_expensive_is_tried_again() -> None:
 def test_sizes_can_be_timed_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first pass of a size may have to be prepared, and noise only ever adds: the least counts."""
     now, stalls = [0.0], iter([5.0, 0.0] * 5)
-    monkeypatch.setattr("specdec.step_times.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("specdec.budgeting.pass_times.time.perf_counter", lambda: now[0])
 
     def run(nodes: int) -> None:
         now[0] += CPU[nodes] + next(stalls)

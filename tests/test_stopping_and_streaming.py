@@ -12,9 +12,9 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 import specdec
 from specdec.budget import Budget
-from specdec.sequences import Sequences
-from specdec.stopping import StopRule, not_row_wise
-from specdec.streaming import StreamFeeder
+from specdec.rows.sequences import Sequences
+from specdec.rows.stopping import StopRule, not_row_wise
+from specdec.rows.streaming import StreamFeeder
 from tests.conformance import OracleDrafter, RandomTreeDrafter, Reference, assert_identical, reference
 from tests.tiny_models import prompts, tiny_model, tiny_tokenizer
 

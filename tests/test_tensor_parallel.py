@@ -15,7 +15,7 @@ import torch
 import specdec
 from specdec.budget import Budget
 from specdec.drafters import DraftModelDrafter, LookaheadDrafter, MedusaDrafter
-from specdec.ranks import obstacle
+from specdec.passes.tensor_parallel import obstacle
 from tests.tiny_models import new_model, prompts, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]

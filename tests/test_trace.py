@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 import specdec
 from specdec.budget import Budget
 from specdec.cli import app
+from specdec.common.embedded import load_embedded
 from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, MergedDrafter, RecyclingDrafter
-from specdec.embedded import load_embedded
-from specdec.trace import Trace, token_pieces
-from specdec.trace_text import TINTS
+from specdec.inspection.trace import Trace, token_pieces
+from specdec.inspection.trace_text import TINTS
 from specdec.tree import TokenTree
 from tests.test_cli import save_model
 from tests.tiny_models import prompts, tiny_model, tiny_tokenizer

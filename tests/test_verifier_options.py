@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from specdec.commands.errors import UserError
 from specdec.commands.verifier_options import VerifierFlags
+from specdec.common.errors import UserError
 from specdec.verifiers import ExactVerifier, StepVerifier, TypicalVerifier
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from specdec.lazy import lazy_names
+from specdec.common.lazy import lazy_names
 
 if not __name__.startswith("specdec."):
     raise ImportError("import it as specdec.training: 'training' alone is not a package of this project")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from specdec.conversion import convert
+from specdec.common.conversion import convert
 from specdec.training.schedules import HEADS_SCHEDULES, SCHEDULES
 
 Recipe = Literal["medusa-1", "medusa-2", "medusa-2-distill"]

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 
 from specdec.api import DrafterLike, accelerate
-from specdec.drafters.documents import tokenizer_fingerprint
 from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.ngrams.documents import tokenizer_fingerprint
 from specdec.generation import FallbackWarning
 from specdec.training.examples import prompt_ids
 from specdec.training.prompts import DistillationPrompt, batches_of, load_prompts, unique

@@ -106,7 +106,7 @@ def new_accelerator(config: MedusaTrainingConfig) -> Accelerator:
 
 
 def _load(config: MedusaTrainingConfig, accelerator: Accelerator) -> tuple[Any, Any]:
-    from specdec.commands.loading import load_model
+    from specdec.common.loading import load_model
 
     device = str(accelerator.device)
     return load_model(config.model, config.dtype, device, config.device_map, config.attn, config.trust_remote_code)

@@ -96,7 +96,7 @@ def _shape(result: TrainingResult) -> str:
 
 
 def _model_name(model: str) -> str:
-    from specdec.commands.loading import path_of
+    from specdec.common.loading import path_of
 
     return path_of(model)
 

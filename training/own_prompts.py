@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from specdec.drafters.documents import tokenizer_fingerprint
+from specdec.drafters.ngrams.documents import tokenizer_fingerprint
 from specdec.training import prompt_kinds as kinds
 from specdec.training.chat import ChatEncoder
 from specdec.training.prompts import DistillationPrompt

@@ -220,7 +220,7 @@ def _from_hub(source: str, split: str) -> Any:
 
 
 def _read_distilled(folder: Path, tokenizer: Any) -> list[Record]:
-    from specdec.drafters.documents import tokenizer_fingerprint
+    from specdec.drafters.ngrams.documents import tokenizer_fingerprint
 
     manifest = json.loads((folder / DISTILLATION).read_text(encoding="utf-8"))
     if manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):

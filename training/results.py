@@ -9,8 +9,8 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 
+from specdec.common.provenance import circumstances, write_json
 from specdec.heads import MedusaHeads
-from specdec.provenance import circumstances, write_json
 from specdec.training.config import MedusaTrainingConfig
 from specdec.training.data import TrainingData
 from specdec.training.evaluation import Evaluation

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from specdec.common.provenance import hardware
 from specdec.heads import MedusaHeads
-from specdec.provenance import hardware
 
 REPEATS = 2
 TEXT_PROMPT_TOKENS = 48
@@ -38,9 +38,9 @@ def measure_speedup(
     Returns:
         Tokens per second, speed-up over HF's `generate`, and tokens per pass, by method.
     """
-    from specdec.commands.contenders import HF_GENERATE, OFF, specdec_method
+    from specdec.benchmark.baselines import HF_GENERATE, OFF, specdec_method
+    from specdec.benchmark.measuring import EncodedPrompt, Method, Settings, run_interleaved
     from specdec.drafters.medusa import MedusaDrafter
-    from specdec.measuring import EncodedPrompt, Method, Settings, run_interleaved
 
     count = min(num_prompts + 1, len(examples))
     encoded = [

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from specdec.api import accelerate
 from specdec.budget import Budget
+from specdec.budgeting.pass_times import StepTimes
 from specdec.drafters.medusa import MedusaDrafter, default_accuracies
 from specdec.heads import HeadCalibration, MedusaHeads
 from specdec.heads.tree_choice import best_tree, expected_tokens, measured_tokens
-from specdec.step_times import StepTimes
 from specdec.training.hidden_states import FinalHiddenStates
 from specdec.training.losses import IGNORED, medusa_targets
 from specdec.tree import NODE_BUCKETS, TokenTree
@@ -207,7 +207,7 @@ def time_passes(
 
 
 def _device_name(model: Any) -> str:
-    from specdec.provenance import hardware
+    from specdec.common.provenance import hardware
 
     machine = hardware()
     return (

@@ -37,9 +37,9 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
+from specdec.benchmark.measuring import EncodedPrompt, Measurement, Method, Settings, run_interleaved
+from specdec.common.provenance import circumstances, model_info, write_json
 from specdec.drafters import DraftModelDrafter
-from specdec.measuring import EncodedPrompt, Measurement, Method, Settings, run_interleaved
-from specdec.provenance import circumstances, model_info, write_json
 
 HF, PACED, PIPELINED = "HF generate", "paced drafts", "paced drafts, pipelined"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from specdec.lazy import lazy_names
+from specdec.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from specdec.benchmark.comparison import Change, compare

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from specdec.api import DrafterLike, SpeculativeModel, accelerate, resolve_drafter, resolve_verifier
+from specdec.benchmark.baselines import HF_GENERATE, hf_methods
 from specdec.benchmark.compiled import COMPILED, CompiledGenerate
+from specdec.benchmark.measuring import Method
 from specdec.benchmark.settings import Part
 from specdec.budget import Budget
-from specdec.commands.contenders import HF_GENERATE, hf_methods
 from specdec.drafters import DRAFTERS
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.measuring import Method
 from specdec.verifiers.base import Verifier
 
 AT_SIZE = ", {} nodes"

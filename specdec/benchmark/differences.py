@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from specdec.measuring import EncodedPrompt
-from specdec.samples import Sample
+from specdec.benchmark.measuring import EncodedPrompt
+from specdec.benchmark.runs import Sample
 
 
 def first_difference(mine: Sequence[int], theirs: Sequence[int]) -> int | None:

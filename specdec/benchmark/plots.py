@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from specdec.benchmark.results import BenchmarkResults
-    from specdec.samples import Row
+    from specdec.benchmark.runs import Row
 
 COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442", "#882255", "#999999",

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from specdec.measuring import EncodedPrompt, Method, run_interleaved
-from specdec.samples import Measurement, Settings
+from specdec.benchmark.measuring import EncodedPrompt, Method, run_interleaved
+from specdec.benchmark.runs import Measurement, Settings
 
 
 class MeasuringProgress:

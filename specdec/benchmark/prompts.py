@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from specdec.benchmark.measuring import EncodedPrompt, end_tokens
+from specdec.common.embedded import heldout_prompts
 from specdec.common.prompts import own_prompts
-from specdec.embedded import heldout_prompts
-from specdec.measuring import EncodedPrompt, end_tokens
 from specdec.training.records import TEXT_SUFFIXES, read_records
 
 EMBEDDED_PROMPTS = "embedded"

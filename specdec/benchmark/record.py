@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdec.provenance import write_json
-from specdec.samples import Measurement, Sample, Settings
+from specdec.benchmark.runs import Measurement, Sample, Settings
+from specdec.common.provenance import write_json
 
 RUN_FILE, ROUNDS_FILE = "run.json", "rounds.jsonl"
 MAX_DIFFERENCES = 4

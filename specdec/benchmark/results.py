@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specdec.benchmark.runs import Measurement
 from specdec.benchmark.settings import BenchmarkSettings, Part
-from specdec.provenance import write_json
-from specdec.samples import Measurement
+from specdec.common.provenance import write_json
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -11,21 +11,21 @@ from typing import Any
 
 from rich.console import Console
 
+from specdec.benchmark.baselines import OFF, assisted_kwargs
 from specdec.benchmark.compiled import COMPILED, CompiledGenerate
 from specdec.benchmark.contenders import Contender, and_compiled, as_contenders, at_sizes, methods_of
 from specdec.benchmark.differences import note_differences
+from specdec.benchmark.measuring import EncodedPrompt, Method, run_interleaved
 from specdec.benchmark.progress import MeasuringProgress
 from specdec.benchmark.prompts import DEFAULT_SOURCE, batches, random_prompts, read_benchmark_prompts
 from specdec.benchmark.record import RunRecord
 from specdec.benchmark.results import BenchmarkResults, PartResults
+from specdec.benchmark.runs import Measurement, Sample
 from specdec.benchmark.settings import BenchmarkSettings, Part
-from specdec.commands.contenders import OFF, assisted_kwargs
-from specdec.commands.loading import EMBEDDED
+from specdec.common.embedded import embedded_path
+from specdec.common.loading import EMBEDDED
+from specdec.common.provenance import circumstances, model_info
 from specdec.common.smollm2 import SMOLLM2, is_smollm2
-from specdec.embedded import embedded_path
-from specdec.measuring import EncodedPrompt, Method, run_interleaved
-from specdec.provenance import circumstances, model_info
-from specdec.samples import Measurement, Sample
 
 DEFAULT_PROMPTS = 20
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from specdec.samples import Settings
+from specdec.benchmark.runs import Settings
 from specdec.tree import NODE_BUCKETS
 
 RANDOM_PART = "incompressible"

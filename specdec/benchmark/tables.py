@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from specdec.samples import Measurement, Row
+from specdec.benchmark.runs import Measurement, Row
 
 if TYPE_CHECKING:
     from specdec.benchmark.results import BenchmarkResults, PartResults

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdec.measuring import Method, Sample
+    from specdec.benchmark.measuring import Method, Sample
 
 Pieces = list[tuple[str, bool]]
 """Text, and whether it was drafted."""

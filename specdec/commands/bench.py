@@ -12,8 +12,8 @@ import typer
 
 from specdec.commands import options
 from specdec.commands.drafter_options import DRAFT_MODEL, DrafterFlags
-from specdec.commands.errors import UserError, user_errors
-from specdec.commands.loading import EMBEDDED, load_model, own_draft_model, path_of, prepare_torch
+from specdec.common.errors import UserError, user_errors
+from specdec.common.loading import EMBEDDED, load_model, own_draft_model, path_of, prepare_torch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,9 +143,9 @@ def run(
 
 
 def _roofline(console: Console, target: Any, name: str, output: Path | None) -> None:
-    from specdec.provenance import circumstances, model_info, write_json
-    from specdec.roofline.measure import measure_roofline
-    from specdec.roofline.report import roofline_tables
+    from specdec.benchmark.roofline.measure import measure_roofline
+    from specdec.benchmark.roofline.report import roofline_tables
+    from specdec.common.provenance import circumstances, model_info, write_json
 
     with user_errors(ValueError, OSError):
         found = measure_roofline(target)

@@ -13,9 +13,9 @@ import typer
 import specdec
 from specdec.commands import options
 from specdec.commands.drafter_options import DrafterFlags
-from specdec.commands.errors import UserError, user_errors
 from specdec.commands.generate import Sampling
-from specdec.commands.loading import load_model, prepare_torch
+from specdec.common.errors import UserError, user_errors
+from specdec.common.loading import load_model, prepare_torch
 
 SMOLLM2 = "smollm2"
 HELP = "/reset starts a new conversation, /quit ends; Ctrl-C stops an answer"

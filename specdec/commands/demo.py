@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec.commands import options
-from specdec.commands.errors import UserError, user_errors
-from specdec.commands.loading import EMBEDDED, load_model, own_draft_model, path_of, prepare_torch, read_text
+from specdec.common.errors import UserError, user_errors
+from specdec.common.loading import EMBEDDED, load_model, own_draft_model, path_of, prepare_torch, read_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specdec.measuring import EncodedPrompt, Measurement, Method, Sample, Settings
+    from specdec.benchmark.measuring import EncodedPrompt, Measurement, Method, Sample, Settings
 
 SMOLLM2 = "smollm2"
 FLOAT32_PROMPTS, FLOAT32_TOKENS = 2, 24
@@ -74,8 +74,8 @@ def run(
         target, tokenizer = _load_target(console, name, dtype, device)
         draft, draft_tokenizer = load_model(draft_model, dtype, device) if draft_model else (None, None)
 
-    from specdec.commands.contenders import assisted_kwargs
-    from specdec.measuring import Settings
+    from specdec.benchmark.baselines import assisted_kwargs
+    from specdec.benchmark.measuring import Settings
 
     tasks = _tasks(prompt_file, tokenizer, prompts + 1)
     settings = Settings.of(tokens or (48 if tokenizer.chat_template else 128), sample, temperature, seed)
@@ -119,8 +119,8 @@ def _load_target(console: Console, name: str, dtype: str, device: str) -> tuple[
 def _tasks(file: Path | None, tokenizer: Any, count: int) -> list[Task]:
     """The prompts; those of the package are short chat tasks for a chat model, else Python code."""
     from specdec.benchmark.prompts import spread_over
+    from specdec.common.embedded import heldout_prompts, read_prompts
     from specdec.common.prompts import own_prompts
-    from specdec.embedded import heldout_prompts, read_prompts
 
     if file is None and tokenizer.chat_template:
         # One of each category, the shortest, before the next of each.
@@ -136,9 +136,9 @@ def _tasks(file: Path | None, tokenizer: Any, count: int) -> list[Task]:
 
 def _methods(console: Console, target: Any, draft: Any, kwargs: dict[str, Any], sample: bool) -> list[Method]:
     """The benchmark's methods; what this model has nothing for is left out, with a word."""
+    from specdec.benchmark.baselines import OFF
     from specdec.benchmark.contenders import Contender, methods_of
     from specdec.benchmark.settings import Part
-    from specdec.commands.contenders import OFF
     from specdec.drafters.medusa import own_heads
 
     names, missing = ["lookahead"], []
@@ -167,9 +167,9 @@ def _measure(
     settings: Settings,
 ) -> Measurement:
     """Runs all methods with the display of this console."""
+    from specdec.benchmark.measuring import EncodedPrompt, run_interleaved
     from specdec.commands.accepted_drafts import Traced
     from specdec.commands.demo_display import display_for
-    from specdec.measuring import EncodedPrompt, run_interleaved
 
     encoded = [EncodedPrompt(task.id, task.input_ids.to(target.device)) for task in tasks]
     by_id = {task.id: task for task in tasks}
@@ -198,7 +198,7 @@ def _measure(
 
 def _print_results(console: Console, result: Measurement, model: str, draft_model: str | None, target: Any) -> None:
     from specdec.commands.demo_display import summary_table
-    from specdec.provenance import hardware
+    from specdec.common.provenance import hardware
 
     machine = hardware()
     asked = result.settings.arguments
@@ -220,8 +220,8 @@ def _print_results(console: Console, result: Measurement, model: str, draft_mode
 def _compare_in_float32(console: Console, result: Measurement, name: str, device: str, tasks: Sequence[Task]) -> None:
     """Says where outputs differ from HF generate's, and shows that they do not in float32."""
     from specdec.benchmark.contenders import Contender, methods_of
+    from specdec.benchmark.measuring import EncodedPrompt, run_interleaved
     from specdec.benchmark.settings import Part
-    from specdec.measuring import EncodedPrompt, run_interleaved
 
     if not all(row.num_identical == row.num_runs for row in result.rows()):
         console.print(
@@ -247,7 +247,7 @@ def _compare_in_float32(console: Console, result: Measurement, name: str, device
 
 
 def _write(file: Path, result: Measurement, target: tuple[str, Any], draft: tuple[str | None, Any]) -> None:
-    from specdec.provenance import circumstances, model_info, write_json
+    from specdec.common.provenance import circumstances, model_info, write_json
 
     models = {"target": model_info(*target), "draft": model_info(draft[0], draft[1]) if draft[0] else None}
     with user_errors(OSError):

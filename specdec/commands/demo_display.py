@@ -15,8 +15,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from specdec.benchmark.measuring import Measurement, Sample
 from specdec.commands.accepted_drafts import Pieces
-from specdec.measuring import Measurement, Sample
 
 MAX_PANEL_LINES = 16
 OURS = "green"

@@ -9,8 +9,8 @@ import typer
 
 from specdec.commands import options
 from specdec.commands.drafter_options import DrafterFlags
-from specdec.commands.errors import UserError, user_errors
-from specdec.commands.loading import EMBEDDED, load_model, prepare_torch
+from specdec.common.errors import UserError, user_errors
+from specdec.common.loading import EMBEDDED, load_model, prepare_torch
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""

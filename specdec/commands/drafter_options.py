@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
-from specdec.commands.errors import UserError, user_errors
-from specdec.commands.loading import own_draft_model, path_of
-from specdec.conversion import convert
+from specdec.common.conversion import convert
+from specdec.common.errors import UserError, user_errors
+from specdec.common.loading import own_draft_model, path_of
 
 DRAFT_MODEL = "draft_model"
 """The field of a drafter that takes a model by its name."""

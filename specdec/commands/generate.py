@@ -14,12 +14,12 @@ import typer
 import specdec
 from specdec.commands import options
 from specdec.commands.drafter_options import DrafterFlags
-from specdec.commands.errors import UserError, user_errors
-from specdec.commands.loading import EMBEDDED, load_model, prepare_torch, read_text
 from specdec.commands.verifier_options import VerifierFlags
+from specdec.common.errors import UserError, user_errors
+from specdec.common.loading import EMBEDDED, load_model, prepare_torch, read_text
 
 if TYPE_CHECKING:
-    from specdec.compiled.passes import CompileMode
+    from specdec.passes.compiled.passes import CompileMode
 
 COMPARED_RUNS = 3
 
@@ -191,8 +191,8 @@ def _compared(
     fast: Any, drafted: DrafterFlags, inputs: Any, seed: int, kwargs: dict[str, Any], completion: list[int]
 ) -> str:
     """A line that tells how a method does against the model's own `generate`."""
-    from specdec.commands.contenders import HF_GENERATE, specdec_method
-    from specdec.measuring import EncodedPrompt, Method, Settings, run_interleaved
+    from specdec.benchmark.baselines import HF_GENERATE, specdec_method
+    from specdec.benchmark.measuring import EncodedPrompt, Method, Settings, run_interleaved
 
     model, max_nodes = fast.model, fast.speculation.budget.max_nodes
     methods = [

@@ -12,8 +12,8 @@ import typer
 
 from specdec.commands import options
 from specdec.commands.drafter_options import DrafterFlags
-from specdec.commands.errors import UserError, user_errors
-from specdec.commands.loading import read_text
+from specdec.common.errors import UserError, user_errors
+from specdec.common.loading import read_text
 
 
 def run(
@@ -43,7 +43,7 @@ def run(
 
     from rich.console import Console
 
-    from specdec.replay import replay
+    from specdec.benchmark.offline_replay import replay
 
     records = islice(_records(file, lines, _loaded(tokenizer)), limit)
     with user_errors(ValueError):
@@ -59,7 +59,7 @@ def _loaded(tokenizer: str | None) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    from specdec.commands.loading import path_of
+    from specdec.common.loading import path_of
 
     with user_errors(OSError, ValueError, ImportError, remedy="name a folder or a tokenizer of the Hugging Face hub"):
         return AutoTokenizer.from_pretrained(path_of(tokenizer, "tokenizer_config.json"))

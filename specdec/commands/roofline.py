@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from specdec.commands import options
-from specdec.commands.errors import UserError, user_errors
-from specdec.commands.loading import EMBEDDED, load_model, prepare_torch
+from specdec.common.errors import UserError, user_errors
+from specdec.common.loading import EMBEDDED, load_model, prepare_torch
 
 
 def run(
@@ -39,9 +39,9 @@ def run(
         raise UserError(f"--cuda-graphs {cuda_graphs} is not known; use one of {', '.join(modes)}")
 
     from specdec.api import resolve_drafter
-    from specdec.provenance import circumstances, model_info, write_json
-    from specdec.roofline.measure import measure_roofline
-    from specdec.roofline.report import roofline_figure, roofline_tables
+    from specdec.benchmark.roofline.measure import measure_roofline
+    from specdec.benchmark.roofline.report import roofline_figure, roofline_tables
+    from specdec.common.provenance import circumstances, model_info, write_json
 
     with user_errors(ValueError):
         made = None if drafter == "none" else resolve_drafter(drafter)

@@ -10,8 +10,8 @@ import typer
 import specdec
 from specdec.commands import generate, options
 from specdec.commands.drafter_options import DrafterFlags
-from specdec.commands.errors import UserError, user_errors
-from specdec.commands.loading import EMBEDDED, load_model, prepare_torch
+from specdec.common.errors import UserError, user_errors
+from specdec.common.loading import EMBEDDED, load_model, prepare_torch
 
 Output = Annotated[Path | None, typer.Option(help="Write the trace to this file as well, as a page for a browser.")]
 Width = Annotated[int | None, typer.Option(min=20, help="Columns to print; default: those of the terminal.")]

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec.commands.errors import UserError, user_errors
-from specdec.conversion import convert
+from specdec.common.conversion import convert
+from specdec.common.errors import UserError, user_errors
 from specdec.training.config import MedusaTrainingConfig, Setting, read_yaml, settings
 
 
@@ -21,7 +21,7 @@ def run(**flags: Any) -> None:
     """
     file, show_example = flags.pop("config"), flags.pop("show_example")
     config = _config(file, flags)
-    from specdec.commands.loading import prepare_torch
+    from specdec.common.loading import prepare_torch
 
     prepare_torch(config.threads)
     if show_example:
@@ -52,7 +52,7 @@ def _show_example(config: MedusaTrainingConfig) -> None:
     from rich.console import Console
     from transformers import AutoTokenizer
 
-    from specdec.commands.loading import path_of
+    from specdec.common.loading import path_of
     from specdec.training.data import read_examples
     from specdec.training.examples import show_example
 

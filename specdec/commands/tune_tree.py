@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec.commands import options
-from specdec.commands.errors import UserError, user_errors
-from specdec.commands.loading import EMBEDDED, load_model, path_of, prepare_torch
+from specdec.common.errors import UserError, user_errors
+from specdec.common.loading import EMBEDDED, load_model, path_of, prepare_torch
 
 if TYPE_CHECKING:
     from rich.console import Console, Group

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
-from specdec.commands.errors import UserError, user_errors
-from specdec.conversion import convert
+from specdec.common.conversion import convert
+from specdec.common.errors import UserError, user_errors
 
 
 @dataclass(frozen=True)

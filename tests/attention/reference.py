@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from specdec.attention.base import AttentionCall
-from specdec.attention.plan import TreePlan
-from specdec.masks import MaskFormat
+from specdec.passes.attention.base import AttentionCall
+from specdec.passes.attention.plan import TreePlan
+from specdec.passes.masks import MaskFormat
 from tests.conformance import ancestors, random_tree
 
 HAS_TRITON = sys.platform == "linux" or importlib.util.find_spec("triton") is not None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.attention.base import TreeAttention, UnsupportedAttentionError
-from specdec.attention.dense import SdpaAttention
-from specdec.attention.flash import FlashTreeAttention
-from specdec.attention.flex import FlexTreeAttention
-from specdec.attention.triton_attention import BlockSizes, TritonTreeAttention
+from specdec.passes.attention.base import TreeAttention, UnsupportedAttentionError
+from specdec.passes.attention.dense import SdpaAttention
+from specdec.passes.attention.flash import FlashTreeAttention
+from specdec.passes.attention.flex import FlexTreeAttention
+from specdec.passes.attention.triton_attention import BlockSizes, TritonTreeAttention
 from tests.attention.reference import SHAPES, Shape, call_of, flash_attn_in_torch, needs_triton, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

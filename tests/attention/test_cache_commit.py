@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.cache_commit import move_slots
+from specdec.passes.cache_commit import move_slots
 from tests.attention.reference import needs_triton
 
 PATHS = {

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import specdec
-from specdec.attention import choice
-from specdec.attention.base import AttentionCall, TreeAttention, UnsupportedAttentionError
-from specdec.attention.choice import RUNS, AttentionChoice, candidates, seconds_of
-from specdec.attention.dense import SdpaAttention
-from specdec.attention.switch import switched_attention
+from specdec.passes.attention import choice
+from specdec.passes.attention.base import AttentionCall, TreeAttention, UnsupportedAttentionError
+from specdec.passes.attention.choice import RUNS, AttentionChoice, candidates, seconds_of
+from specdec.passes.attention.dense import SdpaAttention
+from specdec.passes.attention.switch import switched_attention
 from tests.attention.reference import Shape, call_of
 from tests.capture.recorders import Replays
 from tests.tiny_models import new_model, prompts, tiny_model

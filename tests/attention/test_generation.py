@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import specdec
-from specdec.attention import choice, switch
-from specdec.attention.base import AttentionCall, UnsupportedAttentionError
-from specdec.attention.dense import SdpaAttention
-from specdec.attention.flash import FlashTreeAttention
+from specdec.passes.attention import choice, switch
+from specdec.passes.attention.base import AttentionCall, UnsupportedAttentionError
+from specdec.passes.attention.dense import SdpaAttention
+from specdec.passes.attention.flash import FlashTreeAttention
 from tests.attention.reference import flash_attn_in_torch, needs_triton
 from tests.conformance import DRAFTERS, assert_identical, reference
 from tests.tiny_models import new_model, prompts, tiny_model
@@ -76,7 +76,7 @@ def test_a_mixture_of_windows_is_told_apart_by_layer() -> None:
     model = new_model("gemma3-mixed-windows")
     plan_choice = choice.AttentionChoice({"sdpa": Watching()})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specdec.capability.choice_for", lambda *_: plan_choice)
+        patch.setattr("specdec.passes.capability.choice_for", lambda *_: plan_choice)
         specdec.accelerate(model, "lookahead", attention="sdpa").generate(**prompts(12), max_new_tokens=4)
     assert set(zip(seen[::3], seen[1::3], seen[2::3], strict=True)) == {
         ("sliding_attention", "full_attention", "sliding_attention")

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specdec.capture import store as stores
-from specdec.capture.graphs import Recorder
-from specdec.capture.store import StaticStore
+from specdec.passes.cuda_graphs import store as stores
+from specdec.passes.cuda_graphs.graphs import Recorder
+from specdec.passes.cuda_graphs.store import StaticStore
 
 
 class Tape(TorchDispatchMode):

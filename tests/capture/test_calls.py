@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.capture.call import CapturedCall
-from specdec.capture.graphs import Graphs, describe
 from specdec.drafters import medusa
+from specdec.passes.cuda_graphs.call import CapturedCall
+from specdec.passes.cuda_graphs.graphs import Graphs, describe
 from tests.capture.recorders import Replays
 from tests.conformance import DRAFTERS, assert_identical
 from tests.tiny_models import new_model, prompts

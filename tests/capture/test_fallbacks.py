@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import specdec
-from specdec.capture import store as stores
-from specdec.capture.fingerprint import fingerprint, hooked, quiet
-from specdec.capture.store import StaticStore, acquire, obstacle, release, store_of
 from specdec.kv_cache import TreeCache
+from specdec.passes.cuda_graphs import store as stores
+from specdec.passes.cuda_graphs.fingerprint import fingerprint, hooked, quiet
+from specdec.passes.cuda_graphs.store import StaticStore, acquire, obstacle, release, store_of
 from specdec.target import TreeTarget
 from tests.capture.recorders import Replays, recorded_by
 from tests.conformance import DRAFTERS, assert_identical

@@ -10,12 +10,12 @@ import torch
 import specdec
 from specdec import target as targets
 from specdec.budget import Budget
-from specdec.capture import target as static_targets
-from specdec.capture import transfers
-from specdec.capture.step import CapturedStep
-from specdec.capture.target import StaticTarget, width_of
 from specdec.compat import CACHE
 from specdec.drafters import RecyclingDrafter
+from specdec.passes.cuda_graphs import target as static_targets
+from specdec.passes.cuda_graphs import transfers
+from specdec.passes.cuda_graphs.step import CapturedStep
+from specdec.passes.cuda_graphs.target import StaticTarget, width_of
 from tests.capture.recorders import Replays, recorded_by
 from tests.conformance import DRAFTERS, assert_identical, reference
 from tests.test_identity import PROCESSORS, SAMPLE_ONLY, call, plain_decoding

@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from specdec.benchmark.prompts import read_benchmark_prompts
+from specdec.common.embedded import embedded_path
 from specdec.common.prompts import CATEGORIES, SPLITS, own_prompts
-from specdec.embedded import embedded_path
 
 WITH_MATERIAL = ("summary", "answer", "edit", "extraction", "translation")
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from specdec.commands.loading import load_model, path_of
 from specdec.common import smollm2
+from specdec.common.embedded import embedded_path
+from specdec.common.loading import load_model, path_of
 from specdec.drafters.medusa import own_heads
-from specdec.embedded import embedded_path
 
 
 class FakeTokenizer:

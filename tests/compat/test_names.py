@@ -14,8 +14,8 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from specdec import compat
-from specdec.capability import probe
 from specdec.kv_cache import TreeCache
+from specdec.passes.capability import probe
 from tests.conformance import RandomTreeDrafter, assert_identical, reference
 from tests.tiny_models import EOS, MODELS, PAD, WINDOW, new_model, prompts, tiny_model
 

@@ -10,10 +10,11 @@ import torch
 import transformers as tf
 
 import specdec
-from specdec import capability, generation, obstacles
-from specdec.capability import Capability
+from specdec import generation, obstacles
 from specdec.compat import TESTED
 from specdec.fallback import FallbackWarning, UnexpectedFallbackWarning, takes_drafts
+from specdec.passes import capability
+from specdec.passes.capability import Capability
 from specdec.target import CacheNotFilledError
 from tests.tiny_models import BOS, EOS, PAD, VOCAB, new_model, prompts, tiny_model
 

@@ -16,11 +16,11 @@ import transformers as tf
 from torch import Tensor
 
 import specdec
+from specdec.benchmark.roofline.costs import step_costs
 from specdec.budget import Budget
-from specdec.capability import probe
 from specdec.compat import CACHE, TESTED
 from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.roofline.costs import step_costs
+from specdec.passes.capability import probe
 from tests.conformance import RandomTreeDrafter, assert_identical, reference
 from tests.tiny_models import LLAMA_LIKE, MODELS, new_model, prompts, tiny_model
 

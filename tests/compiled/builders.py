@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from specdec.compiled import package, passes
+from specdec.passes.compiled import package, passes
 
 Builder = Callable[[nn.Module, Sequence[Tensor], Sequence[Any], str], package.Function]
 

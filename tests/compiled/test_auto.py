@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import specdec
-from specdec.compiled import auto, background, package
-from specdec.compiled.forward import Layout, SlotForward
-from specdec.compiled.locks import locked
-from specdec.compiled.package import failure_file, module_digest
-from specdec.compiled.structure import restored, without_weights
+from specdec.passes.compiled import auto, background, package
+from specdec.passes.compiled.forward import Layout, SlotForward
+from specdec.passes.compiled.locks import locked
+from specdec.passes.compiled.package import failure_file, module_digest
+from specdec.passes.compiled.structure import restored, without_weights
 from tests.compiled.builders import built_by, uncompiled
 from tests.conformance import DRAFTERS, assert_identical
 from tests.tiny_models import new_model, prompts
@@ -205,8 +205,8 @@ def test_tiny_tensors_count_by_value() -> None:
 PARENT = """
 import os, signal, sys
 import torch
-from specdec.compiled.background import Compilation
-from specdec.compiled.forward import Layout, SlotForward
+from specdec.passes.compiled.background import Compilation
+from specdec.passes.compiled.forward import Layout, SlotForward
 from tests.tiny_models import new_model
 compilation = Compilation(SlotForward(new_model("llama"), Layout((), None, False, ())), [torch.ones(1, 1)], [{}])
 print(compilation.process.pid, compilation._folder, flush=True)

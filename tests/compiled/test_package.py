@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from specdec.compiled import package
+from specdec.passes.compiled import package
 
 ROWS = [{0: Dim.DYNAMIC}]
 

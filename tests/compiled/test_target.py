@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import specdec
 from specdec.budget import Budget
-from specdec.compiled import package
-from specdec.compiled.passes import compiled_passes
+from specdec.budgeting.pass_times import StepTimes
 from specdec.drafters import LookaheadDrafter
 from specdec.kv_cache import GROWTH
-from specdec.step_times import StepTimes
+from specdec.passes.compiled import package
+from specdec.passes.compiled.passes import compiled_passes
 from tests.compiled.builders import built_by, exported, uncompiled
 from tests.conformance import DRAFTERS, assert_identical, random_heads
 from tests.tiny_models import WINDOW, new_model, prompts, tiny_model

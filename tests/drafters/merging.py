@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from specdec.drafters import DraftContext, Drafter, MergedDrafter, Step, merge_known
-from specdec.drafters.merge_growth import DEPTH_CLASSES, MOST_SURE, SCORE_BINS
+from specdec.drafters import DraftContext, Drafter, MergedDrafter, Step
+from specdec.drafters.merging import known as merge_known
+from specdec.drafters.merging.growth import DEPTH_CLASSES, MOST_SURE, SCORE_BINS
 from specdec.tree import TokenTree
 from tests.tiny_models import tiny_model
 

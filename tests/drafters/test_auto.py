@@ -83,8 +83,8 @@ def test_a_drafter_of_the_same_kind_takes_the_place_of_its_own(tmp_path: Path) -
 
 def test_text_without_a_pattern_makes_drafting_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device where each node costs a pass nothing is drafted, whatever the sources promise."""
-    from specdec import step_times
-    from specdec.step_times import StepTimes
+    from specdec.budgeting import pass_times as step_times
+    from specdec.budgeting.pass_times import StepTimes
 
     monkeypatch.setattr(step_times, "first_seconds", lambda *_: {n: n / 100 for n in NODE_BUCKETS})
     monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: None)

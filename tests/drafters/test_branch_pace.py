@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from specdec.drafters.branch_pace import (
+from specdec.drafters.small_model.branch_pace import (
     LARGEST_THRESHOLD,
     LEAST_THRESHOLD,
     adjusted,
@@ -13,8 +13,8 @@ from specdec.drafters.branch_pace import (
     outcome,
     subtrees_below,
 )
-from specdec.drafters.draft_growth import DraftNodes
-from specdec.drafters.pipelined import Pacing
+from specdec.drafters.small_model.growth import DraftNodes
+from specdec.drafters.small_model.pipelined import Pacing
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ from torch import Tensor
 
 import specdec
 from specdec.budget import Budget
-from specdec.capability import Capability
 from specdec.compat import CACHE
-from specdec.drafters import DraftContext, DraftModelDrafter, draft_loading
-from specdec.drafters.draft_passes import TreePasses
-from specdec.drafters.draft_vocabulary import LEAST_KNOWN_SHARE
-from specdec.drafters.text_bridge import TextBridge
-from specdec.drafters.vocabularies import vocabulary_map
+from specdec.drafters import DraftContext, DraftModelDrafter
+from specdec.drafters.small_model import loading as draft_loading
+from specdec.drafters.small_model.passes import TreePasses
+from specdec.drafters.tokenizers.draft_vocabulary import LEAST_KNOWN_SHARE
+from specdec.drafters.tokenizers.text_bridge import TextBridge
+from specdec.drafters.tokenizers.vocabularies import vocabulary_map
+from specdec.passes.capability import Capability
 from specdec.tree import TokenTree
 from specdec.verifiers import BlockVerifier, ExactVerifier, TraversalVerifier
 from tests.conformance import Reference, assert_identical, reference

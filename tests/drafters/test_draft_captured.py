@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 import specdec
-from specdec.capability import probe
-from specdec.capture import store as stores
-from specdec.capture.store import StaticStore
-from specdec.compiled.forward import SlotForward
-from specdec.drafters import DraftModelDrafter, draft_captured
-from specdec.drafters.draft_captured import MOST_NODES, CapturedPass, captured_pass
+from specdec.drafters import DraftModelDrafter
 from specdec.drafters.draft_model import Mode
-from specdec.drafters.draft_passes import TreePasses
+from specdec.drafters.small_model import captured as draft_captured
+from specdec.drafters.small_model.captured import MOST_NODES, CapturedPass, captured_pass
+from specdec.drafters.small_model.passes import TreePasses
+from specdec.passes.capability import probe
+from specdec.passes.compiled.forward import SlotForward
+from specdec.passes.cuda_graphs import store as stores
+from specdec.passes.cuda_graphs.store import StaticStore
 from tests.capture.recorders import Replays, recorded_by
 from tests.conformance import assert_identical
 from tests.tiny_models import WINDOW, new_model, prompts

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import specdec
 from specdec.budget import Budget
-from specdec.capability import Capability
-from specdec.compiled import package
-from specdec.compiled.passes import begin_compiled, compiled_passes
-from specdec.drafters import DraftModelDrafter, draft_loading
-from specdec.drafters.draft_loading import capability_of
-from specdec.drafters.draft_passes import TreePasses, warmed_up
+from specdec.drafters import DraftModelDrafter
+from specdec.drafters.small_model import loading as draft_loading
+from specdec.drafters.small_model.loading import capability_of
+from specdec.drafters.small_model.passes import TreePasses, warmed_up
+from specdec.passes.capability import Capability
+from specdec.passes.compiled import package
+from specdec.passes.compiled.passes import begin_compiled, compiled_passes
 from tests.compiled.builders import built_by, exported
 from tests.conformance import assert_identical, draft_of
 from tests.tiny_models import VOCAB, prompts, tiny_model

@@ -15,10 +15,11 @@ from transformers.cache_utils import DynamicCache
 
 import specdec
 from specdec.budget import Budget
-from specdec.capability import Capability
 from specdec.compat import CACHE
-from specdec.drafters import DraftContext, DraftModelDrafter, draft_loading
-from specdec.drafters.draft_passes import TreePasses
+from specdec.drafters import DraftContext, DraftModelDrafter
+from specdec.drafters.small_model import loading as draft_loading
+from specdec.drafters.small_model.passes import TreePasses
+from specdec.passes.capability import Capability
 from specdec.tree import TokenTree
 from specdec.verifiers import ExactVerifier
 from tests.conformance import assert_identical, draft_of
@@ -255,8 +256,8 @@ def test_recorded_distributions_are_those_of_the_draft_model() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    from specdec.drafters.draft_lists import DraftLists, own_generator
-    from specdec.drafters.draft_vocabulary import SharedVocabulary
+    from specdec.drafters.small_model.lists import DraftLists, own_generator
+    from specdec.drafters.tokenizers.draft_vocabulary import SharedVocabulary
 
     lists = DraftLists(None, True, True, SharedVocabulary(4), 4)
     lists.kind = "drawn"

@@ -10,8 +10,9 @@ import torch
 import transformers as tf
 
 import specdec
-from specdec.capability import Capability
-from specdec.drafters import DraftModelDrafter, draft_loading
+from specdec.drafters import DraftModelDrafter
+from specdec.drafters.small_model import loading as draft_loading
+from specdec.passes.capability import Capability
 from tests.conformance import assert_identical, draft_of
 from tests.drafters.test_draft_model import drafter_of
 from tests.tiny_models import VOCAB, new_model, prompts, tiny_model

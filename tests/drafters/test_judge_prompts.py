@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from specdec.drafters.judge_prompts import (
+from specdec.drafters.reasoning.judge_prompts import (
     ANSWER,
     PLAIN,
     QUESTION,
@@ -16,7 +16,7 @@ from specdec.drafters.judge_prompts import (
     is_thinking,
     make_question,
 )
-from specdec.drafters.token_text import token_text
+from specdec.drafters.tokenizers.token_text import token_text
 from tests.drafters.small_tokenizers import byte_level, sentencepiece, words
 
 # Shapes of templates that models come with, shortened to what matters here.

@@ -13,8 +13,8 @@ import torch
 
 from specdec.drafters.base import DraftContext
 from specdec.drafters.lookahead import LookaheadDrafter
-from specdec.drafters.ngram_index import append_tokens
-from specdec.drafters.trie_growth import draft_row
+from specdec.drafters.ngrams.ngram_index import append_tokens
+from specdec.drafters.ngrams.trie_growth import draft_row
 from tests.drafters.lookahead_calls import WordTokenizer, call, context, paths, proposed
 
 

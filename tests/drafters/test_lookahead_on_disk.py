@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from specdec.drafters.lookahead import LookaheadDrafter
-from specdec.drafters.ngram_store import HEADER
+from specdec.drafters.ngrams.ngram_store import HEADER
 from tests.drafters.lookahead_calls import WordTokenizer, call, context, paths, proposed
 
 

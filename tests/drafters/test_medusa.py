@@ -14,13 +14,13 @@ from rich.console import Console
 from torch.nn import functional as F
 
 import specdec
+from specdec.benchmark.offline_replay import replay
 from specdec.budget import Budget
 from specdec.commands.demo import _methods
 from specdec.drafters import DraftContext, MedusaDrafter, Step
 from specdec.drafters.medusa import default_accuracies
-from specdec.drafters.rank_tree import count_ranks, draft_rows
+from specdec.drafters.trees.rank_tree import count_ranks, draft_rows
 from specdec.heads import HeadCalibration, MedusaHeads
-from specdec.replay import replay
 from specdec.tree import TokenTree
 from tests.conformance import TaughtMedusaDrafter, assert_identical, random_heads, reference
 from tests.tiny_models import new_model, prompts, tiny_model

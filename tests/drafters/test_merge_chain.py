@@ -11,7 +11,7 @@ import torch
 
 from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, MergedDrafter, RecyclingDrafter, Step
 from specdec.drafters.base import supposed
-from specdec.drafters.merge_chain import leaves_of
+from specdec.drafters.merging.chain import leaves_of
 from specdec.tree import TokenTree
 from tests.conformance import TaughtMedusaDrafter, assert_identical, draft_of, lookahead
 from tests.drafters.merging import FakeClock, ScriptedDrafter, context_of, merging, paths_of, paths_tree

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import specdec
-from specdec.drafters import LookaheadDrafter, MergedDrafter, RecyclingDrafter, merge_known
+from specdec.drafters import LookaheadDrafter, MergedDrafter, RecyclingDrafter
 from specdec.drafters.base import NO_NEEDS, Needs, Step
-from specdec.drafters.merge_call import MergedCall
-from specdec.drafters.merge_known import FEW_CALLS, MANY_CALLS, Known
-from specdec.drafters.merge_worth import HEAVY_SHARE, STANDING_SHARE, Worth
+from specdec.drafters.merging import known as merge_known
+from specdec.drafters.merging.call import MergedCall
+from specdec.drafters.merging.known import FEW_CALLS, MANY_CALLS, Known
+from specdec.drafters.merging.worth import HEAVY_SHARE, STANDING_SHARE, Worth
 from tests.conformance import TaughtMedusaDrafter, reference
 from tests.drafters.merging import FakeClock, ScriptedDrafter, context_of, merging, paths_tree
 from tests.tiny_models import new_model, prompts

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from specdec.drafters import DraftContext, MergedDrafter, Step
-from specdec.drafters.merge_worth import TRIAL_SHARE, Asked, Worth, sureness_of
+from specdec.drafters.merging.worth import TRIAL_SHARE, Asked, Worth, sureness_of
 from specdec.tree import TokenTree
 from tests.drafters.merging import FakeClock, ScriptedDrafter, context_of, merging, paths_of, paths_tree
 

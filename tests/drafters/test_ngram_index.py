@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from specdec.drafters.ngram_index import SEPARATOR, NgramIndex, find_matches, room_for_matches
-from specdec.drafters.peer_outputs import PeerOutputs
-from specdec.drafters.trie_growth import grow_tree
+from specdec.drafters.ngrams.ngram_index import SEPARATOR, NgramIndex, find_matches, room_for_matches
+from specdec.drafters.ngrams.peer_outputs import PeerOutputs
+from specdec.drafters.ngrams.trie_growth import grow_tree
 
 ORDERS = (1, 2, 4, 8)
 BY_LENGTH = np.stack([1.7 ** np.minimum(np.arange(33.0), 16), 0.75 * np.exp(-np.arange(33.0) / 8)])

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import specdec
 from specdec.budget import Budget
-from specdec.drafters import DraftContext, DraftModelDrafter, pipelined
-from specdec.drafters.pipelined import offload_hooks
+from specdec.drafters import DraftContext, DraftModelDrafter
+from specdec.drafters.small_model import pipelined
+from specdec.drafters.small_model.pipelined import offload_hooks
 from specdec.tree import TokenTree
 from tests.conformance import assert_identical, draft_of
 from tests.drafters.test_draft_model import Checked

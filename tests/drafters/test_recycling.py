@@ -12,7 +12,7 @@ import torch
 import specdec
 from specdec.budget import Budget
 from specdec.drafters import DraftContext, RecyclingDrafter, Step
-from specdec.drafters.recycled_lists import LAST, grow_recycled, keep_lists
+from specdec.drafters.trees.recycled_lists import LAST, grow_recycled, keep_lists
 from specdec.drafting import RANKED_NODES, GuardedDrafter
 from specdec.kernels import largest
 from specdec.report import SpeculationReport

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from specdec.drafters.step_bounds import StepMarks, StepSoFar, TextBytes
-from specdec.drafters.token_text import token_text
+from specdec.drafters.reasoning.bounds import StepMarks, StepSoFar, TextBytes
+from specdec.drafters.tokenizers.token_text import token_text
 from tests.drafters.small_tokenizers import byte_level
 from tests.tiny_models import EOS, tiny_tokenizer
 

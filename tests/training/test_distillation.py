@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.commands.loading import load_model
+from specdec.common.loading import load_model
 from specdec.training import distillation, pack, shards
 from specdec.training.distillation import distill
 from specdec.training.examples import load_examples

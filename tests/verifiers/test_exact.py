@@ -16,9 +16,9 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
 )
 
-from specdec.noise import NoiseQueue
+from specdec.rows.draws import NoiseQueue
+from specdec.rows.sequences import Sequences
 from specdec.sampling import Sampler
-from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 from specdec.verifiers import Acceptance, ExactVerifier
 from specdec.verifiers.exact import follow, follow_on_host

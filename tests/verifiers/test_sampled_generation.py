@@ -13,7 +13,7 @@ from torch import Tensor
 import specdec
 from specdec.budget import Budget
 from specdec.drafters import DraftContext, Drafter
-from specdec.noise import NoiseQueue
+from specdec.rows.draws import NoiseQueue
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS, BlockVerifier, TraversalVerifier, Verifier
 from specdec.verifiers.draft_sampling import RandomDraws

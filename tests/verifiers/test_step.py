@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 
-from specdec.audit import StepAudit, StepRecord
+from specdec.inspection.audit import StepAudit, StepRecord
 from specdec.reasoning import DraftedSteps, StepText
 from specdec.report import SpeculationReport
+from specdec.rows.sequences import Sequences
 from specdec.sampling import Sampler
-from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 from specdec.verifiers import ExactVerifier, JudgedStep, StepVerifier, quantile_threshold
 from specdec.verifiers.judges import ExpectedDigit, resolve_judge

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.noise import NoiseQueue
+from specdec.rows.draws import NoiseQueue
+from specdec.rows.sequences import Sequences
 from specdec.sampling import Sampler
-from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 from specdec.verifiers import ExactVerifier, TraversalVerifier, Verifier, draft_sampling, traversal
 from specdec.verifiers.draft_sampling import RandomDraws

@@ -18,9 +18,9 @@ from transformers.generation.logits_process import (
 
 import specdec
 from specdec.budget import Budget
-from specdec.noise import NoiseQueue
+from specdec.rows.draws import NoiseQueue
+from specdec.rows.sequences import Sequences
 from specdec.sampling import Sampler
-from specdec.sequences import Sequences
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS, Acceptance, TypicalVerifier
 from tests.conformance import DRAFTERS, assert_identical, random_tree, reference

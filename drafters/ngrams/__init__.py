@@ -1,0 +1,1 @@
+"""Indexes of n-grams for Lookahead."""

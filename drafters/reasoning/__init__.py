@@ -1,0 +1,1 @@
+"""Reasoning steps for SpecReason."""

@@ -1,0 +1,1 @@
+"""Trees grown from ranked lists."""

@@ -1,0 +1,1 @@
+"""What the budget has learned: pass times and what drafts earned."""

@@ -1,0 +1,1 @@
+"""How the target runs a tree: the probe, masks, caches, attention, graphs, compiled passes."""

@@ -1,0 +1,1 @@
+"""Rows of a batch: tokens, ends, streams and random draws."""
