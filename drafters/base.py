@@ -78,6 +78,8 @@ class Step:
             where the vocabulary is smaller); of no meaning at padding, and -1 at unlikely nodes where that would take
             its time. None unless the drafter asks for it.
         verdicts: Per row what was said of its step, None where there was none to judge; None for no row.
+        new_tokens: Per row, the tokens that were committed: accepted draft tokens, then the target's own next token
+            (fewer where the row ended), int32. The context's sequences end with them.
     """
 
     rows: list[int]
@@ -85,6 +87,7 @@ class Step:
     accepted: Sequence[int]
     top_tokens: Ints | None = None
     verdicts: Sequence[Verdict | None] | None = None
+    new_tokens: Sequence[NDArray[np.int32]] = ()
 
 
 class Needs(NamedTuple):
@@ -102,11 +105,71 @@ class Needs(NamedTuple):
 NO_NEEDS = Needs(False, 0)
 
 
-class Drafter(ABC):
+class DraftSession(ABC):
+    """A drafter at work in one `generate()` call: what it keeps per row lives here, and nowhere else.
+
+    One drafter may have sessions in several threads at once. A session is used by one thread.
+    """
+
+    @abstractmethod
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        """Proposes at most `max_nodes` nodes per row, the root included, best first.
+
+        Args:
+            context: The active rows.
+            max_nodes: Upper bound of the tree's width.
+
+        Returns:
+            A tree with one row per active row. A row with nothing to propose has its root only.
+        """
+
+    def extend(self, context: DraftContext, paths: Sequence[NDArray[np.int32]], max_nodes: int) -> TokenTree | None:
+        """Continues other drafters' drafts as if they had been committed. Must not change state.
+
+        Args:
+            context: The active rows, as `propose` was last called with.
+            paths: Per row the draft tokens to continue from; a row without any needs no proposal.
+            max_nodes: Upper bound of the tree's width.
+
+        Returns:
+            A tree whose roots are the paths' last tokens; None if this drafter cannot do so.
+        """
+        return None
+
+    def observe(self, context: DraftContext, step: Step) -> None:
+        """Called after each target pass, with the context as it is after the step."""
+
+    def finish(self, context: DraftContext) -> None:
+        """Called when the call ends, normally or not; `context` lists all rows."""
+
+    def figures(self, context: DraftContext) -> dict[str, Any]:
+        """What a call's report says of the drafter beyond counts of tokens, by name; JSON types only.
+
+        Called once per call, just before `finish`, with the same context.
+        """
+        return {}
+
+    def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]] | None:
+        """Which drafters proposed each token of a path of the last proposal, for a trace; called before `observe`.
+
+        Args:
+            row: Index among the active rows.
+            path: Token ids, the root's child first.
+
+        Returns:
+            Names of drafters, one entry per token; None: the drafter that opened the session proposed all.
+        """
+        return None
+
+
+class Drafter(DraftSession):
     """Guesses the next tokens as a tree.
 
     A drafter knows nothing of verification or of the kv cache: a bad guess costs time, never a wrong token. Concrete
     drafters are dataclasses whose fields are their hyper-parameters.
+
+    A drafter holds settings and what outlives a call. One that keeps nothing during a call implements `propose`, and is
+    its own session; any other returns a `DraftSession` of its own from `start`.
     """
 
     name: str = "drafter"
@@ -148,65 +211,24 @@ class Drafter(ABC):
         """
         return Needs(self.needs_hidden_states, self.num_top_tokens)
 
-    def start(self, context: DraftContext) -> None:
-        """Called once per `generate()` call, when the prompt is known."""
+    def start(self, context: DraftContext) -> DraftSession:
+        """Called once per `generate()` call, when the prompt is known; returns the call's session."""
+        return self
 
-    @abstractmethod
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        """Proposes at most `max_nodes` nodes per row, the root included, best first.
-
-        Args:
-            context: The active rows.
-            max_nodes: Upper bound of the tree's width.
-
-        Returns:
-            A tree with one row per active row. A row with nothing to propose has its root only.
-        """
+        """See `DraftSession.propose`. Only for a drafter that is its own session."""
+        raise NotImplementedError(f"{type(self).__name__} must implement propose(), or return a session from start()")
 
     def extend(self, context: DraftContext, paths: Sequence[NDArray[np.int32]], max_nodes: int) -> TokenTree | None:
-        """Goes on behind drafts of other drafters, as if they had been committed. Nothing of it may be remembered.
-
-        Args:
-            context: The active rows, as `propose` was last called with.
-            paths: Per row the draft tokens to go on from; a row without any needs no proposal.
-            max_nodes: Upper bound of the tree's width.
-
-        Returns:
-            A tree whose roots are the paths' last tokens; None if this drafter cannot do so.
-        """
+        """See `DraftSession.extend`."""
         return self.propose(supposed(context, paths), max_nodes) if self.is_stateless else None
 
-    def observe(self, context: DraftContext, step: Step) -> None:
-        """Called after each target pass, with the context as it is after the step."""
-
-    def finish(self, context: DraftContext) -> None:
-        """Called when the call ends, normally or not; `context` lists all rows."""
-
-    def figures(self, context: DraftContext) -> dict[str, Any]:
-        """What a call's report is to say of the drafter, beyond counts of tokens; ready for JSON, by name.
-
-        Called once per call, just before `finish`, with the same context.
-        """
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned of the bound model and is worth keeping for a new process; JSON types, no texts."""
         return {}
 
-    def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
-        """Who named each token of a path from the root of the last proposal, for a trace; called before `observe`.
-
-        Args:
-            row: Index among the active rows.
-            path: Token ids, the root's child first.
-
-        Returns:
-            Names of drafters, one entry per token.
-        """
-        return [(self.name,)] * len(path)
-
-    def knowledge(self) -> dict[str, Any]:
-        """What was learned of the bound model and is worth keeping for a new process, ready for JSON; no texts."""
-        return {}
-
-    def learn(self, knowledge: dict[str, Any]) -> None:
-        """Takes up, once bound to a model, what a drafter of the same settings has told as its `knowledge`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict()` of a drafter with the same settings returned. Call after `bind`."""
 
     def fresh(self) -> Drafter:
         """A drafter of the same settings for one deterministic call, bound to the same target.
@@ -224,10 +246,7 @@ class Drafter(ABC):
         return {}
 
     def kind(self) -> tuple[Hashable, ...]:
-        """Class, settings, and whatever else tells which drafts of one score are accepted about as often.
-
-        Asked between `needs` and `start`.
-        """
+        """Class, settings, and whatever else tells which drafts of one score are accepted about as often."""
         return type(self), str(self.settings())
 
 

@@ -13,7 +13,7 @@ from weakref import ref
 import numpy as np
 import torch
 
-from specdec.drafters.base import DraftContext, Drafter, Step
+from specdec.drafters.base import DraftContext, Drafter, DraftSession, Step
 from specdec.drafters.small_model import branch_pace
 from specdec.drafters.small_model.call import MAX_CANDIDATES, DraftCall, Growth, compile_kernels
 from specdec.drafters.small_model.captured import captured_pass
@@ -190,10 +190,11 @@ class DraftModelDrafter(Drafter):
         if self.growth == "paced":
             branch_pace.compile_kernels()
 
-    def start(self, context: DraftContext) -> None:
+    def start(self, context: DraftContext) -> DraftSession:
         if self.pipelined:
             self._thread.windows = LoadWindows(self._target(), self._pacing)
         self._thread.call = self._new_call(context)
+        return self
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         if windows := self._windows():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.drafters.base import DraftContext, Drafter
+from specdec.drafters.base import DraftContext, Drafter, DraftSession
 from specdec.drafters.ngrams.call_indexes import PEERS, CallIndexes
 from specdec.drafters.ngrams.documents import Documents, token_documents, tokenizer_fingerprint
 from specdec.drafters.ngrams.ngram_index import (
@@ -134,13 +134,14 @@ class LookaheadDrafter(Drafter):
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
-    def start(self, context: DraftContext) -> None:
+    def start(self, context: DraftContext) -> DraftSession:
         _compile_kernels()
         with self._lock:
             predicted, self._predicted = self._predicted, []
         self._thread.call = CallIndexes.begin(context, self.orders, predicted, self.share_outputs)
         self._thread.matches = room_for_matches(len(self._weights) * len(self.orders) * self.max_hits)
         self._thread.skipped = np.zeros((len(self._weights), 2), np.int64)
+        return self
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         call: CallIndexes | None = getattr(self._thread, "call", None)

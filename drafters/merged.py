@@ -19,6 +19,7 @@ from specdec.drafters.base import (
     DraftContext,
     Drafter,
     DrafterSwitchedOffWarning,
+    DraftSession,
     Needs,
     Step,
     check_proposal,
@@ -143,24 +144,25 @@ class MergedDrafter(Drafter):
     def kind(self) -> tuple[Hashable, ...]:
         return *super().kind(), *sorted(getattr(self._thread, "idle", ()))
 
-    def knowledge(self) -> dict[str, Any]:
-        modes = [[is_sampled, known.knowledge()] for is_sampled, known in self._known.items()]
-        return {"modes": modes, "sources": [source.knowledge() for source in self.sources]}
+    def state_dict(self) -> dict[str, Any]:
+        modes = [[is_sampled, known.state_dict()] for is_sampled, known in self._known.items()]
+        return {"modes": modes, "sources": [source.state_dict() for source in self.sources]}
 
-    def learn(self, knowledge: dict[str, Any]) -> None:
-        for is_sampled, known in knowledge["modes"]:
-            self._known[bool(is_sampled)].learn(known)
-        for source, known in zip(self.sources, knowledge["sources"], strict=True):
-            source.learn(known)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for is_sampled, known in state["modes"]:
+            self._known[bool(is_sampled)].load_state_dict(known)
+        for source, known in zip(self.sources, state["sources"], strict=True):
+            source.load_state_dict(known)
 
     # --- a call ---
 
-    def start(self, context: DraftContext) -> None:
+    def start(self, context: DraftContext) -> DraftSession:
         idle: set[int] = self._thread.__dict__.pop("idle", set())
         known = self._known[context.sampler is not None and context.sampler.noise is not None]
         call = self._thread.call = MergedCall.begin(self.sources, known, idle, self._clock())
         for source in tuple(call.active):
             self._timed(call, source, "start", context, partial(self.sources[source].start, context))
+        return self
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         call = self._of_thread(context)
@@ -230,7 +232,7 @@ class MergedDrafter(Drafter):
 
     def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
         call: MergedCall | None = getattr(self._thread, "call", None)
-        return super().sources_of(row, path) if call is None else call.sources_of(row, path)
+        return [(self.name,)] * len(path) if call is None else call.sources_of(row, path)
 
     def figures(self, context: DraftContext) -> dict[str, Any]:
         return self._of_thread(context).figures(context)

@@ -12,7 +12,7 @@ from weakref import ref
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.drafters.base import DraftContext, Drafter, Step
+from specdec.drafters.base import DraftContext, Drafter, DraftSession, Step
 from specdec.drafters.trees.recycled_lists import LAST, Lists, count_listed, grow_recycled, keep_lists
 from specdec.kernels import Floats, Ints
 from specdec.target import embedding_rows
@@ -84,13 +84,13 @@ class RecyclingDrafter(Drafter):
                 self._target = ref(model)
         _compile_kernels()
 
-    def knowledge(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         with self._lock:
             return {"tried": self._tried.tolist(), "hit": self._hit.tolist()}
 
-    def learn(self, knowledge: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         with self._lock:
-            self._tried[:], self._hit[:] = knowledge["tried"], knowledge["hit"]
+            self._tried[:], self._hit[:] = state["tried"], state["hit"]
 
     def clear(self) -> None:
         """Forgets all lists, and how good they were."""
@@ -99,11 +99,12 @@ class RecyclingDrafter(Drafter):
                 self._table[:] = -1
             self._tried[:] = self._hit[:] = 0.0
 
-    def start(self, context: DraftContext) -> None:
+    def start(self, context: DraftContext) -> DraftSession:
         rows = max(context.rows, default=0) + 1
         self._thread.last = np.full((rows, self.top_k), -1, np.int32)
         self._thread.lengths = np.zeros(rows, np.int64)
         self._thread.lengths[context.rows] = [len(sequence) for sequence in context.sequences]
+        return self
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         return self._trees(context, self._last(context), np.array([ids[-1] for ids in context.sequences]), 0, max_nodes)

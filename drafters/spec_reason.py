@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 from weakref import ref
 
-from specdec.drafters.base import DraftContext, Drafter, Step
+from specdec.drafters.base import DraftContext, Drafter, DraftSession, Step
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.reasoning.bounds import StepMarks, TextBytes
 from specdec.drafters.reasoning.call import StepCall, StepSettings
@@ -185,12 +185,13 @@ class SpecReasonDrafter(Drafter):
 
     # --- a call ---
 
-    def start(self, context: DraftContext) -> None:
+    def start(self, context: DraftContext) -> DraftSession:
         if self._settings is None:
             raise ValueError("bind(model) comes before anything is drafted; specdec.accelerate does so")
         self._thread.call = StepCall(self._settings, context)
         if self._inner is not None:
             self._inner.start(context)
+        return self
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         call = self._of_thread(context)
@@ -215,9 +216,8 @@ class SpecReasonDrafter(Drafter):
         call: StepCall | None = getattr(self._thread, "call", None)
         proposals = [] if call is None else list(call.proposals.values())
         is_inner = self._inner is not None and row < len(proposals) and not proposals[row].tokens
-        return (
-            self._inner.sources_of(row, path) if self._inner is not None and is_inner else super().sources_of(row, path)
-        )
+        names = self._inner.sources_of(row, path) if self._inner is not None and is_inner else None
+        return names or [(self.name,)] * len(path)
 
     def figures(self, context: DraftContext) -> dict[str, Any]:
         call = self._of_thread(context)

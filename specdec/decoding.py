@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -36,6 +37,7 @@ class Decoder:
     ranks: Ranks | None = None
     rows: list[int] = field(default_factory=list)
     kept_scores: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    num_new: Sequence[int] = ()
     is_undecided: bool = False
 
     def run(self, input_ids: Tensor) -> None:
@@ -71,7 +73,7 @@ class Decoder:
                     unfinished = self._commit(tree, outcome, is_in_cache=False)
                     is_exact = self.report.guarantee == "token-identical"
                     self.budget.observe(tree, outcome.accepted, outcome.tokens if is_exact else None)
-                    of_tree = outcome.accepted, outcome.top_tokens, outcome.verdicts
+                    of_tree = outcome.accepted, self.num_new, outcome.top_tokens, outcome.verdicts
                     self.drafter.observe(self.sequences, self.rows, tree, *of_tree)
                 if tree.steps is None:  # a judge takes its time, and steps may be longer than any other tree
                     self.budget.record(tree.num_nodes, time.perf_counter() - started)
@@ -130,7 +132,7 @@ class Decoder:
         if self.target.lockstep and unfinished:
             shortest = min(counts[i] for i in unfinished)
             counts = tuple(min(count, shortest) if i in unfinished else count for i, count in enumerate(counts))
-        paths = []
+        self.num_new, paths = counts, []
         for i, row in enumerate(self.rows):
             self.sequences.append(row, outcome.tokens[i][: counts[i]])
             paths.append([0, *outcome.accepted[i]][: counts[i]])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.budget import Budget
-from specdec.drafters.base import DraftContext, Drafter, DrafterSwitchedOffWarning, Step, check_proposal
+from specdec.drafters.base import DraftContext, Drafter, DrafterSwitchedOffWarning, DraftSession, Step, check_proposal
 from specdec.kernels import Floats, Ints, host_array, largest_at
 from specdec.passes.hidden_states import HiddenStates
 from specdec.reasoning import Verdict
@@ -73,6 +73,7 @@ class GuardedDrafter:
         self.is_judged = is_judged
         self.asks_target = asks_target
         self.end_tokens = end_tokens
+        self.session: DraftSession | None = None
         self._rested: list[tuple[list[int], Ints]] = []
         self._is_resting = False
 
@@ -82,7 +83,7 @@ class GuardedDrafter:
 
     def start(self, sequences: Sequences, rows: Sequence[int]) -> None:
         """Tells the drafter that a call begins."""
-        self._call("start", self._context(sequences, rows))
+        self.session = self._call("start", self._context(sequences, rows))
 
     def propose(self, sequences: Sequences, rows: Sequence[int], max_nodes: int) -> TokenTree | None:
         """The drafter's tree, or None when there is no draft token in it."""
@@ -138,6 +139,7 @@ class GuardedDrafter:
         rows: Sequence[int],
         tree: TokenTree,
         accepted: list[list[int]],
+        num_new: Sequence[int],
         top_tokens: Ints | None = None,
         verdicts: Sequence[Verdict | None] | None = None,
     ) -> None:
@@ -148,6 +150,7 @@ class GuardedDrafter:
             rows: That took part.
             tree: The verified tree.
             accepted: Per row the accepted draft nodes.
+            num_new: Per row how many tokens were committed.
             top_tokens: See `Step`.
             verdicts: See `Step`.
         """
@@ -157,8 +160,9 @@ class GuardedDrafter:
             if len(self._rested) >= MOST_RESTED:
                 self._tell_of_rest(sequences, rows)
             return
-        if self.drafter is not None and type(self.drafter).observe is not Drafter.observe:
-            step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens, verdicts)
+        if self.session is not None and type(self.session).observe not in (DraftSession.observe, Drafter.observe):
+            new_tokens = [sequences.real(row)[-count:] for row, count in zip(rows, num_new, strict=True)]
+            step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens, verdicts, new_tokens)
             self._call("observe", self._context(sequences, rows), step)
 
     def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
@@ -175,9 +179,10 @@ class GuardedDrafter:
         count = len(rested)
         top_tokens = np.concatenate([parts[[of.index(row) for row in rows]] for of, parts in rested], 1)
         tokens = np.stack([sequences.real(row)[-count - 1 : -1] for row in rows]).astype(np.int64)
+        new_tokens = [sequences.real(row)[-count:] for row in rows]
         parents = np.tile(np.arange(-1, count - 1), (len(rows), 1))
         tree = TokenTree.of_arrays(tokens, parents, np.zeros(tokens.shape, np.float32))
-        step = Step(list(rows), tree, [count - 1] * len(rows), top_tokens)
+        step = Step(list(rows), tree, [count - 1] * len(rows), top_tokens, None, new_tokens)
         self._call("observe", self._context(sequences, rows), step)
 
     def finish(self, sequences: Sequences) -> None:
@@ -212,10 +217,11 @@ class GuardedDrafter:
         return self.budget.step_seconds
 
     def _call(self, method: str, *args: Any) -> Any:
-        if self.drafter is None:
+        if self.drafter is None or (self.session is None and method not in ("kind", "start")):
             return None
         try:
-            result = getattr(self.drafter, method)(*args)
+            of = self.drafter if method in ("kind", "start") else self.session
+            result = getattr(of, method)(*args)
             if method == "propose":
                 context, max_nodes = args
                 check_proposal(result, context, max_nodes, self.vocab_size)
@@ -231,5 +237,5 @@ class GuardedDrafter:
                 DrafterSwitchedOffWarning,
                 stacklevel=2,
             )
-            self.drafter = None
+            self.drafter = self.session = None
             return None

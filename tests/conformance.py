@@ -23,6 +23,7 @@ from specdec.drafters import (
     SpecReasonDrafter,
     Step,
 )
+from specdec.drafters.base import DraftSession
 from specdec.heads import MedusaHeads
 from specdec.passes.attention.choice import AttentionLike
 from specdec.report import SpeculationReport
@@ -162,16 +163,18 @@ class FailingDrafter(Drafter):
     error: BaseException = field(default_factory=lambda: RuntimeError("the drafter is broken"))
     name = "failing"
     calls: dict[str, int] = field(init=False, default_factory=dict)
+    session: DraftSession | None = field(init=False, default=None)
 
     def _call(self, method: str, *args: Any) -> Any:
         count = self.calls.get(method, 0)
         self.calls[method] = count + 1
         if method == self.method and count == self.at_step:
             raise self.error
-        return getattr(self.inner, method)(*args)
+        return getattr(self.inner if method == "start" else self.session, method)(*args)
 
-    def start(self, context: DraftContext) -> None:
-        self._call("start", context)
+    def start(self, context: DraftContext) -> DraftSession:
+        self.session = self._call("start", context)
+        return self
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         return self._call("propose", context, max_nodes)

@@ -55,7 +55,7 @@ def test_a_new_process_starts_where_the_last_one_ended(tmp_path: Path, monkeypat
     assert second.load_profile(file) == "code"
     assert isinstance(drafter, MergedDrafter) and isinstance(second.drafter, MergedDrafter)
     assert np.array_equal(second.drafter._known[False].tried, drafter._known[False].tried)
-    assert second.drafter._known[False].worths[1].knowledge() == drafter._known[False].worths[1].knowledge()
+    assert second.drafter._known[False].worths[1].state_dict() == drafter._known[False].worths[1].state_dict()
     mine, theirs = (merged.sources[1] for merged in (second.drafter, drafter))
     assert isinstance(mine, RecyclingDrafter) and isinstance(theirs, RecyclingDrafter)
     assert np.array_equal(mine._tried, theirs._tried)

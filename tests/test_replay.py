@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from specdec.benchmark.offline_replay import replay, replay_file
-from specdec.drafters.base import DraftContext, Drafter, Step
+from specdec.drafters.base import DraftContext, Drafter, DraftSession, Step
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.tree import TokenTree
 
@@ -23,8 +23,9 @@ class ScriptedDrafter(Drafter):
     trees: list[TokenTree]
     told: list[Any] = field(default_factory=list)
 
-    def start(self, context: DraftContext) -> None:
+    def start(self, context: DraftContext) -> DraftSession:
         self.told.append(("start", context.sequences[0].tolist(), context.prompt_lengths))
+        return self
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         self.told.append(("propose", context.sequences[0].tolist(), context.max_depth, max_nodes))

@@ -64,20 +64,20 @@ class Known:
             return set()
         return idle
 
-    def knowledge(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
         with self.lock:
             return {
                 "tried": self.tried.tolist(),
                 "hit": self.hit.tolist(),
-                "worths": [[size, worth.knowledge()] for size, worth in self.worths.items()],
+                "worths": [[size, worth.state_dict()] for size, worth in self.worths.items()],
             }
 
-    def learn(self, knowledge: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `knowledge` has told."""
         with self.lock:
-            self.tried[:], self.hit[:] = knowledge["tried"], knowledge["hit"]
-            self.worths = {int(size): Worth.of_knowledge(known) for size, known in knowledge["worths"]}
+            self.tried[:], self.hit[:] = state["tried"], state["hit"]
+            self.worths = {int(size): Worth.of_knowledge(known) for size, known in state["worths"]}
 
 
 _KNOWN: WeakKeyDictionary[Any, dict[Hashable, dict[bool, Known]]] = WeakKeyDictionary()

@@ -71,7 +71,7 @@ class Worth:
         self.usual_step = inf
         """Seconds of a step, as it usually is."""
 
-    def knowledge(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What was measured, ready for JSON."""
         usual = self.usual_step if self.step_seconds else None
         names = ("seconds", "tokens_above_cost", "standings")

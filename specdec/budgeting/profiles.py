@@ -105,7 +105,7 @@ def save_profile(speculation: Speculation, model: Any, path: str | os.PathLike[s
             for (of, kind, sampled), known in LEARNED.get(target, {}).items()
             if of == owner and kind[: len(mine)] == mine
         ],
-        "drafter": {} if speculation.drafter is None else speculation.drafter.knowledge(),
+        "drafter": {} if speculation.drafter is None else speculation.drafter.state_dict(),
     }
     header = {"format": FORMAT, "version": VERSION, "sha256": _digest(body)}
     file = Path(path)
@@ -137,7 +137,7 @@ def load_profile(speculation: Speculation, model: Any, path: str | os.PathLike[s
     speculation.budget.forget_times()
     if speculation.drafter is not None:
         speculation.drafter.bind(target)
-        speculation.drafter.learn(body["drafter"])
+        speculation.drafter.load_state_dict(body["drafter"])
     return str(body["text"])
 
 

@@ -17,6 +17,7 @@ import specdec
 from specdec.budget import Budget
 from specdec.compat import CACHE
 from specdec.drafters import DraftContext, DraftModelDrafter
+from specdec.drafters.base import DraftSession
 from specdec.drafters.small_model import loading as draft_loading
 from specdec.drafters.small_model.passes import TreePasses
 from specdec.passes.capability import Capability
@@ -80,10 +81,11 @@ class Checked(DraftModelDrafter):
     steps: int = 0
     taken_over: int = 0
 
-    def start(self, context: DraftContext) -> None:
-        super().start(context)
+    def start(self, context: DraftContext) -> DraftSession:
+        session = super().start(context)
         call = self._thread.call
         assert call.passes.num_fed_tokens == sum(len(sequence) - 1 for sequence in context.sequences)
+        return session
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         call = self._thread.call

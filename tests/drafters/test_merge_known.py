@@ -187,6 +187,6 @@ def test_knowledge_is_kept_by_kind_of_call() -> None:
     drafter._known[True].tried[1, 0, 3] = 5.0
     merge_known._KNOWN.clear()
     other._known = merge_known.new_known(1)
-    other.learn(drafter.knowledge())
+    other.load_state_dict(drafter.state_dict())
     assert np.array_equal(other._known[True].tried, drafter._known[True].tried)
     assert not other._known[False].tried.any()

@@ -13,6 +13,7 @@ from torch import Tensor
 import specdec
 from specdec.budget import Budget
 from specdec.drafters import DraftContext, Drafter
+from specdec.drafters.base import DraftSession
 from specdec.rows.draws import NoiseQueue
 from specdec.tree import TokenTree
 from specdec.verifiers import VERIFIERS, BlockVerifier, TraversalVerifier, Verifier
@@ -40,8 +41,9 @@ class DrawingDrafter(Drafter):
     temperature: float = 1.5
     name = "drawing"
 
-    def start(self, context: DraftContext) -> None:
+    def start(self, context: DraftContext) -> DraftSession:
         self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, (1,))))
+        return self
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
         rows = [self._row(torch.from_numpy(sequence.copy()).long()) for sequence in context.sequences]
