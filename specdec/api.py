@@ -22,7 +22,6 @@ from specdec.passes.attention.choice import AttentionLike, check_attention
 from specdec.passes.capability import Capability, check_mode
 from specdec.passes.compiled.passes import CompileMode, check_compile_mode
 from specdec.passes.cuda_graphs.store import GraphMode, check_graph_mode
-from specdec.passes.near_ties import check_guard
 from specdec.report import SpeculationReport
 from specdec.target import unwrapped
 from specdec.verifiers import VERIFIERS
@@ -42,7 +41,6 @@ def accelerate(
     max_nodes: int = 64,
     capability: str = "auto",
     attention: AttentionLike = "auto",
-    near_tie_guard: bool | float = False,
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
     compiled: CompileMode = False,
@@ -60,9 +58,6 @@ def accelerate(
         capability: `"auto"` to find out by a probe how the model can be run ahead, or `"tree"`, `"chain"`, `"plain"`.
         attention: What computes attention over trees: `"auto"` (on a GPU the fastest that is installed, elsewhere the
             model's own), `"model"`, `"sdpa"`, `"flex"`, `"triton"`, `"flash"`, or a list to choose of by measurement.
-        near_tie_guard: Let a pass over one token decide where the two best tokens are closer than a wide pass rounds:
-            for bfloat16 and float16, see docs/exactness.md for how far that goes. True: closer than what was measured
-            on this model; a number is the gap of logits.
         budget: Takes the place of the budget that `max_nodes` would make.
         cuda_graphs: Replay whole steps as CUDA graphs: `"auto"` where that is possible, True to demand it, False for
             never. `"eager"` runs the same step of static shapes without capturing it, on any device, for tests.
@@ -87,7 +82,6 @@ def accelerate(
         max_nodes,
         capability,
         attention,
-        near_tie_guard,
         budget,
         cuda_graphs,
         compiled,
@@ -107,7 +101,6 @@ def speculate(
     max_nodes: int = 64,
     capability: str = "auto",
     attention: AttentionLike = "auto",
-    near_tie_guard: bool | float = False,
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
     compiled: CompileMode = False,
@@ -134,7 +127,6 @@ def speculate(
         max_nodes,
         capability,
         attention,
-        near_tie_guard,
         budget,
         cuda_graphs,
         compiled,
@@ -151,7 +143,6 @@ def _speculation(
     max_nodes: int,
     capability: str,
     attention: AttentionLike,
-    near_tie_guard: bool | float,
     budget: Budget | None,
     cuda_graphs: GraphMode,
     compiled: CompileMode,
@@ -167,9 +158,8 @@ def _speculation(
             "whenever that is; use compiled=True or compiled=False"
         )
     drafter, verifier = resolve_drafter(drafter), resolve_verifier(verifier)
-    check_guard(near_tie_guard, verifier)
     budget = budget or Budget(max_nodes)
-    arguments = drafter, verifier, budget, strict, capability, attention, near_tie_guard, cuda_graphs, compiled
+    arguments = drafter, verifier, budget, strict, capability, attention, cuda_graphs, compiled
     return Speculation(*arguments, deterministic)
 
 

@@ -58,7 +58,6 @@ class Speculation:
         strict: Raise a drafter's errors.
         capability: `"auto"`, or how to run the target.
         attention: `"auto"`, or what computes attention over trees.
-        near_tie_guard: Let passes over one token decide near-ties; a number is the gap of one.
         cuda_graphs: See `accelerate`.
         compiled: See `accelerate`.
         deterministic: See `accelerate`.
@@ -72,7 +71,6 @@ class Speculation:
         strict: bool,
         capability: str,
         attention: AttentionLike = "auto",
-        near_tie_guard: bool | float = False,
         cuda_graphs: GraphMode = "auto",
         compiled: CompileMode = False,
         deterministic: bool = False,
@@ -83,7 +81,6 @@ class Speculation:
         self.strict = strict
         self.capability = capability
         self.attention = attention
-        self.near_tie_guard = near_tie_guard
         self.cuda_graphs = cuda_graphs
         self.compiled = compiled
         self.deterministic = deterministic
@@ -331,19 +328,14 @@ class Speculation:
 
     def _near_ties(self, target: TargetModel) -> NearTies | None:
         """What a near-tie is in this call; None where none are looked for."""
-        is_wanted = self.near_tie_guard is not False or target.model.dtype in HALF
-        if not is_wanted or self.verifier.guarantee != "token-identical":
+        if target.model.dtype not in HALF or self.verifier.guarantee != "token-identical":
             return None
         config = target.generation_config
         temperature = (config.temperature or 1.0) if config.do_sample else 1.0
-        gap = self.near_tie_guard
-        if isinstance(gap, bool):
-            # Where a mode is demanded nothing was tried.
-            rounding = self.capability_of(target.model).rounding or probe(target.model).rounding
-            gap = gap_of(rounding or 0.0)
-        gap /= temperature
-        self.report.near_tie_gap = gap
-        return NearTies(gap, self.near_tie_guard is not False)
+        # Where a mode is demanded nothing was tried.
+        rounding = self.capability_of(target.model).rounding or probe(target.model).rounding
+        self.report.near_tie_gap = gap_of(rounding or 0.0) / temperature
+        return NearTies(self.report.near_tie_gap)
 
     def _guarded_drafter(
         self, drafter: Drafter | None, target: TargetModel, sampler: Sampler, is_sampled_from: bool
