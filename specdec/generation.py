@@ -173,8 +173,6 @@ class Speculation:
         reason = reason or obstacle(model, draws or self.verifier.judges_steps)
         capability = probe(model, self.capability, self.attention) if reason is None else Capability("plain", reason)
         is_unexpected = capability.mode == "plain" and self.capability == "auto" and reason in (None, NO_CACHE)
-        if self.deterministic:  # among several backends the fastest would be measured
-            capability = replace(capability, attention=capability.attention[:1])
         keep_cache = _keeps_cache(generation_config, model_kwargs)
         longest = generation_config.max_length + self.budget.max_nodes
         if capability.mode != "plain" and (limit := length_limit(model)) and longest > limit[0]:
@@ -218,7 +216,7 @@ class Speculation:
             return ChainTarget(model, config, model_kwargs)
         nodes = self.budget.max_nodes if self.drafter else 1
         compiled = begin_passes(model, capability, self.compiled)
-        attention = None if compiled is not None else capability.choice(model)
+        attention = None if compiled is not None else capability.backend()
         arguments = model, config, model_kwargs, capability.mask_format, keep_cache, nodes, attention
         store = acquire(model, self.cuda_graphs, device)
         target: TreeTarget
@@ -344,7 +342,7 @@ class Speculation:
         of_call = sampler.sequences.device, len(sampler.sequences), sampler.noise is not None
         needs = NO_NEEDS if drafter is None else drafter.needs(*of_call)
         if needs.hidden_states:
-            target.hidden_states = HiddenStates(target.model)
+            target.hidden_states = HiddenStates(target.use_replica())
         return GuardedDrafter(
             drafter,
             embedding_rows(target.model),

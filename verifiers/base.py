@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -64,6 +65,10 @@ class Verifier(ABC):
     """Whether drafters are to propose steps that are judged as a whole."""
     asks_target: bool = False
     """Whether a question about the step, to be answered by a digit, is to follow each."""
+
+    follow: ClassVar[Callable[[TokenTree, Tensor], Acceptance] | None] = None
+    """The path that the target's picks, `[batch, nodes]`, take through a tree, on the device: set by a class whose
+    `verify` is that and nothing else, so that it can be captured in a CUDA graph."""
 
     @abstractmethod
     def verify(self, tree: TokenTree, logits: Tensor, sampler: Sampler, rows: Sequence[int]) -> Acceptance:

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.passes.cuda_graphs.fingerprint import quiet
+from specdec.passes.replica import keep_hooks_apart
 
 
 class HiddenStates:
     """What the target's output embedding is given, kept for the node from which each row goes on.
 
-    Taken by a forward pre-hook that is there only during a call of `generate`: final norm, scaling and soft-capping
-    stay in the model's own code.
+    Taken by a forward pre-hook on a replica of the model: final norm, scaling and soft-capping stay in the model's own
+    code.
 
     Args:
-        model: The target.
+        model: The replica that the call runs; see `replica_of`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -33,6 +33,7 @@ class HiddenStates:
     def taken(self) -> Iterator[None]:
         """Takes the states of the passes inside."""
         embedding: nn.Module = self.model.get_output_embeddings()
+        keep_hooks_apart(embedding)
         hook = embedding.register_forward_pre_hook(self._take, with_kwargs=True)
         try:
             yield
@@ -40,7 +41,6 @@ class HiddenStates:
             hook.remove()
             self.last_pass = self.of_rows = None
 
-    @quiet
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.last_pass = next(iter((*args, *kwargs.values())))
 

@@ -42,7 +42,9 @@ class NoiseQueue:
     def draw(self, end: int) -> None:
         """Makes the draws of all positions before `end`."""
         while self.first + len(self._draws) < end:
-            self._draws.append(torch.empty((self.batch, self.vocab), device=self.device).exponential_())
+            self._draws.append(
+                torch.empty((self.batch, self.vocab), dtype=torch.float32, device=self.device).exponential_()
+            )
             self._states.append(self._get_state())
 
     def begin(self, vocab: int) -> None:

@@ -15,7 +15,7 @@ from torch.export import Dim
 from specdec.kv_cache import TreeCache
 from specdec.passes.capability import Capability
 from specdec.passes.compiled import package
-from specdec.passes.compiled.forward import Layout, SlotForward, grouped_attention
+from specdec.passes.compiled.forward import Layout, SlotForward, exportable
 from specdec.passes.cuda_graphs.fingerprint import fingerprint, hooked
 from specdec.passes.tolerance import differ, noise_of
 
@@ -139,10 +139,7 @@ class CompiledPasses:
 
     def _build(self, model: Any, layout: Layout, inputs: list[Tensor]) -> package.Function:
         started = time.perf_counter()
-        with grouped_attention(model):
-            built = package.compile_ahead(*module_of(model, layout, inputs), type(model).__name__)
-        # Exporting puts some attributes back as copies.
-        self._fingerprint = fingerprint(model)
+        built = package.compile_ahead(*module_of(model, layout, inputs), type(model).__name__)
         self.seconds += time.perf_counter() - started
         return built
 
@@ -182,8 +179,8 @@ def no_trees(capability: Capability) -> str | None:
     """Why a model that is run this way has no compiled passes, or None."""
     if capability.mode != "tree":
         return f"the model is not run on trees ({capability.reason})"
-    if "model" not in capability.attention:
-        return f"attention is computed by {', '.join(capability.attention)}"
+    if capability.attention != "model":
+        return f"attention is computed by {capability.attention}"
     return None
 
 
@@ -228,7 +225,7 @@ def module_of(
 ) -> tuple[SlotForward, tuple[Tensor, ...], tuple[Any, ...]]:
     """What is compiled, with examples of its inputs and which of their dimensions may have other sizes."""
     examples, dynamic = zip(*_examples(layout, inputs), strict=True)
-    return SlotForward(model, layout), examples, dynamic
+    return SlotForward(exportable(model), layout), examples, dynamic
 
 
 def _examples(layout: Layout, inputs: list[Tensor]) -> list[tuple[Tensor, dict[int, Any]]]:
