@@ -23,13 +23,11 @@ from specdec.fallback import FallbackWarning as FallbackWarning
 from specdec.fallback import UnexpectedFallbackWarning, remedy, takes_drafts
 from specdec.inspection.trace import Trace
 from specdec.obstacles import NO_CACHE, foreign_inputs, impossible
-from specdec.passes.attention.choice import AttentionLike
 from specdec.passes.capability import Capability, probe
 from specdec.passes.chain_target import ChainTarget
 from specdec.passes.compiled.auto import begin_passes, describe_compiled
-from specdec.passes.compiled.passes import CompileMode
 from specdec.passes.cuda_graphs.step import step_for
-from specdec.passes.cuda_graphs.store import GraphMode, acquire, check_demand, describe
+from specdec.passes.cuda_graphs.store import acquire, check_demand, describe
 from specdec.passes.cuda_graphs.target import StaticTarget
 from specdec.passes.hidden_states import HiddenStates
 from specdec.passes.length_limits import length_limit
@@ -41,6 +39,7 @@ from specdec.rows.sequences import Sequences
 from specdec.rows.stopping import StopRule
 from specdec.rows.streaming import StreamFeeder
 from specdec.sampling import Sampler
+from specdec.settings import Settings
 from specdec.target import CacheNotFilledError, CausalLM, TargetModel, TreeTarget, embedding_rows
 from specdec.verifiers.base import Verifier
 
@@ -52,46 +51,33 @@ class Speculation:
     place of its own sampling loop.
 
     Args:
-        drafter: What guesses, or None.
-        verifier: What accepts.
-        budget: How large a tree may be.
-        strict: Raise a drafter's errors.
-        capability: `"auto"`, or how to run the target.
-        attention: `"auto"`, or what computes attention over trees.
-        near_tie_guard: Let passes over one token decide near-ties; a number is the gap of one.
-        cuda_graphs: See `accelerate`.
-        compiled: See `accelerate`.
-        deterministic: See `accelerate`.
+        settings: How to speculate.
+        streamer: Takes the tokens of every call that brings no streamer of its own.
+        trace: Trace every call.
     """
 
-    def __init__(
-        self,
-        drafter: Drafter | None,
-        verifier: Verifier,
-        budget: Budget,
-        strict: bool,
-        capability: str,
-        attention: AttentionLike = "auto",
-        near_tie_guard: bool | float = False,
-        cuda_graphs: GraphMode = "auto",
-        compiled: CompileMode = False,
-        deterministic: bool = False,
-    ) -> None:
-        self.drafter = drafter
-        self.verifier = verifier
-        self.budget = budget
-        self.strict = strict
-        self.capability = capability
-        self.attention = attention
-        self.near_tie_guard = near_tie_guard
-        self.cuda_graphs = cuda_graphs
-        self.compiled = compiled
-        self.deterministic = deterministic
-        self._is_fresh = False
-        self.streamer: Any = None
-        self.is_traced = False
+    def __init__(self, settings: Settings, streamer: Any = None, trace: bool = False) -> None:
+        self.settings = settings
+        self.streamer = streamer
+        self.is_traced = trace
         self.report = self._new_report()
+        self._is_fresh = False
         self._warned: set[str] = set()
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """What guesses; None when drafting is off."""
+        return self.settings.drafter
+
+    @property
+    def verifier(self) -> Verifier:
+        """What accepts."""
+        return self.settings.verifier
+
+    @property
+    def budget(self) -> Budget:
+        """How large a tree may be."""
+        return self.settings.budget
 
     def bind(self, model: CausalLM) -> None:
         """Prepares the drafter for a target and for the verifier.
@@ -112,8 +98,8 @@ class Speculation:
         """Decodes one call by nothing that is measured, and nothing that earlier calls taught."""
         one = copy.copy(self)
         one._is_fresh = True
-        one.drafter = None if self.drafter is None else self.drafter.fresh()
-        one.budget = self.budget.fresh()
+        drafter = None if self.drafter is None else self.drafter.fresh()
+        one.settings = replace(self.settings, drafter=drafter, budget=self.budget.fresh())
         return one
 
     def _new_report(self) -> SpeculationReport:
@@ -122,9 +108,9 @@ class Speculation:
 
     def capability_of(self, model: CausalLM) -> Capability:
         """How a model is run ahead."""
-        found = probe(model, self.capability, self.attention)
-        compiled = describe_compiled(model, found, self.compiled)
-        graphs = describe(model, self.cuda_graphs) if found.mode == "tree" else ""
+        found = probe(model, self.settings.capability, self.settings.attention)
+        compiled = describe_compiled(model, found, self.settings.compiled)
+        graphs = describe(model, self.settings.cuda_graphs) if found.mode == "tree" else ""
         return replace(found, cuda_graphs=graphs, compiled=compiled)
 
     def begin_fallback(self, reason: str, unexpected_of: CausalLM | None = None) -> None:
@@ -159,13 +145,13 @@ class Speculation:
         """The decoding method; arguments as `generate` passes them to its own sampling loop, and `trace`."""
         streamer = streamer if streamer is not None else self.streamer
         self.bind(model)
-        if self.deterministic and not self._is_fresh:
+        if self.settings.deterministic and not self._is_fresh:
             one = self._fresh()
             prepared = model, input_ids, logits_processor, stopping_criteria, generation_config
             try:
                 return one(*prepared, synced_gpus, streamer, trace, **model_kwargs)
             finally:
-                self.report, self.budget = one.report, one.budget
+                self.report, self.settings = one.report, replace(self.settings, budget=one.budget)
         _check_ids(model, input_ids)
         reason = foreign_inputs(model) or impossible(
             generation_config, model_kwargs, input_ids, logits_processor, stopping_criteria
@@ -174,9 +160,13 @@ class Speculation:
             reason = "several processes must run the same number of passes (synced_gpus)"
         draws = self.verifier.guarantee == "distribution" and generation_config.do_sample
         reason = reason or obstacle(model, draws or self.verifier.judges_steps)
-        capability = probe(model, self.capability, self.attention) if reason is None else Capability("plain", reason)
-        is_unexpected = capability.mode == "plain" and self.capability == "auto" and reason in (None, NO_CACHE)
-        if self.deterministic:  # among several backends the fastest would be measured
+        capability = (
+            probe(model, self.settings.capability, self.settings.attention)
+            if reason is None
+            else Capability("plain", reason)
+        )
+        is_unexpected = capability.mode == "plain" and self.settings.capability == "auto" and reason in (None, NO_CACHE)
+        if self.settings.deterministic:  # among several backends the fastest would be measured
             capability = replace(capability, attention=capability.attention[:1])
         keep_cache = _keeps_cache(generation_config, model_kwargs)
         longest = generation_config.max_length + self.budget.max_nodes
@@ -202,7 +192,7 @@ class Speculation:
             return self._plain(str(error), True, *prepared, *rest)
         finally:
             if capability.mode == "tree":
-                self.report.attention = capability.attention_of(model, self.attention)
+                self.report.attention = capability.attention_of(model, self.settings.attention)
             target.close()
 
     def target_for(
@@ -216,17 +206,17 @@ class Speculation:
     ) -> TargetModel:
         """The model as this call runs it: on trees, captured if possible, or on chains."""
         if capability.mask_format is None:
-            begin_passes(model, capability, self.compiled)  # tells why not
-            check_demand(self.cuda_graphs, f"it runs on chains, because {capability.reason}")
+            begin_passes(model, capability, self.settings.compiled)  # tells why not
+            check_demand(self.settings.cuda_graphs, f"it runs on chains, because {capability.reason}")
             return ChainTarget(model, config, model_kwargs)
         nodes = self.budget.max_nodes if self.drafter else 1
-        compiled = begin_passes(model, capability, self.compiled)
+        compiled = begin_passes(model, capability, self.settings.compiled)
         attention = None if compiled is not None else capability.choice(model)
         arguments = model, config, model_kwargs, capability.mask_format, keep_cache, nodes, attention
-        store = acquire(model, self.cuda_graphs, device)
+        store = acquire(model, self.settings.cuda_graphs, device)
         target: TreeTarget
         if isinstance(store, str):
-            if (self.cuda_graphs, device.type) != ("auto", "cpu"):  # where nobody expects them nothing is said
+            if (self.settings.cuda_graphs, device.type) != ("auto", "cpu"):  # where nobody expects them nothing is said
                 self.report.cuda_graphs = f"none, because {store}"
             target = TreeTarget(*arguments)
         else:
@@ -312,7 +302,7 @@ class Speculation:
         finally:
             generated = [sequences.num_generated(row) for row in range(len(sequences))]
             report.num_generated_tokens = sum(generated)
-            if self.compiled:
+            if self.settings.compiled:
                 report.compiled = self.capability_of(target.model).compiled
             if isinstance(target, StaticTarget):
                 report.cuda_graphs = target.store.describe()
@@ -331,19 +321,19 @@ class Speculation:
 
     def _near_ties(self, target: TargetModel) -> NearTies | None:
         """What a near-tie is in this call; None where none are looked for."""
-        is_wanted = self.near_tie_guard is not False or target.model.dtype in HALF
+        is_wanted = self.settings.near_tie_guard is not False or target.model.dtype in HALF
         if not is_wanted or self.verifier.guarantee != "token-identical":
             return None
         config = target.generation_config
         temperature = (config.temperature or 1.0) if config.do_sample else 1.0
-        gap = self.near_tie_guard
+        gap = self.settings.near_tie_guard
         if isinstance(gap, bool):
             # Where a mode is demanded nothing was tried.
             rounding = self.capability_of(target.model).rounding or probe(target.model).rounding
             gap = gap_of(rounding or 0.0)
         gap /= temperature
         self.report.near_tie_gap = gap
-        return NearTies(gap, self.near_tie_guard is not False)
+        return NearTies(gap, self.settings.near_tie_guard is not False)
 
     def _guarded_drafter(
         self, drafter: Drafter | None, target: TargetModel, sampler: Sampler, is_sampled_from: bool
@@ -357,7 +347,7 @@ class Speculation:
             drafter,
             embedding_rows(target.model),
             self.report,
-            self.strict,
+            self.settings.strict,
             target.hidden_states,
             sampler,
             is_sampled_from,

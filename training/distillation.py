@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from specdec.api import DrafterLike, accelerate
+from specdec.api import accelerate
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngrams.documents import tokenizer_fingerprint
 from specdec.generation import FallbackWarning
+from specdec.settings import DrafterLike
 from specdec.training.examples import prompt_ids
 from specdec.training.prompts import DistillationPrompt, batches_of, load_prompts, unique
 from specdec.training.records import SHARDS

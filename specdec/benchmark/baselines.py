@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specdec.api import SpeculativeModel, accelerate, resolve_verifier
+from specdec.api import SpeculativeModel, accelerate
 from specdec.benchmark.measuring import EncodedPrompt, Method
 from specdec.budget import Budget
 from specdec.common.embedded import Prompt
 from specdec.drafters.base import Drafter
 from specdec.passes.compiled.passes import CompileMode
+from specdec.settings import resolve_verifier
 from specdec.verifiers.base import Verifier
 
 HF_GENERATE = "HF generate"

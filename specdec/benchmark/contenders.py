@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specdec.api import DrafterLike, SpeculativeModel, accelerate, resolve_drafter, resolve_verifier
+from specdec.api import SpeculativeModel, accelerate
 from specdec.benchmark.baselines import HF_GENERATE, hf_methods
 from specdec.benchmark.compiled import COMPILED, CompiledGenerate
 from specdec.benchmark.measuring import Method
@@ -16,6 +16,7 @@ from specdec.budget import Budget
 from specdec.drafters import DRAFTERS
 from specdec.drafters.base import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.settings import DrafterLike, resolve_drafter, resolve_verifier
 from specdec.verifiers.base import Verifier
 
 AT_SIZE = ", {} nodes"
