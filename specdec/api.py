@@ -14,6 +14,7 @@ from transformers.generation import GenerationMixin, StoppingCriteriaList, StopS
 from specdec.budget import Budget
 from specdec.budgeting.profiles import Tuning, load_profile, save_profile, tune
 from specdec.drafters.base import Drafter
+from specdec.fallback import before_generate, stop_strings
 from specdec.generation import Speculation
 from specdec.inspection.explain import explain
 from specdec.passes.attention.choice import AttentionLike
@@ -136,10 +137,6 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _stop_strings(kwargs: dict[str, Any]) -> Any:
-    return kwargs.get("stop_strings") or getattr(kwargs.get("generation_config"), "stop_strings", None)
-
-
 class SpeculativeModel:
     """A stand-in for a causal LM whose `generate()` speculates. Everything else is the model's own.
 
@@ -224,7 +221,7 @@ class SpeculativeModel:
         if len(args) > 1:  # generate(inputs, generation_config, ...)
             names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
             args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
-        reason = self._out_of_reach(kwargs)
+        reason = before_generate(self.model, kwargs)
         if reason is not None:
             self.speculation.begin_fallback(reason)
             return self.model.generate(*args, **kwargs)
@@ -232,20 +229,9 @@ class SpeculativeModel:
         decode = partial(self.speculation, streamer=kwargs.get("streamer"), trace=trace)
         return self.model.generate(*args, custom_generate=decode, **self._with_stop_strings(kwargs))
 
-    def _out_of_reach(self, kwargs: dict[str, Any]) -> str | None:
-        """Why a call must not even be tried with a custom decoding method, or None."""
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "token_healing"):
-            if kwargs.get(name) or getattr(kwargs.get("generation_config"), name, None):
-                return f"{name} is given"
-        if getattr(self.model.config, "is_encoder_decoder", False):
-            return "the model is an encoder-decoder"
-        if getattr(self.model.generation_config, "stop_strings", None) and not _stop_strings(kwargs):
-            return "stop_strings are set in the model's generation_config; pass them to generate()"
-        return None
-
     def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Turns stop strings into the criterion that `generate` would make of them."""
-        strings, tokenizer = _stop_strings(kwargs), kwargs.get("tokenizer")
+        strings, tokenizer = stop_strings(kwargs), kwargs.get("tokenizer")
         if not strings or tokenizer is None:
             return kwargs  # without a tokenizer generate() says what is missing
         kwargs = {name: value for name, value in kwargs.items() if name != "stop_strings"}
