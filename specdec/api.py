@@ -14,6 +14,7 @@ from transformers.generation import GenerationMixin, StoppingCriteriaList, StopS
 from specdec.budget import Budget
 from specdec.budgeting.profiles import Tuning, load_profile, save_profile, tune
 from specdec.drafters.base import Drafter
+from specdec.drafters.by_name import DrafterLike, resolve_drafter
 from specdec.fallback import before_generate, stop_strings
 from specdec.generation import Speculation
 from specdec.inspection.explain import explain
@@ -22,9 +23,10 @@ from specdec.passes.capability import Capability
 from specdec.passes.compiled.passes import CompileMode
 from specdec.passes.cuda_graphs.store import GraphMode
 from specdec.report import SpeculationReport
-from specdec.settings import DrafterLike, Settings
+from specdec.settings import Settings
 from specdec.target import unwrapped
 from specdec.verifiers.base import Verifier
+from specdec.verifiers.by_name import resolve_verifier
 from specdec.warm_up import warm_up
 
 RETURN_SELF = frozenset({"to", "cuda", "cpu", "eval", "train", "float", "half", "bfloat16", "requires_grad_"})
@@ -77,7 +79,7 @@ def accelerate(
         ValueError: A name or a setting is not known, or the model cannot generate.
     """
     _check_model(model)
-    settings = Settings.of(
+    settings = _settings(
         drafter,
         verifier,
         strict,
@@ -119,7 +121,20 @@ def speculate(
         A callable to pass as `custom_generate`. Keep it and pass it again to let the drafter remember; `.report` tells
         about its last call.
     """
-    return Speculation(Settings.of(drafter, verifier, strict, **settings), streamer, trace)
+    return Speculation(_settings(drafter, verifier, strict, **settings), streamer, trace)
+
+
+def _settings(
+    drafter: DrafterLike,
+    verifier: str | Verifier,
+    strict: bool,
+    *,
+    max_nodes: int = 64,
+    budget: Budget | None = None,
+    **others: Any,
+) -> Settings:
+    """Settings of the arguments of `accelerate`."""
+    return Settings(resolve_drafter(drafter), resolve_verifier(verifier), strict, budget or Budget(max_nodes), **others)
 
 
 def _check_model(model: Any) -> None:

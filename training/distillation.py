@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 
 from specdec.api import accelerate
+from specdec.drafters.by_name import DrafterLike
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngrams.documents import tokenizer_fingerprint
 from specdec.generation import FallbackWarning
-from specdec.settings import DrafterLike
 from specdec.training.examples import prompt_ids
 from specdec.training.prompts import DistillationPrompt, batches_of, load_prompts, unique
 from specdec.training.records import SHARDS

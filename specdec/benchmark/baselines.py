@@ -11,8 +11,8 @@ from specdec.budget import Budget
 from specdec.common.embedded import Prompt
 from specdec.drafters.base import Drafter
 from specdec.passes.compiled.passes import CompileMode
-from specdec.settings import resolve_verifier
 from specdec.verifiers.base import Verifier
+from specdec.verifiers.by_name import resolve_verifier
 
 HF_GENERATE = "HF generate"
 HF_LOOKUP = "HF prompt lookup"

@@ -15,9 +15,10 @@ from specdec.benchmark.settings import Part
 from specdec.budget import Budget
 from specdec.drafters import DRAFTERS
 from specdec.drafters.base import Drafter
+from specdec.drafters.by_name import DrafterLike, resolve_drafter
 from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.settings import DrafterLike, resolve_drafter, resolve_verifier
 from specdec.verifiers.base import Verifier
+from specdec.verifiers.by_name import resolve_verifier
 
 AT_SIZE = ", {} nodes"
 """Behind a contender's name, where it is measured at several sizes of the tree."""

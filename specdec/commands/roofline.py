@@ -41,7 +41,7 @@ def run(
     from specdec.benchmark.roofline.measure import measure_roofline
     from specdec.benchmark.roofline.report import roofline_figure, roofline_tables
     from specdec.common.provenance import circumstances, model_info, write_json
-    from specdec.settings import resolve_drafter
+    from specdec.drafters.by_name import resolve_drafter
 
     with user_errors(ValueError):
         made = None if drafter == "none" else resolve_drafter(drafter)
