@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from specdec.api import DrafterLike, accelerate
+from specdec.api import accelerate
+from specdec.drafters.by_name import DrafterLike
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngrams.documents import tokenizer_fingerprint
 from specdec.generation import FallbackWarning
