@@ -64,7 +64,7 @@ def test_all_sizes_are_timed() -> None:
     model = tiny_model()
     seconds, draft_seconds, takes_trees = time_passes(model, random_heads(model), written(model), 32)
     assert list(seconds) == [1, 2, 4, 8, 16, 32]
-    assert 0 < seconds[1] and list(seconds.values()) == sorted(seconds.values())
+    assert seconds[1] > 0 and list(seconds.values()) == sorted(seconds.values())
     assert draft_seconds > 0
     assert takes_trees
 

@@ -107,8 +107,8 @@ def new_accelerator(config: MedusaTrainingConfig) -> Accelerator:
     )
     if accelerator.distributed_type in UNSUPPORTED:
         raise ValueError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, which cannot be used here; launch with "
-            "plain data parallelism, and spread a large target with device_map"
+            f"accelerate is configured for {accelerator.distributed_type.value}, which cannot be used here; "
+            "launch with plain data parallelism, and spread a large target with device_map"
         )
     return accelerator
 

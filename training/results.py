@@ -100,7 +100,7 @@ def measure_speedup(
     Returns:
         Tokens per second, speed-up over HF's `generate`, and tokens per pass, by method.
     """
-    from specdec.benchmark.baselines import HF_GENERATE, OFF, specdec_method
+    from specdec.api import accelerate
     from specdec.benchmark.measuring import EncodedPrompt, Method, Settings, run_interleaved
     from specdec.drafters.medusa import MedusaDrafter
 
@@ -111,9 +111,9 @@ def measure_speedup(
         ids = ids[:first] if first > 1 else ids[:TEXT_PROMPT_TOKENS]
         prompts.append(EncodedPrompt(f"held-out {i}", torch.tensor([ids], device=target.device)))
     methods = [
-        Method(HF_GENERATE, lambda: target),
-        specdec_method(OFF, target, lambda: None),
-        specdec_method("specdec medusa", target, lambda: MedusaDrafter(heads)),
+        Method("HF generate", lambda: target),
+        Method("specdec off", lambda: accelerate(target, None)),
+        Method("specdec medusa", lambda: accelerate(target, MedusaDrafter(heads))),
     ]
     settings = Settings.of(max_new_tokens)
     measured = run_interleaved(methods, prompts[:num_prompts], target, settings, prompts[-1], REPEATS)
