@@ -47,10 +47,9 @@ def kind_of(record: Record, text_field: str | None = None) -> str:
     values = record.values
     names = ", ".join(values) or "none"
     if text_field is not None:
-        kind = {str: "text", list: "messages"}.get(type(values.get(text_field)))
-        if kind is None:
-            raise ValueError(f"{record.where} has no text and no turns in {text_field!r}; its fields are {names}")
-        return kind
+        if isinstance(values.get(text_field), (str, list)):
+            return "text" if isinstance(values[text_field], str) else "messages"
+        raise ValueError(f"{record.where} has no text and no turns in {text_field!r}; its fields are {names}")
     has = {name for name, value in values.items() if value is not None}
     if "input_ids" in has:
         return "tokens"

@@ -78,7 +78,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def complete(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], **kwargs: Any
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], /, **kwargs: Any
 ) -> list[list[int]]:
     """Continues a batch of prompts.
 
