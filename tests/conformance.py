@@ -24,6 +24,7 @@ from specdec.drafters import (
     Step,
 )
 from specdec.drafters.base import DraftSession
+from specdec.drafters.medusa import HeadLists, MedusaSession
 from specdec.heads import MedusaHeads
 from specdec.passes.attention.choice import AttentionLike
 from specdec.report import SpeculationReport
@@ -218,17 +219,28 @@ class TaughtMedusaDrafter(RandomMedusaDrafter):
     answers: Answers = field(default_factory=list)
     random: np.random.Generator = field(init=False, repr=False, default_factory=lambda: np.random.default_rng(0))
 
+    def start(self, context: DraftContext) -> DraftSession:
+        session = super().start(context)
+        assert isinstance(session, MedusaSession)
+        return TaughtMedusaSession(self, session.heads_pass)
+
+
+class TaughtMedusaSession(MedusaSession):
+    """See `TaughtMedusaDrafter`."""
+
+    drafter: TaughtMedusaDrafter
+
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        self.right = next_answers(self.answers, context)
+        self.right = next_answers(self.drafter.answers, context)
         return super().propose(context, max_nodes)
 
-    def _lists(self, heads: MedusaHeads, hidden: Tensor) -> Any:
-        listed, probs = super()._lists(heads, hidden)
+    def _lists(self, hidden: Tensor) -> HeadLists:
+        lists, random = super()._lists(hidden), self.drafter.random
         for row, answer in enumerate(self.right):
-            for head, token in enumerate(answer[: listed.shape[1]]):
-                if token not in listed[row, head] and self.random.random() < 0.7:
-                    listed[row, head, self.random.integers(3)] = token
-        return listed, probs
+            for head, token in enumerate(answer[: lists.tokens.shape[1]]):
+                if token not in lists.tokens[row, head] and random.random() < 0.7:
+                    lists.tokens[row, head, random.integers(3)] = token
+        return lists
 
 
 @cache

@@ -256,7 +256,7 @@ def _compare(trial: Trial, names: tuple[str, ...]) -> tuple[Capability, bool]:
                 rounding = max(trial.largest, typical_noise(dtype)) * trial.spread
                 reason = "a branching tree gives the logits of plain decoding"
                 found = Capability("tree", reason, mask_format, name, problems, rounding)
-                return found, is_doubtful or trial.is_doubtful
+                return found, trial.is_doubtful
             problems[name] = failed
             is_doubtful |= trial.is_doubtful
         problem = "; ".join(f"{name}: {why}" if len(names) > 1 else why for name, why in problems.items())

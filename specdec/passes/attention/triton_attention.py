@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.passes.attention.base import AttentionCall, TreeAttention, UnsupportedAttentionError
+from specdec.passes.attention.dense import SdpaAttention
 from specdec.passes.attention.plan import WORD
 from specdec.passes.cache_commit import device_of
 
@@ -50,8 +51,8 @@ class TritonTreeAttention(TreeAttention):
     def attend(self, call: AttentionCall) -> Tensor:
         import triton
 
-        if not call.plan.is_left_padded:
-            raise UnsupportedAttentionError("'triton' takes padding on the left only; use attention='sdpa'")
+        if not call.plan.is_left_padded:  # one number per node does not tell what it sees then
+            return SdpaAttention().attend(call)
         if call.query.device.type == "cpu" and not triton.knobs.runtime.interpret:
             raise UnsupportedAttentionError("'triton' needs a GPU; use attention='sdpa' or 'model'")
         with device_of(call.query):

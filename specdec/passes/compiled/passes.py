@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from specdec.kv_cache import TreeCache
-from specdec.passes.capability import Capability
+from specdec.passes.capability import Capability, probe
 from specdec.passes.compiled import package
 from specdec.passes.compiled.forward import Layout, SlotForward, exportable
 from specdec.passes.cuda_graphs.fingerprint import fingerprint, hooked
@@ -172,14 +172,19 @@ def compiled_passes(model: Any) -> CompiledPasses:
 def begin_compiled(model: Any, capability: Capability) -> CompiledPasses | None:
     """The compiled passes of a model for one call; None where there are none, which is told once."""
     passes = compiled_passes(model)
-    return passes if passes.begin(model, no_trees(capability)) else None
+    return passes if passes.begin(model, no_trees(model, capability)) else None
 
 
-def no_trees(capability: Capability) -> str | None:
+def no_trees(model: Any, capability: Capability) -> str | None:
     """Why a model that is run this way has no compiled passes, or None."""
     if capability.mode != "tree":
         return f"the model is not run on trees ({capability.reason})"
-    if capability.attention != "model":
+    # On a GPU another backend is the default; compiled passes need the model's own to take the same trees.
+    is_own = capability.attention == "model"
+    is_own = is_own or (
+        model.device.type == "cuda" and probe(model, attention="model").mask_format == capability.mask_format
+    )
+    if not is_own:
         return f"attention is computed by {capability.attention}"
     return None
 

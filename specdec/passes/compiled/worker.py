@@ -14,8 +14,7 @@ import torch
 
 from specdec.passes.compiled.background import BUSY, REQUEST
 from specdec.passes.compiled.forward import register_grouped_attention
-from specdec.passes.compiled.locks import locked
-from specdec.passes.compiled.package import failure_file, keep, write_package
+from specdec.passes.compiled.package import failure_file, keep, locked, write_package
 from specdec.passes.compiled.structure import restored
 
 LOOKS_EVERY = 0.5
