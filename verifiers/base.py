@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,8 +66,8 @@ class Verifier(ABC):
     asks_target: bool = False
     """Whether a question about the step, to be answered by a digit, is to follow each."""
 
-    follow: ClassVar[Callable[[TokenTree, Tensor], Acceptance] | None] = None
-    """The path that the target's picks, `[batch, nodes]`, take through a tree, on the device: set by a class whose
+    follow: ClassVar[Any] = None
+    """A static method of a tree and the target's picks, `[batch, nodes]`, to an `Acceptance`: set by a class whose
     `verify` is that and nothing else, so that it can be captured in a CUDA graph."""
 
     @abstractmethod
