@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -36,9 +38,10 @@ class Decoder:
     report: SpeculationReport
     ranks: Ranks | None = None
     rows: list[int] = field(default_factory=list)
-    kept_scores: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
     num_new: Sequence[int] = ()
     is_undecided: bool = False
+    error: BaseException | None = None
+    """Raised where the other processes of a tensor-parallel model hear of it."""
 
     def run(self, input_ids: Tensor) -> None:
         """Generates until every row is finished; the tokens are then in `sequences`.
@@ -50,7 +53,6 @@ class Decoder:
             input_ids: The prompts as `generate` prepared them, `[batch, prompt]`.
         """
         self.rows = list(range(len(self.sequences)))
-        self.kept_scores = [[] for _ in self.rows]
         with self.report.timed("prefill"):
             logits = self.target.prefill(input_ids)  # [B, 1, V]
         self.report.count_pass([0] * len(self.rows))
@@ -62,7 +64,7 @@ class Decoder:
             with self.report.timed("compile"):
                 self.target.compile_passes(self.sequences.roots(self.rows)[:, None])
         try:
-            self.drafter.start(self.sequences, self.rows)
+            self._tell(self.drafter.start, self.sequences, self.rows)
             while unfinished:
                 self._end_rows(unfinished)
                 with self.report.timed("draft"):
@@ -74,11 +76,13 @@ class Decoder:
                     is_exact = self.report.guarantee == "token-identical"
                     self.budget.observe(tree, outcome.accepted, outcome.tokens if is_exact else None)
                     of_tree = outcome.accepted, self.num_new, outcome.top_tokens, outcome.verdicts
-                    self.drafter.observe(self.sequences, self.rows, tree, *of_tree)
+                    self._tell(self.drafter.observe, self.sequences, self.rows, tree, *of_tree)
                 if tree.steps is None:  # a judge takes its time, and steps may be longer than any other tree
                     self.budget.record(tree.num_nodes, time.perf_counter() - started)
         finally:
             self.drafter.finish(self.sequences)
+        if self.error is not None:
+            raise self.error
         generated = [self.sequences.num_generated(row) for row in range(len(self.sequences))]
         self.budget.end(len(generated), max(generated))
         self.streamer.end()
@@ -101,6 +105,22 @@ class Decoder:
 
     def _draft(self) -> TokenTree | None:
         """The drafter's tree, cut to what is worth verifying; None when there is no draft."""
+        if self.ranks is None:
+            return self._chosen()
+        return self.ranks.share(self._chosen, len(self.rows), self.budget.max_nodes)
+
+    def _tell(self, method: Callable[..., None], *args: Any) -> None:
+        """Tells the drafter of something; with several processes an error waits until all of them can be told."""
+        try:
+            method(*args)
+        except BaseException as error:
+            if self.ranks is None:
+                raise
+            self.error = error
+
+    def _chosen(self) -> TokenTree | None:
+        if self.error is not None:
+            raise self.error
         self.budget.set_size(len(self.rows), max(self.sequences.lengths[row] for row in self.rows))
         nodes, started = self.budget.nodes_to_draft(), time.perf_counter()
         tree = self.drafter.propose(self.sequences, self.rows, nodes)
@@ -110,7 +130,7 @@ class Decoder:
         if tree is not None:
             trial = self._trial_pass if self.ranks is None else None
             tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent, trial)
-        return tree if self.ranks is None else self.ranks.share(tree, len(self.rows), self.budget.max_nodes)
+        return tree
 
     def _trial_pass(self, nodes: int) -> None:
         """Runs a pass over so many nodes and rolls it back: real text, as experts are paid by how many are taken."""
@@ -125,9 +145,7 @@ class Decoder:
         Returns:
             Which rows go on, as indices into `rows`.
         """
-        counts, is_done = zip(
-            *(self.stop.count(row, tokens) for row, tokens in zip(self.rows, outcome.tokens, strict=True)), strict=True
-        )
+        counts, is_done = zip(*(self._count(i, row, outcome) for i, row in enumerate(self.rows)), strict=True)
         unfinished = [i for i, done in enumerate(is_done) if not done]
         if self.target.lockstep and unfinished:
             shortest = min(counts[i] for i in unfinished)
@@ -136,8 +154,7 @@ class Decoder:
         for i, row in enumerate(self.rows):
             self.sequences.append(row, outcome.tokens[i][: counts[i]])
             paths.append([0, *outcome.accepted[i]][: counts[i]])
-            if self.sampler.keep_scores:
-                self.kept_scores[row] += self.sampler.kept(i, paths[i])
+            self.sampler.commit(i, row, paths[i])
         self.is_undecided = outcome.is_undecided
         if outcome.near_ties is not None:
             self.report.count_near_ties([row[:count] for row, count in zip(outcome.near_ties, counts, strict=True)])
@@ -153,6 +170,12 @@ class Decoder:
             self.report.trace.add_pass(self.rows, kept, sources, tree.num_drafted)
         self.streamer.feed([self.rows[i] for i in unfinished])
         return unfinished
+
+    def _count(self, i: int, row: int, outcome: Outcome) -> tuple[int, bool]:
+        """How many of a row's new tokens are kept, and whether it is finished with them."""
+        path = [0, *outcome.accepted[i]]
+        scores = partial(self.sampler.scores_after, i, row, path) if self.sampler.keep_scores else None
+        return self.stop.count(row, outcome.tokens[i], scores)
 
     def _end_rows(self, unfinished: list[int]) -> None:
         """Takes finished rows out of the computation and frees what no row needs any more."""

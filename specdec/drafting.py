@@ -76,6 +76,7 @@ class GuardedDrafter:
         self.session: DraftSession | None = None
         self._rested: list[tuple[list[int], Ints]] = []
         self._is_resting = False
+        self._has_odd_tokens = False
 
     def kind(self) -> tuple[Hashable, ...]:
         """See `Drafter.kind`; nothing where there is no drafter."""
@@ -83,6 +84,7 @@ class GuardedDrafter:
 
     def start(self, sequences: Sequences, rows: Sequence[int]) -> None:
         """Tells the drafter that a call begins."""
+        self._has_odd_tokens = any(int(sequences.real(row).max(initial=0)) >= self.vocab_size for row in rows)
         self.session = self._call("start", self._context(sequences, rows))
 
     def propose(self, sequences: Sequences, rows: Sequence[int], max_nodes: int) -> TokenTree | None:
@@ -194,6 +196,15 @@ class GuardedDrafter:
         self.report.drafter_figures = self._call("figures", context) or {}
         self._call("finish", context)
 
+    def _without_odd_tokens(self, tree: Any) -> Any:
+        """A tree without draft tokens of a meaning of their own, such as pictures of the prompt."""
+        if not self._has_odd_tokens or not isinstance(tree, TokenTree):
+            return tree
+        is_odd = tree.tokens >= self.vocab_size
+        is_odd[:, 0] = False
+        behind = (tree.ancestor_mask & is_odd[:, None]).any(-1)
+        return TokenTree(tree.tokens.masked_fill(is_odd, 0), tree.parents.masked_fill(behind, -1), tree.scores)
+
     def _context(self, sequences: Sequences, rows: Sequence[int]) -> DraftContext:
         return DraftContext(
             rows=list(rows),
@@ -224,6 +235,7 @@ class GuardedDrafter:
             result = getattr(of, method)(*args)
             if method == "propose":
                 context, max_nodes = args
+                result = self._without_odd_tokens(result)
                 check_proposal(result, context, max_nodes, self.vocab_size)
             return result
         except Exception as error:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 
-from specdec.compat import CACHE, cache_layers, prefill
+from specdec.compat import CACHE, PREFILL_ONLY, cache_layers, prefill, token_types
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.passes.attention.choice import AttentionChoice
 from specdec.passes.attention.plan import TreePlan
@@ -39,6 +40,9 @@ DECODE_KWARGS_HANDLED = frozenset(
     {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
 )
 """Arguments of the model's forward that a pass sets itself or that belong to the prefill."""
+
+INNER_MODELS = ("pretrained_model", "model", "module")
+"""Where wrappers whose `generate` delegates keep the transformers model: value heads, control vectors."""
 
 
 def cache_layer_types(model: CausalLM) -> list[str]:
@@ -75,8 +79,13 @@ def embedding_rows(model: CausalLM) -> int:
 
 
 def unwrapped(model: Any) -> CausalLM:
-    """The transformers model inside a PEFT model; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside a PEFT model or another wrapper that generates by it; any other model itself."""
+    if hasattr(model, "get_base_model"):
+        return unwrapped(model.get_base_model())
+    if isinstance(model, GenerationMixin):
+        return model
+    inner = (getattr(model, name, None) for name in INNER_MODELS)
+    return next((unwrapped(part) for part in inner if hasattr(part, "generate")), model)
 
 
 class CacheNotFilledError(RuntimeError):
@@ -108,8 +117,9 @@ class TargetModel(ABC):
         self.extra = {
             name: value
             for name, value in model_kwargs.items()
-            if name not in DECODE_KWARGS_HANDLED and not isinstance(value, Tensor)
+            if name not in DECODE_KWARGS_HANDLED | PREFILL_ONLY and not isinstance(value, Tensor)
         }
+        self.token_types = token_types(model_kwargs) or {}
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Runs the prompt as `generate` itself would.
@@ -240,6 +250,8 @@ class TreeTarget(TargetModel):
         self.keep_cache = keep_cache
         self.max_nodes = max_nodes
         self.ended: dict[int, Any] = {}
+        self.padding_logits: dict[int, Tensor] = {}
+        """Of rows that ended before the last one: logits of what follows them, `[missing, vocab]`, after `finish`."""
         self.experts = ExpertsSwitch(model, input_device(model))
 
     @cached_property
@@ -311,6 +323,7 @@ class TreeTarget(TargetModel):
         self.experts.use_for(tokens.shape[1])
         inputs: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
         inputs |= {"position_ids": positions} if positions is not None else {}
+        inputs |= {name: torch.full_like(tokens, value) for name, value in self.token_types.items()}
         inputs |= {"input_ids": tokens, CACHE: self.cache, "use_cache": True, "return_dict": True}
 
         def as_it_is() -> tuple[Tensor, Tensor | None]:
@@ -384,16 +397,19 @@ class TreeTarget(TargetModel):
         store([self.ended[row] for row in sorted(self.ended)], self.past)
         return self.past
 
-    def _decode_padding(self, rows: list[int], sequences: Sequences, longest: int, pad_token: int) -> None:
+    def _decode_padding(self, rows: Sequence[int], sequences: Sequences, longest: int, pad_token: int) -> None:
         """Runs what plain decoding feeds a row that has ended: its last token, then padding until the last row ends."""
         self.cache = TreeCache.of_rows(cache_layer_types(self.model), [self.ended[row] for row in rows], longest)
         self._select(rows)
         missing = [longest - sequences.lengths[row] for row in rows]
         tokens = [
-            [int(sequences.ids[row, sequences.lengths[row] - 1])] + [pad_token] * (max(missing) - 1) for row in rows
+            [int(sequences.ids[row, sequences.lengths[row] - 1])] + [pad_token] * (count - 1)
+            for row, count in zip(rows, missing, strict=True)
         ]
-        chain = TokenTree.from_rows(tokens, [range(-1, max(missing) - 1)] * len(rows))
-        self.forward(chain.to(sequences.device))
+        chain = TokenTree.from_rows(tokens, [range(-1, len(row) - 1) for row in tokens])
+        logits = self.forward(chain.to(sequences.device))
         self.cache.commit([range(count) for count in missing])
         for i, row in enumerate(rows):
             self.ended[row] = self.cache.row(i)
+            if missing[i]:
+                self.padding_logits[row] = logits[i, : missing[i]]
