@@ -190,7 +190,7 @@ class SpecReasonDrafter(Drafter):
             raise ValueError("bind(model) comes before anything is drafted; specdec.accelerate does so")
         self._thread.call = StepCall(self._settings, context)
         if self._inner is not None:
-            self._inner.start(context)
+            self._thread.inner = self._inner.start(context)
         return self
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
@@ -199,7 +199,7 @@ class SpecReasonDrafter(Drafter):
         inner, depths = None, call.depths(context, proposals)
         if self._inner is not None and max_nodes > 1 and max(depths) > 0:
             # All rows are named, so that none counts as ended; where a step is drafted nothing more is wanted.
-            inner = self._inner.propose(replace(context, max_depth=depths, is_judged=False), max_nodes)
+            inner = self._thread.inner.propose(replace(context, max_depth=depths, is_judged=False), max_nodes)
             inner = inner.up_to_depth(depths)
         return call.tree(context, proposals, inner, max_nodes)
 
@@ -207,8 +207,8 @@ class SpecReasonDrafter(Drafter):
         call = self._of_thread(context)
         has_draft = [bool(row in call.proposals and call.proposals[row].tokens) for row in context.rows]
         call.observe(context, step)
-        if self._inner is not None and type(self._inner).observe is not Drafter.observe:
-            self._inner.observe(
+        if self._inner is not None:
+            self._thread.inner.observe(
                 replace(context, is_judged=False), _without_steps(step, has_draft, self.num_top_tokens > 0)
             )
 
@@ -216,19 +216,19 @@ class SpecReasonDrafter(Drafter):
         call: StepCall | None = getattr(self._thread, "call", None)
         proposals = [] if call is None else list(call.proposals.values())
         is_inner = self._inner is not None and row < len(proposals) and not proposals[row].tokens
-        names = self._inner.sources_of(row, path) if self._inner is not None and is_inner else None
+        names = self._thread.inner.sources_of(row, path) if self._inner is not None and is_inner else None
         return names or [(self.name,)] * len(path)
 
     def figures(self, context: DraftContext) -> dict[str, Any]:
         call = self._of_thread(context)
         call.finish(context)
-        inner = self._inner.figures(context) if self._inner is not None else {}
+        inner = self._thread.inner.figures(context) if self._inner is not None else {}
         return call.figures() | inner
 
     def finish(self, context: DraftContext) -> None:
         self._thread.call = None
         if self._inner is not None:
-            self._inner.finish(context)
+            self._thread.inner.finish(context)
 
     def _of_thread(self, context: DraftContext) -> StepCall:
         call: StepCall | None = getattr(self._thread, "call", None)
@@ -314,4 +314,4 @@ def _without_steps(step: Step, has_draft: Sequence[bool], is_shown: bool) -> Ste
     parents = tree.parents.clone()
     parents[list(has_draft)] = -1
     accepted = [0 if hidden else count for hidden, count in zip(has_draft, step.accepted, strict=True)]
-    return Step(step.rows, replace(tree, parents=parents), accepted)
+    return Step(step.rows, replace(tree, parents=parents), accepted, new_tokens=step.new_tokens)

@@ -43,7 +43,6 @@ def accelerate(
     max_nodes: int = 64,
     capability: str = "auto",
     attention: AttentionLike = "auto",
-    near_tie_guard: bool | float = False,
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
     compiled: CompileMode = False,
@@ -62,9 +61,6 @@ def accelerate(
         capability: `"auto"` to find out by a probe how the model can be run ahead, or `"tree"`, `"chain"`, `"plain"`.
         attention: What computes attention over trees: `"auto"` (on a GPU the fastest that is installed, elsewhere the
             model's own), `"model"`, `"sdpa"`, `"flex"`, `"triton"`, `"flash"`, or a list to choose of by measurement.
-        near_tie_guard: Let a pass over one token decide where the two best tokens are closer than a wide pass rounds:
-            for bfloat16 and float16, see docs/exactness.md for how far that goes. True: closer than what was measured
-            on this model; a number is the gap of logits.
         budget: Takes the place of the budget that `max_nodes` would make.
         cuda_graphs: Replay whole steps as CUDA graphs: `"auto"` where that is possible, True to demand it, False for
             never. `"eager"` runs the same step of static shapes without capturing it, on any device, for tests.
@@ -93,7 +89,6 @@ def accelerate(
         budget=budget,
         capability=capability,
         attention=attention,
-        near_tie_guard=near_tie_guard,
         cuda_graphs=cuda_graphs,
         compiled=compiled,
         deterministic=deterministic,

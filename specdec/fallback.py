@@ -89,7 +89,6 @@ def obstacle(call: Call, settings: Settings) -> str | None:
     return (
         _of_inputs(call)
         or _of_outputs(call)
-        or _of_memory(call, settings)
         or _of_batch(call)
         or of_processes(call.model, _needs_more(call, settings))
     )
@@ -129,13 +128,6 @@ def _of_outputs(call: Call) -> str | None:
     config = call.config
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         return "attentions or hidden states of every pass are wanted"
-    return None
-
-
-def _of_memory(call: Call, settings: Settings) -> str | None:
-    names = sampling.not_row_wise(call.processors) + stopping.not_row_wise(call.criteria)
-    if names and settings.near_tie_guard is not False:
-        return f"{', '.join(names)} may remember what was seen, and near_tie_guard passes some positions twice"
     return None
 
 

@@ -329,19 +329,14 @@ class Speculation:
 
     def _near_ties(self, target: TargetModel) -> NearTies | None:
         """What a near-tie is in this call; None where none are looked for."""
-        is_wanted = self.settings.near_tie_guard is not False or target.model.dtype in HALF
-        if not is_wanted or self.verifier.guarantee != "token-identical":
+        if target.model.dtype not in HALF or self.verifier.guarantee != "token-identical":
             return None
         config = target.generation_config
         temperature = (config.temperature or 1.0) if config.do_sample else 1.0
-        gap = self.settings.near_tie_guard
-        if isinstance(gap, bool):
-            # Where a mode is demanded nothing was tried.
-            rounding = self.capability_of(target.model).rounding or probe(target.model).rounding
-            gap = gap_of(rounding or 0.0)
-        gap /= temperature
-        self.report.near_tie_gap = gap
-        return NearTies(gap, self.settings.near_tie_guard is not False)
+        # Where a mode is demanded nothing was tried.
+        rounding = self.capability_of(target.model).rounding or probe(target.model).rounding
+        self.report.near_tie_gap = gap_of(rounding or 0.0) / temperature
+        return NearTies(self.report.near_tie_gap)
 
     def _guarded_drafter(
         self, drafter: Drafter | None, target: TargetModel, sampler: Sampler, is_sampled_from: bool

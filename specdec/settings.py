@@ -11,7 +11,6 @@ from specdec.passes.attention.choice import AttentionLike, check_attention
 from specdec.passes.capability import check_mode
 from specdec.passes.compiled.passes import CompileMode, check_compile_mode
 from specdec.passes.cuda_graphs.store import GraphMode, check_graph_mode
-from specdec.passes.near_ties import check_guard
 from specdec.verifiers.base import Verifier
 
 Memory = Literal["process", "call"]
@@ -33,7 +32,6 @@ class Settings:
     budget: Budget = field(default_factory=Budget)
     capability: str = "auto"
     attention: AttentionLike = "auto"
-    near_tie_guard: bool | float = False
     cuda_graphs: GraphMode = "auto"
     compiled: CompileMode = False
     deterministic: bool = False
@@ -44,7 +42,6 @@ class Settings:
         check_attention(self.attention)
         check_graph_mode(self.cuda_graphs)
         check_compile_mode(self.compiled)
-        check_guard(self.near_tie_guard, self.verifier)
         if self.memory not in get_args(Memory):
             raise ValueError(f"memory={self.memory!r} is not known; use 'process' or 'call'")
         if self.deterministic and self.compiled == "auto":

@@ -194,13 +194,3 @@ def test_processor_that_writes_into_the_scores() -> None:
     )
     for name in ("scores", "logits"):
         torch.testing.assert_close(torch.cat(got[name]), torch.cat(expected[name]), atol=1e-4, rtol=1e-4)
-
-
-def test_stateful_processors_and_the_near_tie_guard() -> None:
-    """A guarded near-tie is passed twice; a processor with a memory must not see it twice."""
-    fast = specdec.accelerate(
-        tiny_model(), oracle_beyond_the_end(), near_tie_guard=100.0, budget=Budget(64, fixed=True)
-    )
-    with pytest.warns(specdec.generation.FallbackWarning, match="NeverAfter.*near_tie_guard"):
-        got = fast.generate(**SINGLE, max_new_tokens=16, eos_token_id=None, logits_processor=[NeverAfter(set())])
-    assert got.tolist() == tiny_model().generate(**SINGLE, max_new_tokens=16, eos_token_id=None).tolist()
