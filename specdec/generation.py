@@ -168,6 +168,7 @@ class Speculation:
         if not self.settings.deterministic and self.settings.memory == "process":
             return self._run(call)
         one = self._fresh()
+        one.bind(model)
         try:
             return one._run(call)
         finally:
@@ -369,7 +370,8 @@ def check_ids(model: CausalLM, input_ids: Tensor) -> None:
         IndexError: There are such ids, and the model's config gives them no meaning of their own, as of pictures.
     """
     known, config = embedding_rows(model), model.config
-    own = {v for c in (config, config.get_text_config()) for v in vars(c).values() if isinstance(v, int) and v >= known}
+    values = {**vars(config), **vars(config.get_text_config())}.items()
+    own = {value for name, value in values if "token" in name and isinstance(value, int)}
     odd = set(input_ids[(input_ids < 0) | (input_ids >= known)].tolist()) - own
     if odd:
         raise IndexError(

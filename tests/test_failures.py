@@ -267,7 +267,7 @@ def test_draft_model_of_another_vocabulary_is_refused() -> None:
         specdec.accelerate(tiny_model(), other)
 
 
-class Counting(LookaheadDrafter):
+class Counting(Proposes):
     """Tells of itself in the report."""
 
     def figures(self, context: DraftContext) -> dict[str, Any]:
@@ -275,7 +275,7 @@ class Counting(LookaheadDrafter):
 
 
 def test_report_tells_what_the_drafter_tells_of_itself() -> None:
-    fast = accelerated(Counting())
+    fast = accelerated(Counting(tree_of([5], [0])))
     output = fast.generate(**INPUTS, max_new_tokens=4, do_sample=False, eos_token_id=None)
     tokens = int(INPUTS["attention_mask"].sum()) + 4 * len(output)
     assert fast.report.drafter_figures == fast.report.to_dict()["drafter_figures"] == {"rows": 3, "tokens": tokens}

@@ -71,7 +71,7 @@ class LLGuidance(tf.LogitsProcessor):
         if not self.is_first:
             assert self.matcher.consume_token(int(input_ids[0, -1])), self.matcher.get_error()
         self.is_first = False
-        assert not self.matcher.is_stopped()
+        assert int(input_ids[0, -1]) != EOS
         self.fill(self.matcher, self.bitmask)
         self.apply(scores, self.bitmask)
         return scores
