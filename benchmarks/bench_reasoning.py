@@ -1,7 +1,6 @@
 """Measures SpecReason on the reasoning test bed: accuracy against latency, greedy, one problem at a time.
 
     python benchmarks/bench_reasoning.py --threads 2
-    python benchmarks/bench_reasoning.py --threads 2 --folder out --minutes 8   # in parts: the same command goes on
 
 All methods solve the first held-out problem, then the second, ...: the target alone, the draft alone, speculation on
 tokens alone (exact), SpecReason, and SpecReason with speculation on tokens under the target's own steps, once without
@@ -12,8 +11,7 @@ judging costs is measured after that, with a timer in the target, and without it
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,11 +23,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from specdec.api import accelerate
-from specdec.benchmark.baselines import HF_GENERATE, OFF
-from specdec.benchmark.measuring import EncodedPrompt, Method, run_interleaved
-from specdec.benchmark.progress import MeasuringProgress
-from specdec.benchmark.record import RunRecord
-from specdec.benchmark.runs import Measurement, Sample, Settings
+from specdec.benchmark.display import measure_with_progress
+from specdec.benchmark.measuring import EncodedPrompt, Method, Settings
+from specdec.benchmark.methods import HF_GENERATE, OFF
 from specdec.budget import Budget
 from specdec.commands import options
 from specdec.common.errors import with_short_errors
@@ -60,10 +56,6 @@ TOKENS_BY = DraftModelDrafter.name
 END = "</think>"
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
-
-
-class TimeIsUpError(Exception):
-    """The window of time is over; what was measured is kept."""
 
 
 class EndOfThought(LogitsProcessor):  # type: ignore[misc]
@@ -178,48 +170,6 @@ class Pair:
         ]
 
 
-@dataclass
-class Window:
-    """Runs parts until the time is over; the record goes on with what an earlier start has measured."""
-
-    record: RunRecord
-    until: float
-    console: Console
-
-    def run(
-        self, part: str, methods: Sequence[Method], prompts: Sequence[EncodedPrompt], target: Any, asked: Settings
-    ) -> Measurement:
-        earlier = self.record.earlier(part, methods[0].name, asked)
-        rounds = len(prompts) - 1 - len({sample.prompt for sample in earlier.samples})
-        with MeasuringProgress(self.console, len(methods) * (rounds + 1)) as progress:
-            progress.begin(part)
-
-            def keep(prompt: EncodedPrompt, samples: list[Sample]) -> None:
-                self.record.add_round(part, [_trimmed(sample) for sample in samples])
-                if time.monotonic() > self.until:
-                    raise TimeIsUpError
-
-            return run_interleaved(
-                methods,
-                prompts[:-1],
-                target,
-                asked,
-                prompts[-1],
-                on_warm_up=progress.ran,
-                on_sample=progress.ran,
-                on_round=keep,
-                earlier=earlier,
-            )
-
-
-def _trimmed(sample: Sample) -> Sample:
-    """Without the texts of the steps, which the outputs hold."""
-    figures = (sample.report or {}).get("drafter_figures", {})
-    for step in figures.get("steps", []):
-        step.pop("text", None)
-    return sample
-
-
 @app.command()
 @with_short_errors
 def main(
@@ -229,13 +179,11 @@ def main(
     first: Annotated[int, typer.Option(help="Number of the first; those below 600 have been looked at before.")] = 600,
     budget: Annotated[int, typer.Option(min=1, help="Tokens of a thought, in the part with a limit.")] = 192,
     judge: Annotated[str, typer.Option(help="certainty, argmax, expectation.")] = "expectation",
-    folder: Annotated[Path | None, typer.Option(help="Keeps what was measured, so that the next call goes on.")] = None,
-    minutes: Annotated[float, typer.Option(min=0.1, help="Stop after so much time, to be gone on with.")] = 600,
     judging_problems: Annotated[int, typer.Option(min=1, help="Problems on which judging is timed.")] = 20,
     threads: options.Threads = None,
 ) -> None:
     """Measure and write benchmarks/results/NAME.json and docs/images/NAME.png."""
-    console, until = Console(), time.monotonic() + 60 * minutes
+    console = Console()
     prepare_torch(threads)
     target, tokenizer = load_model(str(models / "target"), "float32", "cpu")
     draft, _ = load_model(str(models / "draft"), "float32", "cpu")
@@ -257,24 +205,19 @@ def main(
         },
     }
     here = circumstances()
-    identity = {**about, **{key: here[key] for key in ("hardware", "versions", "commit")}}
-    window = Window(RunRecord(folder, identity, here), until, console)
     answers = {f"{number}": problem.answer for number, problem in enumerate(asked)}
     parts: dict[str, list[dict[str, Any]]] = {}
-    try:
-        for part, methods in ((UNLIMITED, pair.methods()), (BUDGETED, pair.budgeted_methods(budget))):
-            measured = window.run(part, methods, prompts, target, Settings.of(MAX_NEW_TOKENS))
-            parts[part] = rows_of(measured, answers, tokenizer)
-    except TimeIsUpError:
-        console.print("time is up; the same command goes on")
-        raise typer.Exit(3) from None
+    for part, methods in ((UNLIMITED, pair.methods()), (BUDGETED, pair.budgeted_methods(budget))):
+        settings = Settings.of(MAX_NEW_TOKENS)
+        measured = measure_with_progress(part, methods, prompts, target, settings, console=console)
+        parts[part] = rows_of(measured, answers, tokenizer)
     titles = {UNLIMITED: "no limit", BUDGETED: f"a thought of {budget} tokens at most"}
     for part, rows in parts.items():
         console.print(table(rows, f"{problems} held-out problems, greedy, batch 1, {titles[part]}"))
     reasoner = pair.reasoner("judging", 7, None)
     judging = judging_cost(reasoner, target, prompts[:judging_problems], tokenizer, MAX_NEW_TOKENS)
     console.print(judging, highlight=False)
-    results = {**window.record.circumstances, **about, "parts": parts, "judging": judging}
+    results = {**here, **about, "parts": parts, "judging": judging}
     write_json(RESULTS / f"{name}.json", results)
     plot(parts, PICTURES / f"{name}.png", titles)
     console.print(f"written to {RESULTS / name}.json and {PICTURES / name}.png", highlight=False, soft_wrap=True)

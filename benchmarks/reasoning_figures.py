@@ -53,7 +53,7 @@ def rows_of(measured: Measurement, answers: Mapping[str, int], tokenizer: Any) -
 def _row(
     name: str, samples: list[Sample], plain: Mapping[str, float], answers: Mapping[str, int], tokenizer: Any
 ) -> dict[str, Any]:
-    texts = [tokenizer.decode(sample.output or [], skip_special_tokens=True) for sample in samples]
+    texts = [tokenizer.decode(sample.outputs[0] or [], skip_special_tokens=True) for sample in samples]
     right = [written_answer(text) == answers[sample.prompt] for text, sample in zip(texts, samples, strict=True)]
     figures = [(sample.report or {}).get("drafter_figures", {}) for sample in samples]
     judged = sum(f.get("judged", 0) for f in figures)
@@ -71,7 +71,7 @@ def _row(
         "kept_share": sum(f.get("kept", 0) for f in figures) / judged if judged else None,
         "salvaged_tokens": sum(f.get("salvaged_tokens", 0) for f in figures) / count,
         "question_tokens": sum(f.get("question_tokens", 0) for f in figures) / count,
-        "num_identical": sum(bool(s.identical) for s in samples),
+        "num_identical": sum(all(s.identical_rows or [False]) for s in samples),
         "seconds_quartiles": spread(s.seconds for s in samples),
     }
 

@@ -1,4 +1,4 @@
-"""The benchmark of reasoning: a limit on the thought is the same for all, figures add up, a run can be gone on with."""
+"""The benchmark of reasoning: a limit on the thought is the same for all, figures add up."""
 
 from __future__ import annotations
 
@@ -84,13 +84,10 @@ def test_figures_of_methods(benchmark_module: ModuleType, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_run_in_parts_measures_every_problem_once(benchmark_module: ModuleType, tmp_path: Path) -> None:
-    """A window of no time at all ends behind one round; the same command goes on to the end."""
-    command = ["--problems", "2", "--folder", str(tmp_path / "run"), "--judging-problems", "1", "--threads", "1"]
-    codes = [CliRunner().invoke(benchmark_module.app, [*command, "--minutes", "0.1"]).exit_code]
-    while codes[-1] == 3 and len(codes) < 8:
-        codes.append(CliRunner().invoke(benchmark_module.app, command).exit_code)
-    assert codes[-1] == 0
+def test_every_method_is_measured(benchmark_module: ModuleType, tmp_path: Path) -> None:
+    command = ["--problems", "2", "--judging-problems", "1", "--threads", "1"]
+    result = CliRunner().invoke(benchmark_module.app, command)
+    assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "reasoning.json").read_text())
     assert set(results["parts"]) == {"unlimited", "budget"}
     exact = {"HF generate", "specdec off", "lookahead", "draft model"}

@@ -38,8 +38,8 @@ def measure_speedup(
     Returns:
         Tokens per second, speed-up over HF's `generate`, and tokens per pass, by method.
     """
-    from specdec.benchmark.baselines import HF_GENERATE, OFF, specdec_method
     from specdec.benchmark.measuring import EncodedPrompt, Method, Settings, run_interleaved
+    from specdec.benchmark.methods import HF_GENERATE, OFF, Contender
     from specdec.drafters.medusa import MedusaDrafter
 
     count = min(num_prompts + 1, len(examples))
@@ -49,8 +49,8 @@ def measure_speedup(
     ]
     methods = [
         Method(HF_GENERATE, lambda: target),
-        specdec_method(OFF, target, lambda: None),
-        specdec_method("specdec medusa", target, lambda: MedusaDrafter(heads)),
+        Contender(OFF, lambda: None).method(target),
+        Contender("specdec medusa", lambda: MedusaDrafter(heads)).method(target),
     ]
     settings = Settings.of(max_new_tokens)
     measured = run_interleaved(methods, encoded[:num_prompts], target, settings, encoded[-1], REPEATS)
