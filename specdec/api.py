@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
@@ -24,6 +25,7 @@ from specdec.passes.compiled.passes import CompileMode, check_compile_mode
 from specdec.passes.cuda_graphs.store import GraphMode, check_graph_mode
 from specdec.passes.near_ties import check_guard
 from specdec.report import SpeculationReport
+from specdec.session import Session, Tokens
 from specdec.target import unwrapped
 from specdec.verifiers import VERIFIERS
 from specdec.verifiers.base import Verifier
@@ -340,6 +342,22 @@ class SpeculativeModel:
         # `generate` sends a custom method neither streamer nor tokenizer, so both are brought in from here.
         decode = partial(self.speculation, streamer=kwargs.get("streamer"), trace=trace)
         return self.model.generate(*args, custom_generate=decode, **self._with_stop_strings(kwargs))
+
+    def session(self, input_ids: Tokens, attention_mask: Tensor | None = None, **generate_kwargs: Any) -> Session:
+        """A text on a live kv cache, to generate, feed, score and roll back; see docs/session.md.
+
+        Args:
+            input_ids: The prompts, left-padded, `[batch, prompt]`, or one row's list of ids.
+            attention_mask: Zero at padding.
+            generate_kwargs: Arguments of every `generate` of the session; `tokenizer=...` for stop strings.
+
+        Returns:
+            A context manager that frees the cache at its end.
+        """
+        verifier, drafter = self.speculation.verifier, self.drafter
+        report = SpeculationReport(drafter.name if drafter else "none", verifier.name, verifier.guarantee)
+        arguments = input_ids, attention_mask, None, report
+        return Session(self.model, self.generate, lambda: self.report, *arguments, **generate_kwargs)
 
     def _out_of_reach(self, kwargs: dict[str, Any]) -> str | None:
         """Why a call must not even be tried with a custom decoding method, or None."""
