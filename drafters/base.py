@@ -223,6 +223,10 @@ class Drafter(DraftSession):
         """See `DraftSession.extend`."""
         return self.propose(supposed(context, paths), max_nodes) if self.is_stateless else None
 
+    def generate_steps(self, speculation: Any, model: Any, input_ids: torch.Tensor, *prepared: Any) -> Any:
+        """Takes a call of `generate` over, where the verifier judges steps; only for drafters that `fit` such a one."""
+        raise NotImplementedError(f"drafter {self.name!r} writes no steps")
+
     def state_dict(self) -> dict[str, Any]:
         """What was learned of the bound model and is worth keeping for a new process; JSON types, no texts."""
         return {}

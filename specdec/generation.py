@@ -174,6 +174,13 @@ class Speculation:
             reason = "several processes must run the same number of passes (synced_gpus)"
         draws = self.verifier.guarantee == "distribution" and generation_config.do_sample
         reason = reason or obstacle(model, draws or self.verifier.judges_steps)
+        if self.verifier.judges_steps and len(input_ids) > 1 and is_handed_in(model_kwargs.get(CACHE)):
+            reason = reason or "steps are written row after row, which a kv cache of several rows does not allow"
+        if reason is None and self.verifier.judges_steps:
+            self.report = self._new_report()
+            self.report.capability = probe(model, self.capability, self.attention).mode
+            prepared = logits_processor, stopping_criteria, generation_config, streamer, trace or self.is_traced
+            return self.drafter.generate_steps(self, model, input_ids, *prepared, model_kwargs)
         capability = probe(model, self.capability, self.attention) if reason is None else Capability("plain", reason)
         is_unexpected = capability.mode == "plain" and self.capability == "auto" and reason in (None, NO_CACHE)
         if self.deterministic:  # among several backends the fastest would be measured
@@ -184,10 +191,6 @@ class Speculation:
             capability = Capability("plain", f"beyond {limit[0]} tokens, draft tokens included, {limit[1]}")
         if capability.mode == "chain" and keep_cache and len(input_ids) > 1:
             capability = Capability("plain", "the kv cache of a batch is wanted back, and rows leave it as they end")
-        if capability.mode == "chain" and self.verifier.judges_steps and len(input_ids) > 1:
-            capability = Capability(
-                "plain", "rows keep the same number of tokens per step, and steps are judged by row"
-            )
         prepared = (model, input_ids, logits_processor, stopping_criteria, generation_config)
         rest = synced_gpus, streamer, model_kwargs
         if capability.mode == "plain" or (capability.mode == "chain" and self.drafter is None):

@@ -171,6 +171,14 @@ class Session:
         return found[0] if _is_flat(tokens) else found
 
     @torch.no_grad()
+    def cache(self) -> Cache | None:
+        """The kv cache, made to hold the text but for its last token, as `generate` would leave it."""
+        if any(len(row) > 1 + len(held) for row, held in zip(self._text, self._cached, strict=True)):
+            self.logits([[]] * len(self._text))
+        self._inputs()
+        return self._cache
+
+    @torch.no_grad()
     def logits(self, tokens: Tokens) -> list[Tensor]:
         """The model's logits behind the present text and behind each of the given tokens, in one pass.
 
@@ -203,9 +211,7 @@ class Session:
         inputs = torch.cat([ids, more], 1)
         with self.report.timed("target"):
             self.report.count_pass([0] * len(rows))
-            output = self.model(
-                input_ids=inputs[:, past:], use_cache=self._keeps_cache, return_dict=True, **given
-            )
+            output = self.model(input_ids=inputs[:, past:], use_cache=self._keeps_cache, return_dict=True, **given)
         starts = [ids.shape[1] - len(text) for text in self._text]
         self._note([row[start:] for row, start in zip(inputs.tolist(), starts, strict=True)], starts, inputs.shape[1])
         behind: Tensor = output.logits[:, -longest - 1 :]
@@ -346,9 +352,11 @@ def _rows_of(tokens: Tokens, count: int | None, mask: Tensor | None = None) -> l
         count: Rows of the session; None where they are to be found out.
         mask: Zero at padding.
     """
-    rows: list[Any] = tokens.tolist() if isinstance(tokens, Tensor) else [
-        row.tolist() if isinstance(row, Tensor) else row for row in tokens
-    ]
+    rows: list[Any] = (
+        tokens.tolist()
+        if isinstance(tokens, Tensor)
+        else [row.tolist() if isinstance(row, Tensor) else row for row in tokens]
+    )
     if _is_flat(tokens):
         rows = [rows]
     if count is not None and len(rows) != count:

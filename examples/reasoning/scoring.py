@@ -11,9 +11,8 @@ from judging import CertaintyJudge
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from specdec.reasoning import StepText
 from specdec.verifiers import JudgedStep
-from specdec.verifiers.judges import Judge, resolve_judge
+from specdec.verifiers.judges import Judge, StepText, resolve_judge
 
 RIGHT = 9
 """Points of a right step."""

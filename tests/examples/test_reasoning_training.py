@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specdec.reasoning import StepText
 from specdec.verifiers import JudgedStep
+from specdec.verifiers.judges import StepText
 from tests.examples.scripts import EXAMPLES, imported
 
 NAMES = (
