@@ -91,6 +91,7 @@ class Speculation:
         self.streamer: Any = None
         self.is_traced = False
         self.report = self._new_report()
+        self.warns = True
         self._warned: set[str] = set()
 
     def bind(self, model: CausalLM) -> None:
@@ -136,7 +137,7 @@ class Speculation:
         """
         self.report = self._new_report()
         self.report.fallback, self.report.capability = reason, "plain"
-        if reason not in self._warned:
+        if self.warns and reason not in self._warned:
             self._warned.add(reason)
             text, category = f"generating without speculation: {reason}. The result is the same.", FallbackWarning
             if unexpected_of is not None and takes_drafts(unexpected_of):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.compat import CACHE, eos_tokens, pad_token
@@ -80,12 +80,13 @@ class StepCall:
             report.trace.prompts = [sequences.real(row).tolist() for row in rows]
         feeder = StreamFeeder(self.streamer, sequences, pad_token(config))
         self.streamer = self.streamer if len(rows) == 1 else None
-        past = self.model_kwargs.get(CACHE)
+        past, capability = self.model_kwargs.get(CACHE), report.capability
         try:
             for row in rows:
                 loop = RowLoop(self, row, sequences, None if len(rows) > 1 or sequences.padding[row] else past)
                 loop.run()
         finally:
+            report.capability, report.fallback = capability, None
             report.num_generated_tokens = sum(map(sequences.num_generated, rows))
             report.drafter_figures = loop.writer.figures() | self.audit.to_dict()
         if self.streamer is None:
@@ -112,6 +113,7 @@ class StepCall:
         """The exact decoding method with another drafter."""
         decoding = copy.copy(self.speculation)
         decoding.drafter, decoding.verifier, decoding.streamer = drafter, ExactVerifier(), None
+        decoding.warns = False
         for name, value in changes.items():
             setattr(decoding, name, value)
         decoding.report = SpeculationReport()
@@ -132,7 +134,10 @@ class StepCall:
         config = copy.deepcopy(config)
         config.max_length = config.stop_strings = config.max_time = None
 
-        def decode(model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def decode(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+            if config.eos_token_id is None:  # where transformers puts the model's own
+                others = [c for c in kwargs["stopping_criteria"] if type(c) is not EosTokenCriteria]
+                kwargs["stopping_criteria"] = StoppingCriteriaList(others)
             kwargs |= {"logits_processor": processors, "streamer": streamer, "trace": self.report.trace is not None}
             return decoding(model, input_ids, **kwargs)
 
