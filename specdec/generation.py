@@ -15,7 +15,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.budget import Budget
-from specdec.compat import CACHE, decoding_method, eos_tokens, is_handed_in, pad_token
+from specdec.compat import CACHE, decoding_method, is_handed_in, pad_token
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
 from specdec.drafting import GuardedDrafter
@@ -366,9 +366,6 @@ class Speculation:
             sampler,
             is_sampled_from,
             self.budget,
-            self.verifier.judges_steps,
-            self.verifier.asks_target,
-            frozenset(eos_tokens(target.generation_config)),
             needs.top_tokens,
         )
 

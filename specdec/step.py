@@ -11,7 +11,6 @@ from torch import Tensor
 from specdec.drafting import GuardedDrafter
 from specdec.kernels import Ints
 from specdec.passes.near_ties import NearTies
-from specdec.reasoning import Verdict
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.target import TargetModel
@@ -27,7 +26,6 @@ class Outcome:
         accepted: Per row the accepted draft nodes, from the root's child down.
         tokens: Per row the accepted tokens and then the next one.
         top_tokens: What the target holds likeliest behind each node, `[rows, nodes, count]`; see `Drafter`.
-        verdicts: Per row what was said of its step, None where there was none to judge; None for no row.
         near_ties: Per row and token whether it was a near-tie; None where they are not looked for.
         is_undecided: Some row ends before a near-tie, which a pass over one token is to decide.
     """
@@ -35,7 +33,6 @@ class Outcome:
     accepted: list[list[int]]
     tokens: list[list[int]]
     top_tokens: Ints
-    verdicts: Sequence[Verdict | None] | None = None
     near_ties: list[list[bool]] | None = None
     is_undecided: bool = False
 
@@ -105,7 +102,7 @@ class Step:
         outcome = unpack(packed, acceptance.nodes.shape[1], tree.num_nodes, num_nodes, self.near_ties is not None)
         if self.near_ties is not None and self.near_ties.guards and tree.num_nodes > 1:
             outcome = outcome.before_near_ties()
-        return replace(outcome, verdicts=acceptance.verdicts) if acceptance.verdicts is not None else outcome
+        return outcome
 
 
 def unpack(packed: Ints, depth: int, width: int, num_nodes: int | None = None, has_near_ties: bool = False) -> Outcome:

@@ -79,8 +79,8 @@ class StepVerifier(Verifier):
             raise ValueError(f"min_digit_mass={self.min_digit_mass} must be from 0 to 1")
 
     @property
-    def asks_target(self) -> bool:  # type: ignore[override]
-        """As the judge needs it."""
+    def asks_target(self) -> bool:
+        """Whether a question about the step, to be answered by a digit, is to follow each."""
         return resolve_judge(self.judge).asks_target
 
     def verify(self, tree: TokenTree, logits: Tensor, sampler: Sampler, rows: Sequence[int]) -> Acceptance:

@@ -91,7 +91,8 @@ def test_a_drafter_of_tokens_changes_no_word(inner: str, do_sample: bool) -> Non
     """It ends where the step ends, so that the next one is drafted as without it."""
     inputs = prompts(3, 11, 5)
     settings: dict[str, Any] = {"judge_prompt": "Score: ", "step_end": "e", "max_step_tokens": 9}
-    options: dict[str, Any] = {"judge": asking(by_length), "do_sample": do_sample, "max_new_tokens": 60}
+    by_sum = asking(lambda step: float(int(step.tokens.sum()) % 2 == 0))
+    options: dict[str, Any] = {"judge": by_sum, "do_sample": do_sample, "max_new_tokens": 60}
     plain = run(inputs, settings=settings, **options)
     drafter = TextOracle(plain.ids.tolist()) if inner == "oracle" else INNERS[inner]()
     drafted = run(inputs, settings=settings | {"drafter": drafter}, **options)
