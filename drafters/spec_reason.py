@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
@@ -12,11 +11,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import DraftContext, Drafter, DraftSession, Needs, Step
+from specdec.drafters.base import DraftContext, Drafter, DraftSession, Needs
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.merged import MergedDrafter
-from specdec.drafters.reasoning.bounds import StepMarks, StepSoFar, TextBytes
-from specdec.drafters.reasoning.judge_prompts import has_ended_thinking, make_question
+from specdec.drafters.reasoning.bounds import StepMarks, TextBytes
+from specdec.drafters.reasoning.judge_prompts import make_question
 from specdec.drafters.reasoning.loop import run_steps
 from specdec.drafters.reasoning.settings import StepSettings
 from specdec.drafters.resolve import resolve_drafter
@@ -30,9 +29,7 @@ from specdec.drafters.small_model.loading import (
 )
 from specdec.drafters.tokenizers.draft_vocabulary import Use
 from specdec.drafters.tokenizers.token_text import token_text
-from specdec.inspection.audit import StepAudit, StepRecord
 from specdec.target import embedding_rows
-from specdec.tree import TokenTree
 
 DRAFT_MODEL = DraftModelDrafter.name
 
@@ -49,7 +46,8 @@ class SpecReasonDrafter(Drafter):
       tokens. The output is approximate. Once the reasoning has ended, the target writes the answer, exactly.
     - `"exact"` takes the step for a long draft of tokens, and the output is that of the target alone.
 
-    Rows of a batch are at steps of their own. The report's `audit` lists who wrote which step, and why.
+    With `StepVerifier`, rows of a batch are written one after another, and the report's `audit` lists who wrote which
+    step, and why.
 
     Args:
         draft_model: A causal LM, its folder or hub name, or `"self"`, a quarter of the target's own layers.
@@ -208,7 +206,7 @@ class SpecReasonDrafter(Drafter):
     def start(self, context: DraftContext) -> DraftSession:
         if self._settings is None:
             raise ValueError("bind(model) comes before anything is drafted; specdec.accelerate does so")
-        return _TokenSession(self._exact.start(context), self._settings)
+        return self._exact.start(context)
 
     # --- settings ---
 
@@ -272,51 +270,3 @@ def _end_tokens(model: Any) -> frozenset[int]:
     """Tokens with which a model ends a text, by its generation settings."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
-
-
-@dataclass
-class _TokenSession(DraftSession):
-    """A call with the verifier `"exact"`: steps are long drafts of tokens, and the report lists them all the same."""
-
-    tokens: DraftSession
-    settings: StepSettings
-
-    def __post_init__(self) -> None:
-        self.started = time.perf_counter()
-
-    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        return self.tokens.propose(context, max_nodes)
-
-    def observe(self, context: DraftContext, step: Step) -> None:
-        self.tokens.observe(context, step)
-
-    def finish(self, context: DraftContext) -> None:
-        self.tokens.finish(context)
-
-    def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]] | None:
-        return self.tokens.sources_of(row, path)
-
-    def figures(self, context: DraftContext) -> dict[str, Any]:
-        audit = StepAudit()
-        for row, ids, prompt in zip(context.rows, context.sequences, context.prompt_lengths, strict=True):
-            audit.records += self._steps(row, ids[:prompt].tolist(), ids[prompt:].tolist())
-        if audit.records:
-            audit.records[-1].seconds = time.perf_counter() - self.started
-        return self.tokens.figures(context) | audit.to_dict()
-
-    def _steps(self, row: int, prompt: list[int], new: list[int]) -> list[StepRecord]:
-        """The steps of one row's text, all of them the target's."""
-        text, marks, records = self.settings.target_text, self.settings.marks, list[StepRecord]()
-        has_ended, start, so_far = (
-            has_ended_thinking(text.decode(prompt), self.settings.thinking_end),
-            0,
-            StepSoFar(marks),
-        )
-        for at, token in enumerate(new, start=1):
-            so_far, bound = so_far.add(text(token))
-            if at == len(new) or (bound and not has_ended):
-                kind: Any = "answer" if has_ended else "step"
-                words = text.decode(new[start:at])
-                records.append(StepRecord(row, len(records), kind, start=start, end=at, text=words))
-                has_ended, start, so_far = has_ended or bound == "thinking", at, StepSoFar(marks)
-        return records
