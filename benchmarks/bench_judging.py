@@ -78,12 +78,13 @@ def main(
             for name, fast in methods.items():
                 fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, eos_token_id=None)
                 report = fast.report
-                passes = report.num_target_passes - 1
+                prefills = int(name == PLAIN_PASS)  # a first step is judged in the pass over the prompt
+                passes = report.num_target_passes - prefills
                 if number == 0:  # the first round warms up
                     continue
                 spent = report.seconds["target"] + report.seconds["verify"]
                 milliseconds[name].append(1e3 * spent / passes)
-                step_tokens[name].append((report.num_generated_tokens - 1) / passes)
+                step_tokens[name].append((report.num_generated_tokens - prefills) / passes)
                 asked = report.drafter_figures.get("question_tokens", 0)
                 question_tokens[name].append(asked / passes)
     table = Table(title=f"a judging pass, embedded target, {prompts} prompts x {tokens} tokens, medians")

@@ -88,7 +88,8 @@ class StepCall:
         finally:
             report.capability, report.fallback = capability, None
             report.num_generated_tokens = sum(map(sequences.num_generated, rows))
-            report.drafter_figures = loop.writer.figures() | self.audit.to_dict()
+            vocabulary = "shared" if self.settings.vocabularies.pairs is None else "text"
+            report.drafter_figures = {"vocabulary": vocabulary} | self.audit.to_dict()
         if self.streamer is None:
             feeder.feed([])
         feeder.end()

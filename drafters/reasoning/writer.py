@@ -92,10 +92,6 @@ class StepWriter:
         step = step[: next((at for at, token in enumerate(step) if token >= settings.target_size), len(step))]
         return step[:most], "" if step else "no draft"
 
-    def figures(self) -> dict[str, Any]:
-        """What to report."""
-        return {"vocabulary": "shared" if self.reader is None else "text"}
-
     def _own(self, tokens: list[int]) -> list[int]:
         """The row in the draft model's tokens; those that it does not know are its first."""
         if self.reader is not None:
