@@ -31,7 +31,7 @@ from specdec.common.embedded import heldout_prompts, read_prompts
 from specdec.common.errors import with_short_errors
 from specdec.common.loading import EMBEDDED, load_model, prepare_torch
 from specdec.common.provenance import circumstances, model_info, write_json
-from specdec.drafters.base import DraftContext, Drafter
+from specdec.drafters.base import Drafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.heads import MedusaHeads
 from specdec.tree import TokenTree
@@ -45,8 +45,8 @@ app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=F
 class ChainOnly(MedusaDrafter):
     """The heads' best tokens one after the other, without branches."""
 
-    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        return super().propose(context, max_nodes).first_chain()
+    def grow(self, *args: Any) -> TokenTree:
+        return super().grow(*args).first_chain()
 
 
 def variants(heads: MedusaHeads) -> dict[str, Callable[[], Drafter]]:

@@ -214,8 +214,13 @@ class Drafter(DraftSession):
         """See `DraftSession.extend`."""
         return self.propose(supposed(context, paths), max_nodes) if self.is_stateless else None
 
-    def generate_steps(self, speculation: Any, model: Any, input_ids: torch.Tensor, *prepared: Any) -> Any:
-        """Takes a call of `generate` over, where the verifier judges steps; only for drafters that `fit` such a one."""
+    def generate_steps(self, speculation: Any, call: Any) -> Any:
+        """Runs a whole call where the verifier judges steps; only for drafters that `fit` such a verifier.
+
+        Args:
+            speculation: The decoding method, whose settings and report it uses.
+            call: What `generate` has prepared.
+        """
         raise NotImplementedError(f"drafter {self.name!r} writes no steps")
 
     def state_dict(self) -> dict[str, Any]:

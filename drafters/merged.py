@@ -103,7 +103,6 @@ class MergedDrafter(Drafter):
         self.needs_hidden_states = any(source.needs_hidden_states for source in sources)
         self.needs_step_seconds = any(source.needs_step_seconds for source in sources)
         self.num_top_tokens = max(source.num_top_tokens for source in sources)
-        self._listening = {i for i, source in enumerate(sources) if type(source).observe is not Drafter.observe}
         self._known = new_known(len(sources))
         self._target = lambda: None
 
@@ -161,7 +160,11 @@ class MergedDrafter(Drafter):
         known = self._known[context.sampler is not None and context.sampler.noise is not None]
         call = self._thread.call = MergedCall.begin(self.sources, known, idle, self._clock())
         for source in tuple(call.active):
-            self._timed(call, source, "start", context, partial(self.sources[source].start, context))
+
+            def open_session(source: int = source) -> None:
+                call.sessions[source] = self.sources[source].start(context)
+
+            self._timed(call, source, "start", context, open_session)
         return self
 
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
@@ -205,7 +208,7 @@ class MergedDrafter(Drafter):
         if alone is not None:
             call.credit_alone(alone, context, self._clock())
         if pending is None or pending.rows != context.rows:
-            for source in [source for source in call.active if source in self._listening]:
+            for source in self._listening(call):
                 self._tell(call, source, context, step if source == alone else None, step)
             return
         known, counts = pending.known(context, call.counts(context))
@@ -221,13 +224,14 @@ class MergedDrafter(Drafter):
                 asked[len(self.sources)] = Asked(pending.chained.seconds, 0, pending.chained.gain(known, counts))
             call.known.worth(len(counts)).observe(asked, len(counts), tokens, call.step_started, now)
         verified = None
-        for source in [source for source in call.active if source in self._listening]:
+        for source in self._listening(call):
             drafter, proposal, shown = self.sources[source], pending.proposals.get(source), None
             if not drafter.num_top_tokens and proposal is not None and proposal.node_of is not None:
                 if verified is None:
                     verified = np.zeros(pending.nodes.shape, np.bool_)
                     mark_verified(pending.nodes, step.tree.host_tokens, step.tree.host_parents, verified)
-                shown = Step(step.rows, verified_part(proposal, verified), own[:, source].tolist())
+                part, accepted = verified_part(proposal, verified), own[:, source].tolist()
+                shown = Step(step.rows, part, accepted, new_tokens=step.new_tokens)
             self._tell(call, source, context, shown, step)
 
     def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
@@ -241,7 +245,7 @@ class MergedDrafter(Drafter):
         call = self._of_thread(context)
         call.close(context, self._clock())
         for source in tuple(call.active):
-            self._guarded(call, source, "finish", context, partial(self.sources[source].finish, context))
+            self._guarded(call, source, "finish", context, partial(call.sessions[source].finish, context))
         self._thread.call = None
 
     # --- its parts ---
@@ -254,6 +258,10 @@ class MergedDrafter(Drafter):
         assert call is not None
         return call
 
+    def _listening(self, call: MergedCall) -> list[int]:
+        """Sources that want to know what became of a step."""
+        return [s for s in call.active if type(call.sessions[s]).observe not in (DraftSession.observe, Drafter.observe)]
+
     def _order(self, call: MergedCall, worth: Worth) -> list[int]:
         if call.drawing is not None:
             return [source for source in call.active if source == call.drawing]
@@ -264,7 +272,7 @@ class MergedDrafter(Drafter):
 
         def ask() -> TokenTree:
             started = self._clock()
-            tree = self.sources[source].propose(context, width)
+            tree = call.sessions[source].propose(context, width)
             seconds = self._clock() - started
             record = call.records[source]
             record.calls += 1
@@ -300,7 +308,7 @@ class MergedDrafter(Drafter):
         for source in tuple(call.active):
 
             def extend(source: int = source) -> bool:
-                more = self.sources[source].extend(context, paths, most)
+                more = call.sessions[source].extend(context, paths, most)
                 if more is None or more.num_nodes == 1 or more.num_nodes > most:
                     return False
                 whole, given = grafted(more, roots, paths)
@@ -361,10 +369,10 @@ class MergedDrafter(Drafter):
         if drafter.num_top_tokens and step.top_tokens is not None:
             shown = step
             if drafter.num_top_tokens < step.top_tokens.shape[-1]:
-                shown = Step(step.rows, step.tree, step.accepted, step.top_tokens[..., : drafter.num_top_tokens])
+                shown = replace(step, top_tokens=step.top_tokens[..., : drafter.num_top_tokens])
         elif shown is None:
             shown = step if step.tree.num_nodes == 1 else idle_step(step)
-        self._timed(call, source, "observe", context, partial(drafter.observe, context, shown))
+        self._timed(call, source, "observe", context, partial(call.sessions[source].observe, context, shown))
 
     def _timed(
         self, call: MergedCall, source: int, method: str, context: DraftContext, action: Callable[[], Any]

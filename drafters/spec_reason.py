@@ -9,16 +9,15 @@ from typing import Any, get_args
 from weakref import ref
 
 import torch
-from torch import Tensor
 
+from specdec.call import Call
 from specdec.drafters.base import DraftContext, Drafter, DraftSession, Needs
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.merged import MergedDrafter
 from specdec.drafters.reasoning.bounds import StepMarks, TextBytes
 from specdec.drafters.reasoning.judge_prompts import make_question
-from specdec.drafters.reasoning.loop import run_steps
+from specdec.drafters.reasoning.loop import StepCall
 from specdec.drafters.reasoning.settings import StepSettings
-from specdec.drafters.resolve import resolve_drafter
 from specdec.drafters.small_model.loading import (
     SELF,
     capability_of,
@@ -195,10 +194,9 @@ class SpecReasonDrafter(Drafter):
 
     # --- a call ---
 
-    def generate_steps(self, speculation: Any, model: Any, input_ids: Tensor, *prepared: Any) -> Any:
-        """Generates by steps, with a step verifier; the arguments are those of `run_steps`."""
+    def generate_steps(self, speculation: Any, call: Call) -> Any:
         assert self._settings is not None
-        return run_steps(speculation, self._settings, self._inner, model, input_ids, *prepared)
+        return StepCall(speculation, self._settings, self._inner, call).run()
 
     def needs(self, device: torch.device, rows: int, is_sampled: bool) -> Needs:
         return self._exact.needs(device, rows, is_sampled)
@@ -212,6 +210,8 @@ class SpecReasonDrafter(Drafter):
 
     def _resolved(self, drafter: Any) -> Drafter | None:
         """The drafter of the target's own steps, from what `specdec.accelerate` takes."""
+        from specdec.drafters.by_name import resolve_drafter  # which knows the drafters by name, this one too
+
         if isinstance(drafter, str) and drafter == DRAFT_MODEL:
             drafter = self._shared_drafter()
         elif isinstance(drafter, Sequence) and not isinstance(drafter, str):

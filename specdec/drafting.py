@@ -149,7 +149,8 @@ class GuardedDrafter:
                 self._tell_of_rest(sequences, rows)
             return
         if self.session is not None and type(self.session).observe not in (DraftSession.observe, Drafter.observe):
-            new_tokens = [sequences.real(row)[-count:] for row, count in zip(rows, num_new, strict=True)]
+            ids = [sequences.real(row) for row in rows]
+            new_tokens = [tokens[len(tokens) - count :] for tokens, count in zip(ids, num_new, strict=True)]
             step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens, new_tokens)
             self._call("observe", self._context(sequences, rows), step)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from specdec.drafters.base import DraftContext, Drafter, Step
+from specdec.drafters.base import DraftContext, Drafter, DraftSession, Step
 from specdec.drafters.merging.chain import Chained
 from specdec.drafters.merging.growth import CandidateStore, candidates_in, child_with
 from specdec.drafters.merging.known import Known
@@ -98,6 +98,7 @@ class MergedCall:
         idle: Sources that take no part in this call, because they have not earned it of late.
         credits: Accepted tokens by the sources that named them, `[2 ** sources]`.
         started: When the call began, in seconds.
+        sessions: Of the active sources.
         merging: Time that it took to merge what several sources had named.
         drawing: The source that draws its drafts at random; None while there is none.
         alone: The source whose tree was taken as it is in the step that is under way; None for a merged tree.
@@ -115,6 +116,7 @@ class MergedCall:
     idle: set[int]
     credits: Ints
     started: float
+    sessions: dict[int, DraftSession] = field(default_factory=dict)
     merging: float = 0.0
     drawing: int | None = None
     alone: int | None = None
@@ -197,7 +199,7 @@ class MergedCall:
             }
             if record.error is not None:
                 out[name]["error"] = record.error
-            elif source in self.active and (more := self.sources[source].figures(context)):
+            elif source in self.active and (more := self.sessions[source].figures(context)):
                 out[name]["figures"] = more
         return out
 
@@ -214,7 +216,8 @@ def distinct_names(sources: Sequence[Drafter]) -> list[str]:
 
 def idle_step(step: Step) -> Step:
     """The step as it was for a source that had no part in it."""
-    return Step(step.rows, TokenTree.root_only(step.tree.tokens[:, 0]), [0] * len(step.rows))
+    root = TokenTree.root_only(step.tree.tokens[:, 0])
+    return Step(step.rows, root, [0] * len(step.rows), new_tokens=step.new_tokens)
 
 
 def verified_part(proposal: Proposal, verified: Any) -> TokenTree:

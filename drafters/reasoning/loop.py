@@ -6,7 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from transformers import GenerationConfig
 from transformers.generation import EosTokenCriteria, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specdec.call import Call
 from specdec.compat import CACHE, eos_tokens, pad_token
-from specdec.drafters.base import DrafterSwitchedOffWarning
+from specdec.drafters.base import Drafter, DrafterSwitchedOffWarning
 from specdec.drafters.reasoning.bounds import Bound, StepEnd, StepSoFar
 from specdec.drafters.reasoning.judge_prompts import has_ended_thinking, is_thinking
 from specdec.drafters.reasoning.settings import StepSettings
@@ -34,70 +35,49 @@ from specdec.verifiers.judges import StepText
 from specdec.verifiers.step import StepVerifier
 
 
-@dataclass
 class StepCall:
-    """One call of `generate` with a step verifier, as transformers prepared it.
+    """One call of `generate` with a step verifier.
 
     Args:
         speculation: What decodes; with another drafter and the exact verifier it writes the target's own tokens.
         settings: How steps are written.
         drafter: Of the target's own tokens.
-        model: The target.
-        processors: Of the call, as the next three.
-        criteria: When rows end.
-        config: Everything else that `generate` was given.
-        model_kwargs: Mask and cache.
-        streamer: Takes tokens as they are kept; None for none.
-        report: Of the whole call.
+        call: As transformers prepared it.
     """
 
-    speculation: Any
-    settings: StepSettings
-    drafter: Any
-    model: Any
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    config: GenerationConfig
-    model_kwargs: dict[str, Any]
-    streamer: Any
-    report: SpeculationReport
-    audit: StepAudit = field(default_factory=StepAudit)
-    keeps_scores: bool = False
-    scores: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    def __init__(self, speculation: Any, settings: StepSettings, drafter: Drafter | None, call: Call) -> None:
+        self.speculation, self.settings, self.drafter, self.call = speculation, settings, drafter, call
+        self.report: SpeculationReport = speculation.report
+        self.audit = StepAudit()
+        self.streamer = call.streamer if call.batch == 1 else None
+        self.scores: list[list[tuple[Tensor, Tensor]]] = []
 
-    def run(self, input_ids: Tensor) -> Any:
-        """Generates row after row; returns what `generate` would.
-
-        Args:
-            input_ids: The prompts, left-padded, `[batch, prompt]`.
-        """
-        config, report = self.config, self.report
-        returns_dict = bool(config.return_dict_in_generate)
-        self.keeps_scores = returns_dict and bool(config.output_scores or config.output_logits)
-        sequences = Sequences(input_ids, self.model_kwargs.get("attention_mask"), config.max_length)
-        rows = range(len(sequences))
-        if report.trace is not None:
-            report.trace.prompts = [sequences.real(row).tolist() for row in rows]
-        feeder = StreamFeeder(self.streamer, sequences, pad_token(config))
-        self.streamer = self.streamer if len(rows) == 1 else None
-        past, capability = self.model_kwargs.get(CACHE), report.capability
+    def run(self) -> Any:
+        """Generates row after row; returns what `generate` would."""
+        call, config, report = self.call, self.call.config, self.report
+        capability, pad = report.capability, pad_token(config)
+        sequences = Sequences(call.input_ids, call.model_kwargs.get("attention_mask"), config.max_length)
+        feeder = StreamFeeder(call.streamer, sequences, pad)
+        if call.is_traced:
+            prompts = [sequences.real(row).tolist() for row in range(call.batch)]
+            report.trace = Trace(prompts, f"{report.drafter}, verifier {report.verifier}", report.guarantee)
         try:
-            for row in rows:
-                loop = RowLoop(self, row, sequences, None if len(rows) > 1 or sequences.padding[row] else past)
+            for row in range(call.batch):
+                loop = RowLoop(self, row, sequences)
                 loop.run()
         finally:
-            report.capability, report.fallback = capability, None
-            report.num_generated_tokens = sum(map(sequences.num_generated, rows))
             vocabulary = "shared" if self.settings.vocabularies.pairs is None else "text"
             report.drafter_figures = {"vocabulary": vocabulary} | self.audit.to_dict()
+            report.num_generated_tokens = sum(map(sequences.num_generated, range(call.batch)))
+            report.capability, report.fallback = capability, None
         if self.streamer is None:
             feeder.feed([])
         feeder.end()
-        output = sequences.output(pad_token(config))
-        if not returns_dict:
+        output = sequences.output(pad)
+        if not config.return_dict_in_generate:
             return output
-        fields: dict[str, Any] = {"sequences": output, CACHE: loop.cache() if len(rows) == 1 else None}
-        if self.keeps_scores:
+        fields: dict[str, Any] = {"sequences": output, CACHE: loop.target.cache() if call.batch == 1 else None}
+        if call.keeps_scores:
             for index, name in enumerate(("scores", "logits")):
                 fields[name] = self._by_position(index) if getattr(config, f"output_{name}") else None
         return GenerateDecoderOnlyOutput(**fields)
@@ -110,14 +90,11 @@ class StepCall:
             torch.stack([row[t][index] if t < len(row) else empty for row in self.scores]) for t in range(longest)
         )
 
-    def decoding(self, drafter: Any, **changes: Any) -> Any:
+    def decoding(self, drafter: Drafter | None, **changes: Any) -> Any:
         """The exact decoding method with another drafter."""
-        decoding = copy.copy(self.speculation)
-        decoding.drafter, decoding.verifier, decoding.streamer = drafter, ExactVerifier(), None
+        settings = replace(self.speculation.settings, drafter=drafter, verifier=ExactVerifier(), **changes)
+        decoding = type(self.speculation)(settings)
         decoding.warns = False
-        for name, value in changes.items():
-            setattr(decoding, name, value)
-        decoding.report = SpeculationReport()
         return decoding
 
     def generate_with(
@@ -139,7 +116,7 @@ class StepCall:
             if config.eos_token_id is None:  # where transformers puts the model's own
                 others = [c for c in kwargs["stopping_criteria"] if type(c) is not EosTokenCriteria]
                 kwargs["stopping_criteria"] = StoppingCriteriaList(others)
-            kwargs |= {"logits_processor": processors, "streamer": streamer, "trace": self.report.trace is not None}
+            kwargs |= {"logits_processor": processors, "streamer": streamer, "trace": self.call.is_traced}
             return decoding(model, input_ids, **kwargs)
 
         def generate(**kwargs: Any) -> Any:
@@ -156,26 +133,28 @@ class RowLoop:
         call: The call.
         row: Index in the batch.
         sequences: Of the batch.
-        cache: The caller's; None for a new one.
     """
 
-    def __init__(self, call: StepCall, row: int, sequences: Sequences, cache: Any) -> None:
-        self.call, self.row, self.sequences, self.settings = call, row, sequences, call.settings
+    def __init__(self, steps: StepCall, row: int, sequences: Sequences) -> None:
+        call = steps.call
+        self.steps, self.row, self.sequences, self.settings = steps, row, sequences, steps.settings
+        self.report, self.keeps_scores = steps.report, call.keeps_scores
         self.stop = StopRule(call.criteria, sequences)
-        self.verifier: StepVerifier = call.speculation.verifier
-        self.processors = for_rows(call.processors, [row], len(sequences))
-        self.decoding = call.decoding(call.drafter)
-        streamer = _Tokens(call.streamer) if call.streamer is not None else None
-        generate = call.generate_with(self.decoding, call.model, call.config, self.processors, streamer)
+        self.verifier: StepVerifier = steps.speculation.verifier
+        self.processors = for_rows(call.processors, [row], call.batch)
+        self.decoding = steps.decoding(steps.drafter)
+        streamer = _Tokens(steps.streamer) if steps.streamer is not None else None
+        generate = steps.generate_with(self.decoding, call.model, call.config, self.processors, streamer)
+        cache = None if call.batch > 1 or sequences.padding[row] else call.model_kwargs.get(CACHE)
         prompt = sequences.real(row).tolist()
         criteria = {"stopping_criteria": self.stop.others} if self.stop.others else {}
-        arguments = [prompt], None, cache, call.report
+        arguments = [prompt], None, cache, self.report
         self.target = Session(call.model, generate, lambda: self.decoding.report, *arguments, **criteria)
         ends = frozenset(eos_tokens(call.config))
-        self.writer = StepWriter(call, self.processors, ends)
+        self.writer = StepWriter(steps, self.processors, ends)
         self.is_done = sequences.room(row) < 1
         self.has_ended = has_ended_thinking(self._text(prompt), self.settings.thinking_end)
-        call.scores.append([])
+        steps.scores.append([])
 
     def run(self) -> None:
         """Generates until the row ends."""
@@ -188,12 +167,8 @@ class RowLoop:
             new = self.sequences.generated(self.row)[start:].tolist()
             record.end, record.text, index = start + len(new), self._text(new), index + 1
             record.seconds, started = time.perf_counter() - started, time.perf_counter()
-            self.call.audit.records.append(record)
+            self.steps.audit.records.append(record)
             self.has_ended |= bound == "thinking"
-
-    def cache(self) -> Any:
-        """The kv cache, of all tokens but the last."""
-        return self.target.cache()
 
     # --- a step ---
 
@@ -217,7 +192,7 @@ class RowLoop:
             return self._salvage(record, step, logits, left)
         record.author = "draft"
         kept = self._keep(step, logits)
-        self.call.report.count_accepted(kept)
+        self.report.count_accepted(kept)
         self._trace(step[:kept], kept, len(step))
         return "thinking" if self._add(step[:kept], stops=False) == "thinking" else "step"
 
@@ -241,16 +216,16 @@ class RowLoop:
     def _draft(self, most: int) -> tuple[list[int], str]:
         """The draft model's step, and why there is none; after an error there is none any more."""
         try:
-            with self.call.report.timed("draft"):
+            with self.report.timed("draft"):
                 return self.writer.write(self.target.tokens[0], most)
         except Exception as error:
-            if self.call.speculation.strict:
+            if self.steps.speculation.settings.strict:
                 raise
             self.writer.is_off = True
-            self.call.report.drafter_error = f"{type(error).__name__}: {error}"
+            self.report.drafter_error = f"{type(error).__name__}: {error}"
             warnings.warn(
-                f"the draft model of {self.call.report.drafter!r} failed and is switched off for the rest of this row, "
-                f"which the target writes. {self.call.report.drafter_error}. Pass strict=True to raise instead.",
+                f"the draft model of {self.report.drafter!r} failed and is switched off for the rest of this row, "
+                f"which the target writes. {self.report.drafter_error}. Pass strict=True to raise instead.",
                 DrafterSwitchedOffWarning,
                 stacklevel=2,
             )
@@ -258,7 +233,7 @@ class RowLoop:
 
     def _judge(self, record: StepRecord, step: list[int]) -> Tensor:
         """Lets the target judge a step in one pass; returns its logits behind the text and each token of the step."""
-        report, question = self.call.report, self._question()
+        report, question = self.report, self._question()
         (logits,) = self.target.logits([[*step, *question]])
         report.num_drafts += 1
         report.num_draft_tokens += len(step)
@@ -282,7 +257,7 @@ class RowLoop:
             if picks[-1] != token or bound or self.is_done:
                 break
         record.salvaged = len(picks) - 1
-        self.call.report.count_accepted(len(picks) - 1)
+        self.report.count_accepted(len(picks) - 1)
         self._trace(picks, len(picks) - 1, len(step))
         return bound if bound or self.is_done else self._by_target(record, "rejected", left - len(picks))
 
@@ -296,10 +271,10 @@ class RowLoop:
         self.target.generate(max_new_tokens=most, stop=stop)
         new = self.target.tokens[0][length:]
         self.target.rollback(len(new))
-        if self.call.keeps_scores:
+        if self.keeps_scores:
             parts = [self.target.output.scores or new, self.target.output.logits or new]
-            self.call.scores[self.row] += [(s[0], x[0]) for s, x in zip(*parts, strict=True)]
-        trace, inner = self.call.report.trace, self.decoding.report.trace
+            self.steps.scores[self.row] += [(s[0], x[0]) for s, x in zip(*parts, strict=True)]
+        trace, inner = self.report.trace, self.decoding.report.trace
         if trace is not None and inner is not None:
             number = len(trace.passes)
             trace.passes += [replace(made, row=self.row, number=number + made.number) for made in inner.passes]
@@ -318,28 +293,28 @@ class RowLoop:
         """
         tokens = tokens[: self.sequences.room(self.row)]
         count, self.is_done = self.stop.count(self.row, tokens)
-        if logits is not None and self.call.keeps_scores:
+        if logits is not None and self.keeps_scores:
             for at in range(count):
                 self._scores(logits[at : at + 1], tokens[:at])
         self.sequences.append(self.row, tokens[:count])
         self.target.feed(tokens[:count])
-        if is_new and self.call.streamer is not None:
+        if is_new and self.steps.streamer is not None:
             for token in tokens[:count]:
-                self.call.streamer.put(torch.tensor([token]))
+                self.steps.streamer.put(torch.tensor([token]))
         return count
 
     def _scores(self, logits: Tensor, behind: Sequence[int] = ()) -> Tensor:
         """The target's scores as the processors leave them, `[1, vocab]`, from its logits behind some more tokens."""
         ids = self.sequences.prefixes([self.row], [behind])[:, self.sequences.padding[self.row] :]
         scores: Tensor = self.processors(ids.to(logits.device), logits.float().clone())
-        if self.call.keeps_scores:
-            self.call.scores[self.row].append((scores[0], logits[0].float()))
+        if self.keeps_scores:
+            self.steps.scores[self.row].append((scores[0], logits[0].float()))
         return scores
 
     def _pick(self, logits: Tensor) -> int:
         """The target's own next token, as plain decoding picks it."""
         scores = self._scores(logits)
-        if self.call.config.do_sample:
+        if self.steps.call.config.do_sample:
             return int(torch.multinomial(scores.softmax(-1), 1))
         return int(scores.argmax(-1))
 
@@ -354,9 +329,9 @@ class RowLoop:
         return found
 
     def _trace(self, tokens: list[int], drafted: int, checked: int) -> None:
-        if self.call.report.trace is not None:
-            sources = [(self.call.report.drafter,)] * drafted
-            self.call.report.trace.add_pass([self.row], [tokens], [sources], [checked])
+        if self.report.trace is not None:
+            sources = [(self.report.drafter,)] * drafted
+            self.report.trace.add_pass([self.row], [tokens], [sources], [checked])
 
     def _text(self, tokens: list[int]) -> str:
         return self.settings.target_text.decode(tokens)
@@ -370,24 +345,3 @@ class _Tokens:
 
     def end(self) -> None:
         """The text goes on."""
-
-
-def run_steps(
-    speculation: Any,
-    settings: StepSettings,
-    drafter: Any,
-    model: Any,
-    input_ids: Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: Any,
-    is_traced: bool,
-    model_kwargs: dict[str, Any],
-) -> Any:
-    """Generates by steps; see `StepCall`."""
-    report = speculation.report
-    if is_traced:
-        report.trace = Trace([], f"{report.drafter}, verifier {report.verifier}", report.guarantee)
-    given = settings, drafter, model, processors, criteria, config, model_kwargs, streamer, report
-    return StepCall(speculation, *given).run(input_ids)

@@ -36,7 +36,7 @@ class StepWriter:
     """
 
     def __init__(self, call: StepCall, processors: LogitsProcessorList, ends: frozenset[int]) -> None:
-        self.settings, self.config = call.settings, copy.deepcopy(call.config)
+        self.settings, self.config = call.settings, copy.deepcopy(call.call.config)
         self.is_off = False
         settings, pairs = call.settings, call.settings.vocabularies.pairs
         self.reader = None if pairs is None else TextReader(pairs)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specdec.api import SpeculativeModel, accelerate, resolve_verifier
+from specdec.api import SpeculativeModel, accelerate
 from specdec.benchmark.measuring import EncodedPrompt, Method
 from specdec.budget import Budget
 from specdec.common.embedded import Prompt
 from specdec.drafters.base import Drafter
 from specdec.passes.compiled.passes import CompileMode
 from specdec.verifiers.base import Verifier
+from specdec.verifiers.by_name import resolve_verifier
 
 HF_GENERATE = "HF generate"
 HF_LOOKUP = "HF prompt lookup"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specdec.api import DrafterLike, SpeculativeModel, accelerate, resolve_drafter, resolve_verifier
+from specdec.api import SpeculativeModel, accelerate
 from specdec.benchmark.baselines import HF_GENERATE, hf_methods
 from specdec.benchmark.compiled import COMPILED, CompiledGenerate
 from specdec.benchmark.measuring import Method
@@ -15,8 +15,10 @@ from specdec.benchmark.settings import Part
 from specdec.budget import Budget
 from specdec.drafters import DRAFTERS
 from specdec.drafters.base import Drafter
+from specdec.drafters.by_name import DrafterLike, resolve_drafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.verifiers.base import Verifier
+from specdec.verifiers.by_name import resolve_verifier
 
 AT_SIZE = ", {} nodes"
 """Behind a contender's name, where it is measured at several sizes of the tree."""

@@ -199,22 +199,23 @@ def _replay_one(
     def context(length: int) -> DraftContext:
         return DraftContext([0], [sequence[:length]], [len(prompt)], [max(len(sequence) - length - 1, 0)])
 
-    drafter.start(context(len(prompt)))
+    session = drafter.start(context(len(prompt)))
     length = len(prompt) + 1
     while length < len(sequence):
         accepted = 0
         if len(sequence) - length > 1:
             before = context(length)
             began = perf_counter_ns()
-            tree = drafter.propose(before, max_nodes)
+            tree = session.propose(before, max_nodes)
             seconds = (perf_counter_ns() - began) * 1e-9
             accepted = _accepted(tree, sequence[length:-1])
             report._count(tree, accepted, seconds)
-            drafter.observe(context(length + accepted + 1), Step([0], tree, [accepted]))
+            after = length + accepted + 1
+            session.observe(context(after), Step([0], tree, [accepted], new_tokens=[sequence[length:after]]))
         length += accepted + 1
         report.num_target_passes += 1
         report.num_generated_tokens += accepted + 1
-    drafter.finish(context(length))
+    session.finish(context(length))
 
 
 def _accepted(tree: TokenTree, answer: NDArray[np.int32]) -> int:

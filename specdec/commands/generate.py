@@ -203,7 +203,7 @@ def _compared(
             drafted.build,
             max_nodes=max_nodes,
             verifier=fast.verifier,
-            compiled=fast.speculation.compiled,
+            compiled=fast.speculation.settings.compiled,
         ),
     ]
     prompt = EncodedPrompt("prompt", inputs.input_ids, inputs.attention_mask)

@@ -38,10 +38,10 @@ def run(
     if cuda_graphs not in modes:
         raise UserError(f"--cuda-graphs {cuda_graphs} is not known; use one of {', '.join(modes)}")
 
-    from specdec.api import resolve_drafter
     from specdec.benchmark.roofline.measure import measure_roofline
     from specdec.benchmark.roofline.report import roofline_figure, roofline_tables
     from specdec.common.provenance import circumstances, model_info, write_json
+    from specdec.drafters.by_name import resolve_drafter
 
     with user_errors(ValueError):
         made = None if drafter == "none" else resolve_drafter(drafter)

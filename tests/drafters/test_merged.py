@@ -327,7 +327,7 @@ def test_sources_that_learn_from_the_target_see_the_whole_step() -> None:
     drafter.start(context_of([9]))
     tree = drafter.propose(context_of([9]), 8)
     top_tokens = np.array([[[1, 50], [60, 61]]])
-    drafter.observe(context_of([9, 1, 60]), Step([0], tree, [1], top_tokens))
+    drafter.observe(context_of([9, 1, 60]), Step([0], tree, [1], top_tokens, new_tokens=[np.array([1, 60])]))
     assert watching._table is not None
     assert watching._table[[9, 1]].tolist() == [[1, 50], [60, 61]]
 

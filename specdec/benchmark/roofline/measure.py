@@ -16,7 +16,6 @@ from transformers.generation import LogitsProcessorList
 
 from specdec.benchmark.roofline.costs import StepCosts, step_costs
 from specdec.benchmark.roofline.limits import DeviceLimits, device_limits, seconds, synchronize
-from specdec.budget import Budget
 from specdec.drafters.base import Drafter
 from specdec.drafting import GuardedDrafter
 from specdec.generation import Speculation
@@ -25,6 +24,7 @@ from specdec.passes.cuda_graphs.store import GraphMode
 from specdec.report import SpeculationReport
 from specdec.rows.sequences import Sequences
 from specdec.sampling import Sampler
+from specdec.settings import Settings
 from specdec.step import Step
 from specdec.target import embedding_rows, input_device, unwrapped
 from specdec.tree import TokenTree
@@ -143,7 +143,7 @@ def stepping(
     model: Any, context: int, batch: int, max_nodes: int, cuda_graphs: GraphMode
 ) -> Iterator[tuple[Step, SpeculationReport]]:
     """A step in mid-generation, behind a random prompt of `context` tokens per row."""
-    speculation = Speculation(None, ExactVerifier(), Budget(64), True, "auto", cuda_graphs=cuda_graphs)
+    speculation = Speculation(Settings(None, ExactVerifier(), True, cuda_graphs=cuda_graphs))
     found: list[tuple[Any, ...]] = []
 
     def inside(
@@ -252,7 +252,7 @@ def _phases(
     model: Any, drafter: Drafter, context: int, device: torch.device, cuda_graphs: GraphMode
 ) -> dict[str, float]:
     """Seconds per pass of each phase, of the second of two calls."""
-    speculation = Speculation(drafter, ExactVerifier(), Budget(64), True, "auto", cuda_graphs=cuda_graphs)
+    speculation = Speculation(Settings(drafter, ExactVerifier(), True, cuda_graphs=cuda_graphs))
     speculation.bind(model)
     ids = torch.randint(3, embedding_rows(model), (1, context), generator=torch.Generator().manual_seed(0)).to(device)
     for _ in range(2):

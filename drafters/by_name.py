@@ -1,4 +1,4 @@
-"""Drafters from what `specdec.accelerate` takes."""
+"""Drafters as users write them: by name, by draft model, or several to be merged."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from specdec.drafters.auto import AutoDrafter
+from specdec.drafters import DRAFTERS, AutoDrafter, DraftModelDrafter, MergedDrafter
 from specdec.drafters.base import Drafter
-from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.drafters.merged import MergedDrafter
+
+DrafterLike = str | Drafter | PreTrainedModel | Sequence[str | Drafter | PreTrainedModel] | None
 
 
 def resolve_drafter(drafter: Any) -> Drafter | None:
@@ -20,8 +20,6 @@ def resolve_drafter(drafter: Any) -> Drafter | None:
         ValueError: The name is not known, or a list is empty or has None in it.
         TypeError: It is neither a name nor a drafter.
     """
-    from specdec.drafters import DRAFTERS  # which knows every drafter, those that resolve others too
-
     if drafter is None or isinstance(drafter, Drafter):
         return drafter
     if isinstance(drafter, PreTrainedModel):
