@@ -94,16 +94,8 @@ class SpecReasonDrafter(Drafter):
         self._target: Callable[[], Any] = lambda: None
         self._model: Any = None
         self._settings: StepSettings | None = None
-        self._chain = DraftModelDrafter(
-            self.draft_model,
-            growth="chain",
-            min_confidence=self.min_confidence,
-            tokenizer=self.tokenizer,
-            target_tokenizer=self.target_tokenizer,
-            vocabulary=self.vocabulary,
-            compiled=self.compiled,
-        )
-        self._shared = [self._chain]
+        self._shared: list[DraftModelDrafter] = []
+        self._chain = self._shared_drafter(growth="chain", min_confidence=self.min_confidence)
         self._inner = self._resolved(self.drafter)
         self._exact = self._with_chain(self._inner)
         self.needs_hidden_states, self.num_top_tokens = self._exact.needs_hidden_states, self._exact.num_top_tokens
@@ -170,7 +162,7 @@ class SpecReasonDrafter(Drafter):
             compiled=self.compiled,
         )
         self._tokenizer, self._model, self._target = tokenizer, draft_model, ref(model)
-        for drafter in self._shared:
+        for drafter in self._shared if self.draft_model != SELF else ():
             drafter.draft_model = draft_model
 
     def fit(self, verifier: Any) -> None:
@@ -228,16 +220,12 @@ class SpecReasonDrafter(Drafter):
         sources = inner.sources if type(inner) is MergedDrafter else [inner]
         return MergedDrafter([self._chain, *sources])
 
-    def _shared_drafter(self) -> DraftModelDrafter:
-        drafter = DraftModelDrafter(
-            self.draft_model,
-            tokenizer=self.tokenizer,
-            target_tokenizer=self.target_tokenizer,
-            vocabulary=self.vocabulary,
-            compiled=self.compiled,
-        )
-        self._shared.append(drafter)
-        return drafter
+    def _shared_drafter(self, **settings: Any) -> DraftModelDrafter:
+        """One that drafts tokens by the same draft model."""
+        for name in ("tokenizer", "target_tokenizer", "vocabulary", "compiled"):
+            settings[name] = getattr(self, name)
+        self._shared.append(DraftModelDrafter(self.draft_model, **settings))
+        return self._shared[-1]
 
     def _check_settings(self) -> None:
         """Raises a ValueError for a setting out of range."""

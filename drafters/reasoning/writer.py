@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class StepWriter:
         usable = LogitsProcessorList([p for p in processors if self._is_usable(p)])
         self._generate = call.generate_with(decoding, settings.model, self.config, usable)
         self._session: Session | None = None
-        self._generator_state: torch.Tensor | None = None
+        self._random_state: torch.Tensor | None = None
 
     def _is_usable(self, processor: Any) -> bool:
         """Whether a processor of the call means something for a draft."""
@@ -106,31 +107,20 @@ class StepWriter:
         self._session.replace([tokens])
         return self._session
 
-    def _own_draws(self) -> AbstractContextManager[Any]:
-        """Draws of the draft model's own: the global generator stays as it is."""
+    @contextmanager
+    def _own_draws(self) -> Iterator[None]:
+        """Draws from a random state of the draft model's own: the global generator is left as it was."""
         if not self.config.do_sample:
-            return nullcontext()
-        return _OwnDraws(self)
-
-
-class _OwnDraws:
-    """Puts a writer's own random state in place of the global one for a while."""
-
-    def __init__(self, writer: StepWriter) -> None:
-        self.writer, device = writer, writer.settings.model.device
-        self.device = device
-        if writer._generator_state is None:
-            writer._generator_state = own_generator(device).get_state()
-
-    def __enter__(self) -> None:
-        self._of_call = self._swap(self.writer._generator_state)
-
-    def __exit__(self, *error: object) -> None:
-        self.writer._generator_state = self._swap(self._of_call)
-
-    def _swap(self, state: Any) -> torch.Tensor:
-        module: Any = torch if self.device.type == "cpu" else torch.get_device_module(self.device)
-        arguments = () if self.device.type == "cpu" else (self.device,)
-        before: torch.Tensor = module.get_rng_state(*arguments)
-        module.set_rng_state(state, *arguments)
-        return before
+            yield
+            return
+        device = self.settings.model.device
+        module, of = (torch, ()) if device.type == "cpu" else (torch.get_device_module(device), (device,))
+        if self._random_state is None:
+            self._random_state = own_generator(device).get_state()
+        before = module.get_rng_state(*of)
+        module.set_rng_state(self._random_state, *of)
+        try:
+            yield
+        finally:
+            self._random_state = module.get_rng_state(*of)
+            module.set_rng_state(before, *of)
