@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from specdec.budget import Budget
@@ -25,6 +26,7 @@ from specdec.passes.capability import Capability
 from specdec.passes.compiled.passes import CompileMode
 from specdec.passes.cuda_graphs.store import GraphMode
 from specdec.report import SpeculationReport
+from specdec.session import Session, Tokens
 from specdec.settings import Memory, Settings
 from specdec.target import unwrapped
 from specdec.verifiers.base import Verifier
@@ -294,6 +296,22 @@ class SpeculativeModel:
             return self.model.generate(*args, **kwargs)
         finally:
             self._thread.depth -= 1
+
+    def session(self, input_ids: Tokens, attention_mask: Tensor | None = None, **generate_kwargs: Any) -> Session:
+        """A text on a live kv cache, to generate, feed, score and roll back; see docs/session.md.
+
+        Args:
+            input_ids: The prompts, left-padded, `[batch, prompt]`, or one row's list of ids.
+            attention_mask: Zero at padding.
+            generate_kwargs: Arguments of every `generate` of the session; `tokenizer=...` for stop strings.
+
+        Returns:
+            A context manager that frees the cache at its end.
+        """
+        verifier, drafter = self.speculation.verifier, self.drafter
+        report = SpeculationReport(drafter.name if drafter else "none", verifier.name, verifier.guarantee)
+        arguments = input_ids, attention_mask, None, report
+        return Session(self.model, self.generate, lambda: self.report, *arguments, **generate_kwargs)
 
     def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Turns stop strings into the criterion that `generate` would make of them."""

@@ -14,7 +14,16 @@ from transformers.generation.configuration_utils import GenerationMode
 from specdec import kv_cache, sampling
 from specdec.call import Call
 from specdec.common.provenance import versions
-from specdec.compat import CACHE, PREFILL_ONLY, TESTED, TOKEN_TYPES, has_default_cache, has_own_loop, token_types
+from specdec.compat import (
+    CACHE,
+    PREFILL_ONLY,
+    TESTED,
+    TOKEN_TYPES,
+    has_default_cache,
+    has_own_loop,
+    is_handed_in,
+    token_types,
+)
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.passes.capability import Capability
 from specdec.passes.cuda_graphs.fingerprint import out_of_sight
@@ -90,6 +99,7 @@ def obstacle(call: Call, settings: Settings) -> str | None:
         _of_inputs(call)
         or _of_outputs(call)
         or _of_batch(call)
+        or _of_steps(call, settings)
         or of_processes(call.model, _needs_more(call, settings))
     )
 
@@ -141,6 +151,12 @@ def _of_batch(call: Call) -> str | None:
     return None
 
 
+def _of_steps(call: Call, settings: Settings) -> str | None:
+    if settings.verifier.judges_steps and call.batch > 1 and is_handed_in(call.model_kwargs.get(CACHE)):
+        return "steps are written row after row, which a kv cache of several rows does not allow"
+    return None
+
+
 def _needs_more(call: Call, settings: Settings) -> bool:
     """Whether the verifier needs more of a draft than its tree: distributions that it was drawn from, or steps."""
     draws = settings.verifier.guarantee == "distribution" and call.config.do_sample
@@ -179,8 +195,6 @@ def limit(call: Call, settings: Settings, capability: Capability) -> str | None:
         return "the kv cache of a batch is wanted back, and rows leave it as they end"
     if call.batch > 1 and (what := out_of_sight(call.model)):
         return f"{what} may treat rows differently, and on chains rows leave the batch as they end"
-    if call.batch > 1 and settings.verifier.judges_steps:
-        return "rows keep the same number of tokens per step, and steps are judged by row"
     return None
 
 

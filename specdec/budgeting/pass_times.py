@@ -156,6 +156,7 @@ def times_of(model: nn.Module, at: Surroundings, max_nodes: int) -> StepTimes:
         if near:
             nearest = known[min(near)[-1]]
             sizes, seconds = nearest.known()
+            prior = first_seconds(model, at.rows, max(max_nodes, int(sizes[-1])))
             scale = float(seconds[-1]) / prior[int(sizes[-1])]
             prior = {n: scale * taken for n, taken in prior.items()} | dict(
                 zip(sizes.tolist(), seconds.tolist(), strict=True)

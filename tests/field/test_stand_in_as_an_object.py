@@ -106,3 +106,12 @@ def test_pipelines_take_it_for_the_model_it_is(caplog: pytest.LogCaptureFixture)
         tf.logging.disable_propagation()
     assert "not supported" not in caplog.text
     assert isinstance(fast, specdec.SpeculativeModel)
+
+
+def test_budgets_of_different_sizes_share_a_model() -> None:
+    """What one has measured up to 64 nodes is read by one of four."""
+    model = new_model("llama")
+    for max_nodes, do_sample in ((64, True), (4, False), (16, True)):
+        fast = specdec.accelerate(model, LookaheadDrafter(), strict=True, max_nodes=max_nodes)
+        for _ in range(3):
+            fast.generate(**SINGLE, max_new_tokens=24, do_sample=do_sample)
