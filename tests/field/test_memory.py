@@ -29,10 +29,9 @@ def test_a_call_forgets_or_the_wrapper_remembers(drafter: Any) -> None:
     first, second = accepted(specdec.accelerate(tiny_model(), drafter, budget=Budget(64, fixed=True)))
     assert second > first
     forgets = specdec.accelerate(tiny_model(), drafter, memory="call", budget=Budget(64, fixed=True))
-    first, second = accepted(forgets)
-    assert first == second
+    assert max(accepted(forgets)) < second
     another = specdec.accelerate(tiny_model(), drafter, budget=Budget(64, fixed=True))
-    assert accepted(another)[0] == accepted(specdec.accelerate(tiny_model(), drafter, budget=Budget(64, fixed=True)))[0]
+    assert accepted(another)[0] < second, "wrappers share nothing"
 
 
 def test_what_was_in_the_memory_is_not_shown_to_calls_that_forget() -> None:
