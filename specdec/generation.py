@@ -31,7 +31,7 @@ from specdec.passes.compiled.passes import CompileMode
 from specdec.passes.cuda_graphs.step import step_for
 from specdec.passes.cuda_graphs.store import GraphMode, acquire, check_demand, describe
 from specdec.passes.cuda_graphs.target import StaticTarget
-from specdec.passes.hidden_states import HiddenStates
+from specdec.passes.hidden_states import FINAL, HiddenStates
 from specdec.passes.length_limits import length_limit
 from specdec.passes.near_ties import HALF, NearTies, gap_of
 from specdec.passes.tensor_parallel import Ranks, obstacle
@@ -351,8 +351,8 @@ class Speculation:
         """The drafter, with what it may know of the target."""
         of_call = sampler.sequences.device, len(sampler.sequences), sampler.noise is not None
         needs = NO_NEEDS if drafter is None else drafter.needs(*of_call)
-        if needs.hidden_states:
-            target.hidden_states = HiddenStates(target.model)
+        if layers := (*needs.layers, *((FINAL,) if needs.hidden_states else ())):
+            target.hidden_states = HiddenStates(target.model, layers)
         return GuardedDrafter(
             drafter,
             embedding_rows(target.model),
@@ -366,6 +366,7 @@ class Speculation:
             self.verifier.asks_target,
             frozenset(eos_tokens(target.generation_config)),
             needs.top_tokens,
+            bool(needs.layers),
         )
 
 
