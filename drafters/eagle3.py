@@ -143,7 +143,7 @@ class Eagle3Session(DraftSession):
         self.pending = [self.pending[i] for i in kept]
 
     def _read(self, context: DraftContext) -> tuple[Tensor, Tensor]:
-        """Runs the head over what is new, and returns both its outputs at each row's last position, `[rows, hidden]`."""
+        """Runs the head over what is new; returns both its outputs at each row's last position, `[rows, hidden]`."""
         states = [torch.cat(pending) for pending in self.pending]
         counts = [len(new) for new in states]
         tokens = [

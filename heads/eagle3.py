@@ -53,7 +53,7 @@ class Eagle3Config:
 
 def default_target_layers(num_layers: int) -> tuple[int, int, int]:
     """An early, a middle and a late layer, as in EAGLE's own code."""
-    return tuple(sorted({min(2, num_layers), num_layers // 2, max(num_layers - 3, 0)}))  # type: ignore[return-value]
+    return min(2, num_layers - 1), num_layers // 2, max(num_layers - 3, 0)
 
 
 class Eagle3Head(nn.Module):
