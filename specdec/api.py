@@ -16,6 +16,7 @@ from specdec.budget import Budget
 from specdec.budgeting.profiles import Tuning, load_profile, save_profile, tune
 from specdec.drafters import DRAFTERS, AutoDrafter, DraftModelDrafter, MergedDrafter
 from specdec.drafters.base import Drafter
+from specdec.drafters.published import published_drafter
 from specdec.generation import Speculation
 from specdec.inspection.explain import explain
 from specdec.passes.attention.choice import AttentionLike, check_attention
@@ -185,10 +186,15 @@ def resolve_drafter(drafter: Any) -> Drafter | None:
     if isinstance(drafter, PreTrainedModel):
         return DraftModelDrafter(drafter)
     if isinstance(drafter, str):
-        if drafter not in DRAFTERS:
-            known = ", ".join(map(repr, DRAFTERS))
-            raise ValueError(f"drafter={drafter!r} is not known; use one of {known}, a Drafter, or None for none")
-        return DRAFTERS[drafter]()
+        if drafter in DRAFTERS:
+            return DRAFTERS[drafter]()
+        if "/" in drafter or os.path.isdir(drafter):
+            return published_drafter(drafter)
+        known = ", ".join(map(repr, DRAFTERS))
+        raise ValueError(
+            f"drafter={drafter!r} is not known; use one of {known}, the folder or hub name of a draft checkpoint, a "
+            "Drafter, or None for none"
+        )
     if isinstance(drafter, Sequence):
         return _merged(drafter)
     if isinstance(drafter, type) and issubclass(drafter, Drafter):
