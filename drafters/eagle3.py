@@ -74,7 +74,7 @@ class Eagle3Drafter(Drafter):
                 )
             self._head = head.eval()
         self._head.bind(model)
-        self.needs_layers = self._head.config.target_layers
+        self.needs_layers = self._head.config.target_layers or ()
 
     def start(self, context: DraftContext) -> DraftSession:
         assert self._head is not None, "bind() comes first"
@@ -107,7 +107,7 @@ class Eagle3Session(DraftSession):
     def __init__(self, drafter: Eagle3Drafter, head: Eagle3Head, context: DraftContext) -> None:
         self.drafter, self.head = drafter, head
         self.rows = list(context.rows)
-        states = context.new_states(head.config.target_layers)
+        states = context.new_states(drafter.needs_layers)
         # States of an earlier turn's tokens are not at hand: the head begins behind them.
         self.first = [len(ids) - 1 - len(new) for ids, new in zip(context.sequences, states, strict=True)]
         self.pending: list[list[Tensor]] = [[new] for new in states]
@@ -119,7 +119,7 @@ class Eagle3Session(DraftSession):
 
     def observe(self, context: DraftContext, step: Step) -> None:
         self._keep_rows(context.rows)
-        for pending, new in zip(self.pending, context.new_states(self.head.config.target_layers), strict=True):
+        for pending, new in zip(self.pending, context.new_states(self.drafter.needs_layers), strict=True):
             pending.append(new)
 
     @torch.no_grad()
@@ -190,9 +190,9 @@ class Eagle3Session(DraftSession):
             return self._attention(query, slots, mask)
 
         positions = at + torch.tensor(self.first, device=tokens.device)[:, None]
-        out = self.head(self.head.embed(tokens), self.head.fuse(states), positions, attend)
+        out: tuple[Tensor, Tensor] = self.head(self.head.embed(tokens), self.head.fuse(states), positions, attend)
         self.lengths = [length + size for length, size in zip(self.lengths, sizes, strict=True)]
-        return out  # type: ignore[no-any-return]
+        return out
 
     def _make_room(self, slots: int) -> None:
         missing = slots - self.keys.shape[2]

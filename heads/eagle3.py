@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 to `[batch, heads, new, head]`. Who calls keeps the cache and knows the mask."""
 
 
+NUM_STATES = 3
+"""States that a head fuses where its config does not name their layers."""
+
+
 @dataclass(frozen=True)
 class Eagle3Config:
     """Sizes and variants of an EAGLE-3 head.
@@ -31,6 +35,7 @@ class Eagle3Config:
         draft_vocab_size: Tokens that the head can draft.
         target_hidden_size: Width of the target's states.
         target_layers: Which states the head reads, in the numbering of `hidden_states`: those that enter these layers.
+            None: `default_target_layers` of the target, known once the head is bound.
         norm_before_residual: The layer's residual is the normed state.
         fc_norm: Each of the target's states is normed before they are fused (EAGLE-3.1).
         norm_before_fc: They are normed together (gpt-oss heads).
@@ -42,7 +47,7 @@ class Eagle3Config:
     layer: LlamaConfig
     draft_vocab_size: int
     target_hidden_size: int
-    target_layers: tuple[int, ...]
+    target_layers: tuple[int, ...] | None
     norm_before_residual: bool = False
     fc_norm: bool = False
     norm_before_fc: bool = False
@@ -71,9 +76,11 @@ class Eagle3Head(nn.Module):
         super().__init__()
         self.config = config
         layer = config.layer
-        hidden, eps, count = layer.hidden_size, layer.rms_norm_eps, len(config.target_layers)
-        self.heads, self.kv_heads = layer.num_attention_heads, layer.num_key_value_heads
-        self.head_dim = getattr(layer, "head_dim", None) or hidden // self.heads
+        hidden, eps = int(layer.hidden_size), layer.rms_norm_eps
+        count = NUM_STATES if config.target_layers is None else len(config.target_layers)
+        self.heads = int(layer.num_attention_heads)
+        self.kv_heads = int(layer.num_key_value_heads or self.heads)
+        self.head_dim = int(getattr(layer, "head_dim", None) or hidden // self.heads)
         self.fc = nn.Linear(count * config.target_hidden_size, hidden, bias=False)
         sizes = [config.target_hidden_size] * count if config.fc_norm else []
         sizes = [count * config.target_hidden_size] if config.norm_before_fc else sizes
@@ -122,7 +129,7 @@ class Eagle3Head(nn.Module):
             vocab_size=text.vocab_size,
             rms_norm_eps=getattr(text, "rms_norm_eps", 1e-5),
             max_position_embeddings=text.max_position_embeddings,
-            rope_theta=_rope_theta(text),
+            rope_parameters={"rope_type": "default", "rope_theta": _rope_theta(text)},
         )
         layers = tuple(target_layers) if target_layers is not None else default_target_layers(text.num_hidden_layers)
         name = getattr(model.config, "_name_or_path", None) or None
@@ -178,9 +185,12 @@ class Eagle3Head(nn.Module):
                     f"the EAGLE-3 head is for a target with {name}={of_head}, and {type(model).__name__} has "
                     f"{of_model}; it was trained for {config.target or 'another model'}"
                 )
-        if max(config.target_layers) > text.num_hidden_layers:
+        if config.target_layers is None:
+            config = replace(config, target_layers=default_target_layers(text.num_hidden_layers))
+            self.config = config
+        if max(config.target_layers or ()) >= text.num_hidden_layers:
             raise ValueError(
-                f"the EAGLE-3 head reads layer {max(config.target_layers)}, and {type(model).__name__} has "
+                f"the EAGLE-3 head reads layer {max(config.target_layers or ())}, and {type(model).__name__} has "
                 f"{text.num_hidden_layers}; it was trained for {config.target or 'another model'}"
             )
         if int(self.draft_tokens.max()) >= text.vocab_size:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from specdec.heads.eagle3 import Eagle3Config, Eagle3Head, default_target_layers
+from specdec.heads.eagle3 import NUM_STATES, Eagle3Config, Eagle3Head, default_target_layers
 
 CONFIG_FILE, WEIGHT_FILES = "config.json", ("model.safetensors", "pytorch_model.bin")
 LAYER_PREFIXES = ("midlayer.", "layers.0.")
@@ -27,7 +27,8 @@ def read_head(source: str | Path, revision: str | None = None, token: str | bool
     """See `Eagle3Head.from_pretrained`."""
     found = {name: _fetch(source, name, revision, token) for name in (CONFIG_FILE, *WEIGHT_FILES)}
     weights = next((found[name] for name in WEIGHT_FILES if found[name]), None)
-    if weights is None or found[CONFIG_FILE] is None:
+    described = found[CONFIG_FILE]
+    if weights is None or described is None:
         raise FileNotFoundError(
             f"no EAGLE-3 head in {str(source)!r}: {CONFIG_FILE} and one of {', '.join(WEIGHT_FILES)} are needed, there "
             "or in the hub's local cache; give the folder or the hub name that holds them"
@@ -36,7 +37,7 @@ def read_head(source: str | Path, revision: str | None = None, token: str | bool
     stored = {_own_name(name): tensor for name, tensor in tensors.items() if name.split("model.")[-1] not in IGNORED}
     offsets = stored.pop("d2t", None)
     try:
-        config = _read_config(json.loads(found[CONFIG_FILE].read_text(encoding="utf-8")), stored)
+        config = _read_config(json.loads(described.read_text(encoding="utf-8")), stored)
         head = _filled(config, stored, offsets)
     except ValueError as error:
         raise ValueError(f"{weights}: {error}") from error
@@ -66,8 +67,8 @@ def _read_config(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Eagle3Co
     count = tensors["fc.weight"].shape[1] // target_hidden
     if layers is None:
         number = stored.get("target_num_hidden_layers")
-        layers = default_target_layers(int(number)) if number else (-1,) * count
-    if len(layers) != count:
+        layers = default_target_layers(int(number)) if number else None
+    if (NUM_STATES if layers is None else len(layers)) != count:
         raise ValueError(f"fc.weight takes {count} states of {target_hidden}, config.json names the layers {layers}")
     kept = {
         "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
@@ -80,7 +81,7 @@ def _read_config(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Eagle3Co
         layer=layer,
         draft_vocab_size=int(stored.get("draft_vocab_size") or layer.vocab_size),
         target_hidden_size=target_hidden,
-        target_layers=tuple(int(number) for number in layers),
+        target_layers=None if layers is None else tuple(int(number) for number in layers),
         norm_before_residual=bool(stored.get("norm_before_residual", False)),
         fc_norm=bool(stored.get("fc_norm", False)),
         norm_before_fc=bool(stored.get("norm_before_fc", False)),
@@ -133,7 +134,7 @@ def write_head(head: Eagle3Head, folder: Path, layout: str) -> None:
     common = {
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.target_hidden_size,
-        "eagle_aux_hidden_state_layer_ids": list(config.target_layers),
+        "eagle_aux_hidden_state_layer_ids": None if config.target_layers is None else list(config.target_layers),
         "norm_before_residual": config.norm_before_residual,
         "fc_norm": config.fc_norm,
         "norm_before_fc": config.norm_before_fc,

@@ -52,9 +52,9 @@ class DrafterFlags:
             with user_errors(ValueError, OSError):
                 return published_drafter(self.name)
         if self.name not in DRAFTERS:
-            known = ", ".join(DRAFTERS)
+            names = ", ".join(DRAFTERS)
             raise UserError(
-                f"--drafter {self.name} is not known; use one of {known}, the folder or hub name of a draft "
+                f"--drafter {self.name} is not known; use one of {names}, the folder or hub name of a draft "
                 "checkpoint, or none"
             )
         drafter = DRAFTERS[self.name]

@@ -114,10 +114,11 @@ def test_every_node_has_the_probability_that_the_definition_gives() -> None:
     states: Any = StatesOf(model, [sequence])
     context = DraftContext([0], [sequence], [5], [8], target_states=states)
     drafter = Eagle3Drafter(head, top_k=3, max_depth=4, least_probability=0.0)
+    drafter.bind(model)
     tree = Eagle3Session(drafter, head, context).propose(context, 24)
     assert tree.num_nodes == 24 and int(tree.depths.max()) == 4
     tree.validate(97)
-    given = states.of_rows(head.config.target_layers)[0]
+    given = states.of_rows(drafter.needs_layers)[0]
     for node in range(1, 24):
         path, at = [], node
         while at:

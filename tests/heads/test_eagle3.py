@@ -93,6 +93,15 @@ def test_a_head_for_another_model_is_refused() -> None:
         head.bind(other)
 
 
+def test_layers_that_no_config_names_are_the_usual_ones(tmp_path: Path) -> None:
+    head = random_eagle3(tiny_model("llama"))
+    head.config = replace(head.config, target_layers=None)
+    head.save_pretrained(tmp_path)
+    loaded = Eagle3Head.from_pretrained(tmp_path)
+    assert loaded.config.target_layers is None
+    assert loaded.bind(new_model("llama", num_hidden_layers=9)).config.target_layers == (2, 4, 6)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("changes", VARIANTS[:2])
 def test_levels_are_those_of_speculators(tmp_path: Path, changes: dict[str, Any]) -> None:
