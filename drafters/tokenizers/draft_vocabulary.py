@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec.drafters.base import DraftContext
 from specdec.drafters.small_model.growth import DraftNodes
 from specdec.drafters.tokenizers.text_bridge import TargetDraft, TextBridge, common_prefix
-from specdec.drafters.tokenizers.vocabularies import OverlapMass, VocabularyMap
+from specdec.drafters.tokenizers.vocabulary_map import OverlapMass, VocabularyMap
 from specdec.kernels import Ints
 from specdec.tree import TokenTree
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specdec.drafters.tokenizers.token_text import token_text
-from specdec.drafters.tokenizers.vocabularies import OverlapMass, VocabularyMap, same_vocabulary, vocabulary_map
+from specdec.drafters.tokenizers.vocabulary_map import OverlapMass, VocabularyMap, same_vocabulary, vocabulary_map
 from tests.drafters.small_tokenizers import EOS, PAD, TEXT, byte_level, reordered, sentencepiece, word_piece, words
 
 
