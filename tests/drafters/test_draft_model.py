@@ -352,7 +352,7 @@ def test_an_expensive_draft_model_drafts_one_level(growth: str, monkeypatch: pyt
         drafter.bind(tiny_model())
         depths[target_seconds] = int(drafter.start(context).propose(context, 64).depths.max())
     assert depths[1e-3] == 1
-    assert depths[1e12] == depths[None] == drafter.depth
+    assert depths[1e12] == depths[None] > 1
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
