@@ -187,15 +187,30 @@ def child_of(nodes: DraftNodes, row: int, parent: int, token: int) -> int:
 
 
 @kernel
+def count_children(
+    nodes: DraftNodes, row: int, parent: int, token: int, tried: Floats, hit: Floats, decay: float
+) -> int:
+    """Counts the list of a node that was right; returns the child that holds the token, -1 for none, -2 for no list."""
+    found = -2
+    for child in range(parent + 1, nodes.counts[row]):
+        if nodes.parents[row, child] != parent:
+            continue
+        if found == -2:
+            tried *= decay
+            hit *= decay
+        rank = min(nodes.ranks[row, child], tried.shape[0] - 1)
+        place = class_of(nodes.probs[row, child], tried.shape[1])
+        tried[rank, place] += 1.0
+        if nodes.tokens[row, child] == token:
+            hit[rank, place] += 1.0
+            found = child
+        found = max(found, -1)
+    return found
+
+
+@kernel
 def follow(
-    nodes: DraftNodes,
-    known: Ints,
-    counts: Ints,
-    tried: Floats,
-    hit: Floats,
-    by_depth: Floats,
-    decay: float,
-    paths: Ints,
+    nodes: DraftNodes, known: Ints, counts: Ints, tried: Floats, hit: Floats, by_depth: Floats, decay: float, fed: Ints
 ) -> None:
     """Walks each row's tree along the tokens that the target has picked, and counts which drafts were right.
 
@@ -208,36 +223,20 @@ def follow(
         by_depth: Changed: lists whose parent was right, by its depth, and those that held the right token,
             `[2, depths]`.
         decay: Factor on the counts so far for each list.
-        paths: Written: places among the nodes fed of the nodes on the way, the root's first, then -1,
+        fed: Written: places among the nodes fed of the nodes on the way, the root's first, then -1,
             `[rows, tokens + 1]`. The last token is the next root, and is fed again for what follows it.
     """
     for row in range(known.shape[0]):
-        paths[row, :] = -1
+        fed[row, :] = -1
         node = 0
         if counts[row] > 0:
-            paths[row, 0] = 0
+            fed[row, 0] = 0
         for i in range(counts[row]):
-            found, is_first = -1, True
-            for child in range(node + 1, nodes.counts[row]):
-                if nodes.parents[row, child] != node:
-                    continue
-                if is_first:
-                    is_first = False
-                    tried *= decay
-                    hit *= decay
-                rank = min(nodes.ranks[row, child], tried.shape[0] - 1)
-                place = class_of(nodes.probs[row, child], tried.shape[1])
-                tried[rank, place] += 1.0
-                if nodes.tokens[row, child] == known[row, i]:
-                    hit[rank, place] += 1.0
-                    found = child
-            if not is_first and i < by_depth.shape[1]:
+            node = count_children(nodes, row, node, known[row, i], tried, hit, decay)
+            if node >= -1 and i < by_depth.shape[1]:
                 by_depth[:, i] *= decay
                 by_depth[0, i] += 1.0
-                by_depth[1, i] += 1.0 if found >= 0 else 0.0
-            if found < 0:
+                by_depth[1, i] += 1.0 if node >= 0 else 0.0
+            if node < 0 or i + 1 == counts[row] or nodes.fed[row, node] < 0:
                 break
-            node = found
-            if i + 1 == counts[row] or nodes.fed[row, node] < 0:
-                break
-            paths[row, i + 1] = nodes.fed[row, node]
+            fed[row, i + 1] = nodes.fed[row, node]

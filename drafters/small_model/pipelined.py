@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from specdec.drafters.base import Step
 from specdec.drafters.small_model.calibration import LevelTimes
 from specdec.drafters.small_model.growth import DraftNodes, child_of
-from specdec.kernels import Ints, kernel
+from specdec.kernels import Floats, Ints, kernel
 from specdec.target import CausalLM
 
 OPENING_SCORE = 0.3
@@ -84,6 +84,24 @@ def least_proposed(nodes: DraftNodes, size: int) -> float:
 
 
 @kernel
+def _branches(nodes: DraftNodes, row: int, opening_score: float, least: float, max_depth: int) -> tuple[Floats, Floats]:
+    """`C_x` and `T_x` of the branch that ends in each node of a row, `[nodes]`; 0 where none does that may grow."""
+    count = nodes.counts[row]
+    confidence, given = np.zeros(count), np.zeros(count)
+    for node in range(1, count):
+        is_end = nodes.fed[row, node] < 0 and nodes.depths[row, node] < max_depth
+        is_branch = nodes.ranks[row, node] == 0 or nodes.scores[row, node] >= opening_score
+        if not is_end or not is_branch or nodes.paths[row, node] < least:
+            continue
+        confidence[node] = nodes.paths[row, node]
+        first = node
+        while first > 0 and nodes.ranks[row, first] == 0:
+            first = nodes.parents[row, first]
+            given[node] += first > 0  # the root belongs to no branch
+    return confidence, given
+
+
+@kernel
 def choose_branches(
     nodes: DraftNodes, opening_score: float, least: float, max_depths: Ints, num_fed: int, level: Ints
 ) -> int:
@@ -108,23 +126,12 @@ def choose_branches(
     widest = 0
     for row in range(level.shape[0]):
         level[row, :] = -1
-        count = nodes.counts[row]
-        confidence, given = np.zeros(count), np.zeros(count)
-        for node in range(1, count):
-            is_end = nodes.fed[row, node] < 0 and nodes.depths[row, node] < max_depths[row]
-            is_branch = nodes.ranks[row, node] == 0 or nodes.scores[row, node] >= opening_score
-            if not is_end or not is_branch or nodes.paths[row, node] < least:
-                continue
-            confidence[node] = nodes.paths[row, node]
-            first = node
-            while first > 0 and nodes.ranks[row, first] == 0:
-                first = nodes.parents[row, first]
-                given[node] += first > 0  # the root belongs to no branch
+        confidence, given = _branches(nodes, row, opening_score, least, max_depths[row])
         all_given, all_confidence = given.sum(), confidence.sum()
         taken = 0
         while taken < level.shape[1]:
             best, most = -1, -np.inf
-            for node in range(1, count):
+            for node in range(1, len(confidence)):
                 if confidence[node] > 0:
                     lack = (all_given + 1) * confidence[node] / all_confidence - given[node]
                     if lack > most:
