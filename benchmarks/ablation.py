@@ -142,7 +142,7 @@ OFF: dict[str, float] = {
 }
 """Constants, and the value that takes each out of play: no decay, no margin, no limit, no rest."""
 SETTINGS: dict[str, tuple[tuple[str, float | int | bool], ...]] = {
-    "drafters.auto.AutoDrafter": (("prior_weight", 0.01), ("benchmark.peak_memory", 1e9), ("chained", False)),
+    "drafters.auto.AutoDrafter": (("prior_weight", 0.01), ("memory", 1e9), ("chained", False)),
     "drafters.lookahead.LookaheadDrafter": (
         ("max_nodes", 16),
         ("max_depth", 16),
@@ -162,13 +162,13 @@ SETTINGS: dict[str, tuple[tuple[str, float | int | bool], ...]] = {
         ("top_k", 4),
         ("last_list", False),
         ("prior_weight", 0.01),
-        ("benchmark.peak_memory", 1e9),
+        ("memory", 1e9),
     ),
     "drafters.medusa.MedusaDrafter": (
         ("dynamic", False),
         ("top_k", 5),
         ("prior_weight", 0.01),
-        ("benchmark.peak_memory", 1e9),
+        ("memory", 1e9),
     ),
 }
 """Settings of drafters, and the value without the feature."""
@@ -179,7 +179,7 @@ DRAFT_SETTINGS: tuple[tuple[str, Any], ...] = (
     ("coupled", False),
     ("min_confidence", 0.0),
     ("prior_weight", 0.01),
-    ("benchmark.peak_memory", 1e9),
+    ("memory", 1e9),
 )
 LEARNED = (
     ("budgeting.ledger", "LEARNED"),
