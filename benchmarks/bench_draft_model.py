@@ -36,7 +36,7 @@ from specdec.common.provenance import circumstances, model_info, write_json
 from specdec.drafters.draft_model import DraftModelDrafter
 
 RESULTS = Path(__file__).parent / "results"
-GROWTHS = ("chain", "static", "dynamic", "auto")
+GROWTHS = ("chain", "dynamic")
 ASSISTED_TOKENS = (2, 3, 5, 8)
 ASSISTED_THRESHOLDS = (0.0, 0.4)
 BEST = f"{HF_ASSISTED}, best setting"
@@ -95,14 +95,15 @@ class Pair:
             for growth in self.compiled
         ]
         if is_sampled:
-            methods += [self.ours(f"{growth}, uncoupled", growth=growth, coupled=False) for growth in ("chain", "auto")]
+            methods += [self.ours(f"{growth}, uncoupled", growth=growth, coupled=False) for growth in GROWTHS]
         return methods
 
     def distribution_methods(self) -> list[Method]:
         """Drawn drafts, chains by block and trees by traversal verification: the same distribution, other tokens."""
-        chain = self.ours("chain, block", "block", growth="chain")
-        trees = [self.ours(f"{growth}, traversal", "traversal", growth=growth) for growth in GROWTHS[1:]]
-        return [chain, *trees]
+        return [
+            self.ours("chain, block", "block", growth="chain"),
+            self.ours("dynamic, traversal", "traversal", growth="dynamic"),
+        ]
 
     def best_assisted(self, prompts: Sequence[EncodedPrompt], settings: Settings) -> tuple[Method, Measurement]:
         """The fastest of HF's settings in a short run, and that run."""
@@ -268,7 +269,7 @@ def main(
     encoded = [replace(prompt, input_ids=prompt.input_ids.to(target.device)) for prompt in chosen]
     tuning = [encoded[i * len(encoded) // tuning_prompts] for i in range(tuning_prompts)]
     measured = [prompt for prompt in encoded if prompt.id not in {p.id for p in tuning}]
-    pair = Pair(target, draft, assisted_kwargs(tokenizer, draft_tokenizer), ("chain", "auto") if compiled else ())
+    pair = Pair(target, draft, assisted_kwargs(tokenizer, draft_tokenizer), GROWTHS if compiled else ())
     figures: dict[str, Any] = defaultdict(dict)
     for part, settings in {
         "greedy": Settings.of(tokens),
