@@ -15,6 +15,7 @@ from specdec.tree import TokenTree
 
 if TYPE_CHECKING:
     from specdec.kernels import Floats, Ints
+    from specdec.passes.hidden_states import HiddenStates
     from specdec.sampling import Sampler
 
 
@@ -37,6 +38,7 @@ class DraftContext:
         device: Where the target runs.
         hidden_states: Per active row what the target's output embedding was given when the row's last token was picked,
             `[rows, hidden]`; None unless the drafter `needs_hidden_states`.
+        target_states: The target's states at the layers that the drafter `needs_layers` of; see `new_states`.
         sampler: How the target's tokens are picked in this call: its processors, and its noise under sampling. To be
             read only. None where nothing is generated, as in a replay.
         is_sampled_from: The verifier compares the target's distribution with the one that drafts were drawn from:
@@ -52,10 +54,28 @@ class DraftContext:
     max_depth: list[int]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     hidden_states: torch.Tensor | None = None
+    target_states: HiddenStates | None = None
     sampler: Sampler | None = None
     is_sampled_from: bool = False
     step_seconds: tuple[Ints, Floats] | None = None
     strict: bool = False
+
+    def new_states(self, layers: Sequence[int]) -> list[torch.Tensor]:
+        """The target's states at the positions that the last pass committed: the prompt's at `start`, then the path's.
+
+        Args:
+            layers: In the numbering of `hidden_states`; among those that the drafter `needs_layers` of.
+
+        Returns:
+            Per active row, `[positions, layers * hidden]`; the last position is that of the sequence's last token but
+            one, as the last one has not been through the target yet.
+        """
+        assert self.target_states is not None, "the drafter has not said that it needs states of layers"
+        of_rows = self.target_states.of_rows(layers)
+        return [
+            states[1 - len(ids) :] if len(ids) > 1 else states[:0]
+            for ids, states in zip(self.sequences, of_rows, strict=True)
+        ]
 
 
 @dataclass
@@ -87,10 +107,13 @@ class Needs(NamedTuple):
     Args:
         hidden_states: Whether contexts are to have `hidden_states`.
         top_tokens: How many of the target's likeliest tokens `Step.top_tokens` is to have per node; 0 for none.
+        layers: Whose states contexts are to have, at every committed position; see `DraftContext.new_states`. Sessions
+            then observe every step, those without a draft too.
     """
 
     hidden_states: bool
     top_tokens: int
+    layers: tuple[int, ...] = ()
 
 
 NO_NEEDS = Needs(False, 0)
@@ -165,6 +188,7 @@ class Drafter(DraftSession):
 
     name: str = "drafter"
     needs_hidden_states: bool = False
+    needs_layers: tuple[int, ...] = ()
     needs_step_seconds: bool = False
     is_stateless: bool = False
     """Proposals depend on the context alone: `propose` may be asked about a context that will never come to be."""
@@ -200,7 +224,7 @@ class Drafter(DraftSession):
             rows: Of the batch.
             is_sampled: Whether the target's tokens are drawn.
         """
-        return Needs(self.needs_hidden_states, self.num_top_tokens)
+        return Needs(self.needs_hidden_states, self.num_top_tokens, self.needs_layers)
 
     def start(self, context: DraftContext) -> DraftSession:
         """Called once per `generate()` call, when the prompt is known; returns the call's session."""

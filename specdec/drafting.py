@@ -40,6 +40,7 @@ class GuardedDrafter:
         is_sampled_from: See `DraftContext`.
         budget: Knows how long a target pass takes.
         num_top_tokens: How many of the target's likeliest tokens the drafter wants to know per node.
+        observes_all: The drafter observes steps without a draft too, one by one.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class GuardedDrafter:
         is_sampled_from: bool = False,
         budget: Budget | None = None,
         num_top_tokens: int = 0,
+        observes_all: bool = False,
     ) -> None:
+        self._observes_all = observes_all
         self._num_top_tokens = num_top_tokens
         self.drafter = drafter
         self.vocab_size = vocab_size
@@ -144,7 +147,7 @@ class GuardedDrafter:
             num_new: Per row how many tokens were committed.
             top_tokens: See `Step`.
         """
-        if self._is_resting:
+        if self._is_resting and not self._observes_all:
             if top_tokens is not None and top_tokens.shape[-1]:
                 self._rested.append((list(rows), top_tokens))
             if len(self._rested) >= MOST_RESTED:
@@ -201,7 +204,8 @@ class GuardedDrafter:
             prompt_lengths=[sequences.prompt - sequences.padding[row] for row in rows],
             max_depth=[sequences.room(row) - 1 for row in rows],
             device=sequences.device,
-            hidden_states=self.hidden_states.of_rows if self.hidden_states is not None else None,
+            hidden_states=None if self.hidden_states is None else self.hidden_states.last(),
+            target_states=self.hidden_states,
             sampler=self.sampler,
             is_sampled_from=self.is_sampled_from,
             step_seconds=self._step_seconds(),

@@ -30,7 +30,7 @@ from specdec.passes.cuda_graphs.fingerprint import out_of_sight
 from specdec.passes.cuda_graphs.step import step_for
 from specdec.passes.cuda_graphs.store import StaticStore, acquire, check_demand, describe
 from specdec.passes.cuda_graphs.target import StaticTarget
-from specdec.passes.hidden_states import HiddenStates
+from specdec.passes.hidden_states import FINAL, HiddenStates
 from specdec.passes.near_ties import HALF, NearTies, gap_of
 from specdec.passes.tensor_parallel import Ranks
 from specdec.passes.whole_batch import WholeBatchTarget
@@ -351,8 +351,8 @@ class Speculation:
         """The drafter, with what it may know of the target."""
         of_call = sampler.sequences.device, len(sampler.sequences), sampler.noise is not None
         needs = NO_NEEDS if drafter is None else drafter.needs(*of_call)
-        if needs.hidden_states:
-            target.hidden_states = HiddenStates(target.model)
+        if layers := (*needs.layers, *((FINAL,) if needs.hidden_states else ())):
+            target.hidden_states = HiddenStates(target.model, layers)
         return GuardedDrafter(
             drafter,
             embedding_rows(target.model),
@@ -363,6 +363,7 @@ class Speculation:
             is_sampled_from,
             self.budget,
             needs.top_tokens,
+            bool(needs.layers),
         )
 
 

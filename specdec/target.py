@@ -20,7 +20,7 @@ from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.passes.attention.choice import AttentionChoice
 from specdec.passes.attention.plan import TreePlan
 from specdec.passes.attention.switch import switched_attention
-from specdec.passes.hidden_states import HiddenStates
+from specdec.passes.hidden_states import FINAL, HiddenStates
 from specdec.passes.masks import MaskFormat
 from specdec.passes.moe import ExpertsSwitch
 from specdec.rows.sequences import Sequences
@@ -135,7 +135,7 @@ class TargetModel(ABC):
         logits = prefill(self.model, input_ids, self.generation_config, kwargs).logits[:, -1:]
         self._end_prefill(input_ids)
         if self.hidden_states is not None:
-            self.hidden_states.keep_last()
+            self.hidden_states.keep_prompt()
         return logits
 
     @abstractmethod
@@ -330,7 +330,7 @@ class TreeTarget(TargetModel):
             logits: Tensor = self.model(**inputs, **self.extra).logits
             return logits, None if self.hidden_states is None else self.hidden_states.last_pass
 
-        if self.compiled is None:
+        if self.compiled is None or (self.hidden_states is not None and self.hidden_states.layers != (FINAL,)):
             return as_it_is()[0]
         logits, hidden = self.compiled(self.model, self.cache, tokens, positions, mask, self.extra, as_it_is)
         if self.hidden_states is not None:

@@ -131,7 +131,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     ),
     "growth": (
         ["generate", "x", "--drafter", "draft-model", "--drafter-option", "growth=wide"],
-        "growth must be one of auto, chain, static, dynamic",
+        "growth must be one of chain, dynamic, paced",
     ),
     "layers": (
         ["generate", "x", "--drafter", "draft-model", "--drafter-option", "layers=2"],
@@ -209,7 +209,7 @@ def test_generate_greedy(target: Path, drafter: str, stream: str) -> None:
 
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize(
-    "options", [["growth=chain"], ["growth=static", "coupled=no"], ["draft_model=self", "layers=1"]]
+    "options", [["growth=chain"], ["growth=dynamic", "coupled=no"], ["draft_model=self", "layers=1"]]
 )
 def test_generate_with_a_draft_model(target: Path, draft: Path, options: list[str], sample: bool) -> None:
     options = options if "draft_model=self" in options else [f"draft_model={draft}", *options]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
@@ -41,8 +42,21 @@ class DrafterFlags:
 
         from specdec.drafters import DRAFTERS
 
+        if "/" in self.name or os.path.isdir(self.name):
+            from specdec.drafters.published import published_drafter
+
+            if self.options:
+                raise UserError(
+                    "--drafter-option needs a drafter by name; give --drafter eagle3 --drafter-option head=..."
+                )
+            with user_errors(ValueError, OSError):
+                return published_drafter(self.name)
         if self.name not in DRAFTERS:
-            raise UserError(f"--drafter {self.name} is not known; use one of {', '.join(DRAFTERS)}, or none")
+            names = ", ".join(DRAFTERS)
+            raise UserError(
+                f"--drafter {self.name} is not known; use one of {names}, the folder or hub name of a draft "
+                "checkpoint, or none"
+            )
         drafter = DRAFTERS[self.name]
         known = fields_of(drafter)
         settings = settings_from(self.options, drafter, "drafter", self.name)

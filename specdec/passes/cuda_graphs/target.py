@@ -276,7 +276,7 @@ class StaticTarget(TreeTarget):
             self.cache.addresses(),
             self.positions is None or self.positions.shape[:-2],
             self.prompt_mask is None,
-            self.hidden_states is None,
+            None if self.hidden_states is None else self.hidden_states.layers,
             self.compiled is None,
             None if self.attention is None else tuple(self.attention.backends),
             repr(sorted(self.extra.items())),

@@ -87,29 +87,6 @@ class VocabularyMap:
         return self._on_device[key]
 
 
-@dataclass
-class OverlapMass:
-    """Running mean of the overlap's probability mass; nothing is read from the device until it is asked for.
-
-    Args:
-        count: Distributions seen.
-    """
-
-    count: int = 0
-    _sum: Tensor | None = None
-
-    def add(self, vocabularies: VocabularyMap, draft_probs: Tensor) -> None:
-        """Counts the distributions `[..., draft_vocab]`."""
-        mass = vocabularies.restrict(draft_probs.detach()).sum(dtype=torch.float32)
-        self._sum = mass if self._sum is None else self._sum.to(mass.device) + mass
-        self.count += draft_probs.numel() // draft_probs.shape[-1]
-
-    @property
-    def mean(self) -> float | None:
-        """Mean over all distributions, None before the first."""
-        return None if self._sum is None or not self.count else float(self._sum) / self.count
-
-
 _cache: OrderedDict[tuple[str, str, int | None, int | None], VocabularyMap] = OrderedDict()
 _lock = threading.Lock()
 
