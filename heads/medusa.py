@@ -129,7 +129,7 @@ class MedusaHeads(nn.Module):
         Raises:
             ValueError: The heads can not be said in this layout, or the folder holds something else.
         """
-        from specdec.heads.export import write_checkpoint
+        from specdec.heads.checkpoints import write_checkpoint
 
         write_checkpoint(self, Path(folder), layout)
 
