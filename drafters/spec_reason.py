@@ -242,7 +242,7 @@ class SpecReasonDrafter(Drafter):
 
     def _resolved(self, drafter: Any) -> Drafter | None:
         """The drafter of the target's own steps, from what `specdec.accelerate` takes."""
-        from specdec.api import resolve_drafter  # which knows the drafters by name, this one too
+        from specdec.drafters.by_name import resolve_drafter  # which knows the drafters by name, this one too
 
         if isinstance(drafter, str) and drafter == DRAFT_MODEL:
             drafter = self._shared_drafter()

@@ -38,7 +38,6 @@ class Decoder:
     rows: list[int] = field(default_factory=list)
     kept_scores: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
     num_new: Sequence[int] = ()
-    is_undecided: bool = False
 
     def run(self, input_ids: Tensor) -> None:
         """Generates until every row is finished; the tokens are then in `sequences`.
@@ -92,9 +91,7 @@ class Decoder:
     def _propose(self) -> TokenTree:
         """The next tree: what is worth verifying of the drafter's, or the roots alone."""
         tree = None
-        if self.is_undecided:
-            self.report.num_guard_passes += 1
-        elif self.drafter.is_on or self.ranks is not None:
+        if self.drafter.is_on or self.ranks is not None:
             tree = self._draft()
         self.report.count_pass([0] * len(self.rows) if tree is None else tree.num_drafted)
         return TokenTree.root_only(self.sequences.roots(self.rows)) if tree is None else tree
@@ -138,7 +135,6 @@ class Decoder:
             paths.append([0, *outcome.accepted[i]][: counts[i]])
             if self.sampler.keep_scores:
                 self.kept_scores[row] += self.sampler.kept(i, paths[i])
-        self.is_undecided = outcome.is_undecided
         if outcome.near_ties is not None:
             self.report.count_near_ties([row[:count] for row, count in zip(outcome.near_ties, counts, strict=True)])
         if not is_in_cache:

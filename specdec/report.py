@@ -37,7 +37,6 @@ class SpeculationReport:
         num_near_ties: Tokens whose two best scores were so close that another rounding could have swapped them; None
             where that was not looked at, as in float32.
         near_tie_gap: Closer than this is a near-tie.
-        num_guard_passes: Passes over one token that decided a near-tie of a wider pass (`near_tie_guard`).
         seconds: Wall time per phase.
         fallback: Why the model's own `generate` did the work; None when specdec did.
         drafter_error: What the drafter raised before it was switched off; None when it did not.
@@ -61,7 +60,6 @@ class SpeculationReport:
     num_generated_tokens: int = 0
     num_near_ties: int | None = None
     near_tie_gap: float | None = None
-    num_guard_passes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     fallback: str | None = None
     drafter_error: str | None = None

@@ -345,7 +345,6 @@ def assert_identical(
     expected: Reference | None = None,
     capability: str = "auto",
     attention: AttentionLike = "auto",
-    near_tie_guard: bool | float = False,
     cuda_graphs: Any = "auto",
     compiled: bool = False,
     **kwargs: Any,
@@ -361,7 +360,6 @@ def assert_identical(
         expected: Plain decoding's result, when it is known already.
         capability: How to run the target.
         attention: What computes attention over trees.
-        near_tie_guard: Which near-ties a pass over one token decides.
         cuda_graphs: As for `accelerate`.
         compiled: As for `accelerate`.
         kwargs: Other arguments of `generate`.
@@ -380,7 +378,6 @@ def assert_identical(
         budget=budget,
         capability=capability,
         attention=attention,
-        near_tie_guard=near_tie_guard,
         cuda_graphs=cuda_graphs,
         compiled=compiled,
     )

@@ -11,7 +11,7 @@ import torch
 from specdec.budget import Budget
 from specdec.compat import CACHE
 from specdec.inspection.audit import StepAudit
-from specdec.inspection.trace_text import trace_text
+from specdec.inspection.trace_view import trace_text
 from tests.conformance import OracleDrafter, answers_of, assert_identical, draft_of, lookahead, reference, spec_reason
 from tests.drafters.reasoning import NO_END, always, asking, by_length, check_audit, continued, counted, never, run
 from tests.tiny_models import EOS, PAD, new_model, prompts, tiny_model, tiny_tokenizer
