@@ -266,7 +266,7 @@ class LookaheadDrafter(Drafter):
             )
 
     def _new_index(self, budget: int) -> NgramIndex:
-        """An empty index that stays within so many bytes, hash tables included."""
+        """An empty index that stays within `budget` bytes, hash tables included."""
         per_token = 4 + 4 * len(self.orders)
         slots = min(power_of_two(budget // per_token // 8 + 1), MAX_SLOTS)
         tables = 4 * len(self.orders) * slots

@@ -144,7 +144,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"the heads' state_dict() as {MEDUSA_FILE}"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} can not be read, it may be cut short: {error}") from error
+        raise ValueError(f"{path} cannot be read, it may be cut short: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of tensors; save the heads' state_dict() as {MEDUSA_FILE}")
     return {PREFIX.sub("", str(name)): tensor for name, tensor in tensors.items()}
@@ -160,7 +160,7 @@ def _read_calibration(path: Path, num_heads: int) -> HeadCalibration:
 
 
 def _assemble(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[MedusaConfig, dict[str, Tensor]]:
-    """Sizes from the tensors, and the tensors stacked; every one that does not fit is named in one error."""
+    """Sizes from the tensors, and the tensors stacked; one error names every tensor that does not fit."""
     is_vllm = any((place := VLLM.place(name)) and place[0] != "projections" for name in tensors)
     names = VLLM if is_vllm else MEDUSA
     token_map = tensors.get(TOKEN_MAP)

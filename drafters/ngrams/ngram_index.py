@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from specdec.kernels import Floats, Ints, kernel, kernel_part
 
 SEPARATOR = -1
-"""Stands in the arena before each document; no match and no continuation crosses it."""
+"""Precedes each document in the arena; no match and no continuation crosses it."""
 
 IntArray = NDArray[np.int32]
 
@@ -24,7 +24,7 @@ _HASH_MASK = 0x7FFFFFFF
 Links = tuple[IntArray, IntArray, IntArray, Ints]
 """The arrays of one index, as the kernels take them (a plain tuple, because Numba unpacks that fastest):
 
-- text: token ids and separators, `[capacity]`, int32; a separator stands at 0 and after the last token;
+- text: token ids and separators, `[capacity]`, int32; separators at 0 and after the last token;
 - prev: link of each position and order to the match before it, `[capacity, orders]`, int32;
 - head: newest position of each order and hash, `[orders, slots]`, int32; slots is a power of two;
 - orders: lengths of the indexed n-grams, ascending, `[orders]`, int64.

@@ -56,7 +56,7 @@ def add_children(
         created: Number of nodes.
         written: Index of the parent in the tree.
         texts: As for `grow_tree`, like `matches`, `by_length`, `smoothing` and `max_depth`.
-        matches: Where the continuations stand.
+        matches: Where the continuations begin.
         next_match: Links between matches at the same node.
         child_of: Hash table by token; entries of earlier nodes count as empty.
         by_length: Weight and discount by length.
@@ -125,7 +125,7 @@ def grow_tree(
 
     Args:
         texts: Text of each scope.
-        matches: Where the continuations stand.
+        matches: Where the continuations begin.
         count: Number of matches.
         by_length: Weight and discount by length of the match, `[2, lengths]`; longer ones count as the last entry.
         smoothing: Weight of "none of these".
@@ -192,21 +192,14 @@ def draft_row(
 ) -> int:
     """Drafts for one row from all its scopes: `find_matches` in each, then `grow_tree`.
 
+    Arguments of the same names are described there.
+
     Args:
         sources: Arrays of each scope's index, the row's own text first; empty ones are skipped.
         skipped: Region of each scope to leave out (first position, end), `[scopes, 2]`, int64.
         weights: Weight of each scope, `[scopes]`, float64.
-        query_start: Where the row's last tokens begin in its own text.
-        query_end: Where they end.
-        max_hits: See `find_matches`, as for recency and matches.
-        recency: Factor on the weight from one match to the next older one.
-        matches: Written: room for all matches.
-        by_length: See `grow_tree`, as for all that follow.
-        smoothing: Weight of "none of these".
-        max_depth: Largest depth of a node.
-        tokens: Written, `[nodes]`.
-        parents: Written, `[nodes]`.
-        scores: Written, `[nodes]`.
+        query_start: First position of the row's last tokens in its own text.
+        query_end: Position after them.
 
     Returns:
         The number of nodes, the root included.
