@@ -368,9 +368,11 @@ class LookaheadSession(DraftSession):
                 continue
             if self.peers is not None:
                 self.skipped[PEERS] = self.peers.region(row)
-            self.requests[row].extend(path)
+            if len(path):
+                self.requests[row].extend(path)
             used = max(used, self.drafter.grow(self, row, depth, tokens[i], parents[i], scores[i]))
-            self.requests[row].retract(len(path))
+            if len(path):
+                self.requests[row].retract(len(path))
         return TokenTree.of_arrays(tokens[:, :used], parents[:, :used], scores[:, :used])
 
 
@@ -387,5 +389,5 @@ def _check_scope(scope: str) -> None:
 @functools.cache
 def _compile_kernels() -> None:
     """Compiles the kernels, or loads them from Numba's cache, before a step of a generation needs them."""
-    context = DraftContext([0], [np.zeros(4, np.int32)], [4], [1])
-    LookaheadSession(LookaheadDrafter(), context).propose(context, 2)
+    context = DraftContext([0], [np.zeros(4, np.int32)], [4], [2])
+    LookaheadSession(LookaheadDrafter(), context).extend(context, [np.zeros(1, np.int32)], 2)

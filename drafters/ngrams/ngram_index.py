@@ -51,41 +51,41 @@ def mix_hash(value: int, token: int) -> int:
 
 
 @kernel_part
-def hash_slots(text: IntArray, last: int, orders: Ints, size: int, slots: Ints) -> int:
-    """Writes the hash table slot of each n-gram that ends at `last`; returns how many orders fit."""
-    value, length = _HASH_SEED, 0
-    for k in range(orders.shape[0]):
-        while length < orders[k] and length <= last and text[last - length] >= 0:
-            value = mix_hash(value, int(text[last - length]))
-            length += 1
-        if length < orders[k]:
-            return k
-        slots[k] = value & (size - 1)
-    return int(orders.shape[0])
+def hash_up_to(order: int, text: IntArray, last: int, value: int, length: int) -> tuple[int, int]:
+    """Extends the hash of the `length` tokens up to `last` to `order` tokens, or to the separator before them."""
+    while length < order and text[last - length] >= 0:
+        value = mix_hash(value, int(text[last - length]))
+        length += 1
+    return value, length
 
 
 @kernel
 def append_tokens(links: Links, position: int, tokens: IntArray) -> None:
     """Writes tokens from `position` on and links every new position."""
     text, prev, head, orders = links
-    slots = np.empty(orders.shape[0], np.int64)
     for i in range(tokens.shape[0]):
         here = position + i
         text[here] = tokens[i]
-        prev[here] = 0
-        for k in range(hash_slots(text, here, orders, head.shape[1], slots)):
-            prev[here, k] = head[k, slots[k]]
-            head[k, slots[k]] = here
+        value, length = _HASH_SEED, 0
+        for k in range(orders.shape[0]):
+            value, length = hash_up_to(orders[k], text, here, value, length)
+            prev[here, k] = 0
+            if length == orders[k]:
+                slot = value & (head.shape[1] - 1)
+                prev[here, k] = head[k, slot]
+                head[k, slot] = here
 
 
 @kernel
 def remove_tokens(links: Links, position: int, count: int) -> None:
     """Takes back the last `count` tokens, which end before `position`."""
     text, prev, head, orders = links
-    slots = np.empty(orders.shape[0], np.int64)
     for here in range(position - 1, position - count - 1, -1):
-        for k in range(hash_slots(text, here, orders, head.shape[1], slots)):
-            head[k, slots[k]] = prev[here, k]
+        value, length = _HASH_SEED, 0
+        for k in range(orders.shape[0]):
+            value, length = hash_up_to(orders[k], text, here, value, length)
+            if length == orders[k]:
+                head[k, value & (head.shape[1] - 1)] = prev[here, k]
 
 
 @kernel_part
@@ -133,7 +133,11 @@ def find_matches(
     places, weights = matches
     text, prev, head, orders = links
     slots = np.empty(orders.shape[0], np.int64)
-    usable = hash_slots(query, query.shape[0] - 1, orders, head.shape[1], slots)
+    value, length, usable = _HASH_SEED, 0, 0
+    while usable < orders.shape[0] and orders[usable] <= query.shape[0]:
+        value, length = hash_up_to(orders[usable], query, query.shape[0] - 1, value, length)
+        slots[usable] = value & (head.shape[1] - 1)
+        usable += 1
     last = text.shape[0] - 1
     too_long = query.shape[0] + 1
     for k in range(usable - 1, -1, -1):
