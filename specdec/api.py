@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from specdec.budget import Budget
@@ -23,6 +24,7 @@ from specdec.passes.capability import Capability
 from specdec.passes.compiled.passes import CompileMode
 from specdec.passes.cuda_graphs.store import GraphMode
 from specdec.report import SpeculationReport
+from specdec.session import Session, Tokens
 from specdec.settings import Settings
 from specdec.target import unwrapped
 from specdec.verifiers.base import Verifier
@@ -238,6 +240,22 @@ class SpeculativeModel:
         # `generate` sends a custom method neither streamer nor tokenizer, so both are brought in from here.
         decode = partial(self.speculation, streamer=kwargs.get("streamer"), trace=trace)
         return self.model.generate(*args, custom_generate=decode, **self._with_stop_strings(kwargs))
+
+    def session(self, input_ids: Tokens, attention_mask: Tensor | None = None, **generate_kwargs: Any) -> Session:
+        """A text on a live kv cache, to generate, feed, score and roll back; see docs/session.md.
+
+        Args:
+            input_ids: The prompts, left-padded, `[batch, prompt]`, or one row's list of ids.
+            attention_mask: Zero at padding.
+            generate_kwargs: Arguments of every `generate` of the session; `tokenizer=...` for stop strings.
+
+        Returns:
+            A context manager that frees the cache at its end.
+        """
+        verifier, drafter = self.speculation.verifier, self.drafter
+        report = SpeculationReport(drafter.name if drafter else "none", verifier.name, verifier.guarantee)
+        arguments = input_ids, attention_mask, None, report
+        return Session(self.model, self.generate, lambda: self.report, *arguments, **generate_kwargs)
 
     def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Turns stop strings into the criterion that `generate` would make of them."""

@@ -207,8 +207,6 @@ class Budget:
             trial: Runs a pass with so many nodes, to its end on the device, for budgets that time sizes explicitly;
                 this one learns from real steps.
         """
-        if tree.steps is not None:  # a step is judged as a whole or not at all
-            return tree
         tree = tree.first(self.max_nodes)
         if self.fixed or tree.num_nodes == 1 or tree.scores is None:
             return tree
@@ -267,7 +265,7 @@ class Budget:
                 known[row, : len(picked)] = picked
             assert proposed.host_scores is not None
             count_followed(proposed.host_tokens, proposed.host_parents, proposed.host_scores, known, *counts)
-        elif tree.num_nodes > 1 and tree.scores is not None and tree.steps is None:
+        elif tree.num_nodes > 1 and tree.scores is not None:
             accepted_nodes = np.zeros(tree.tokens.shape, np.bool_)
             accepted_nodes[:, 0] = True
             for row, nodes in enumerate(accepted):

@@ -72,10 +72,9 @@ class Decoder:
                     unfinished = self._commit(tree, outcome, is_in_cache=False)
                     is_exact = self.report.guarantee == "token-identical"
                     self.budget.observe(tree, outcome.accepted, outcome.tokens if is_exact else None)
-                    of_tree = outcome.accepted, self.num_new, outcome.top_tokens, outcome.verdicts
+                    of_tree = outcome.accepted, self.num_new, outcome.top_tokens
                     self.drafter.observe(self.sequences, self.rows, tree, *of_tree)
-                if tree.steps is None:  # a judge takes its time, and steps may be longer than any other tree
-                    self.budget.record(tree.num_nodes, time.perf_counter() - started)
+                self.budget.record(tree.num_nodes, time.perf_counter() - started)
         finally:
             self.drafter.finish(self.sequences)
         generated = [self.sequences.num_generated(row) for row in range(len(self.sequences))]
@@ -143,9 +142,7 @@ class Decoder:
             self.target.commit(paths, unfinished)
         if self.report.trace is not None:
             kept = [tokens[:count] for tokens, count in zip(outcome.tokens, counts, strict=True)]
-            owns = [0 if verdict and verdict.accepted else 1 for verdict in outcome.verdicts or [None] * len(kept)]
-            drafted = [tokens[: len(tokens) - own] for tokens, own in zip(kept, owns, strict=True)]
-            sources = [self.drafter.sources_of(i, tokens) for i, tokens in enumerate(drafted)]
+            sources = [self.drafter.sources_of(i, tokens[:-1]) for i, tokens in enumerate(kept)]
             self.report.trace.add_pass(self.rows, kept, sources, tree.num_drafted)
         self.streamer.feed([self.rows[i] for i in unfinished])
         return unfinished

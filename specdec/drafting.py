@@ -14,7 +14,6 @@ from specdec.budget import Budget
 from specdec.drafters.base import DraftContext, Drafter, DrafterSwitchedOffWarning, DraftSession, Step, check_proposal
 from specdec.kernels import Floats, Ints, host_array, largest_at
 from specdec.passes.hidden_states import HiddenStates
-from specdec.reasoning import Verdict
 from specdec.report import SpeculationReport
 from specdec.rows.sequences import Sequences
 from specdec.sampling import Sampler
@@ -40,9 +39,6 @@ class GuardedDrafter:
         sampler: How the target's tokens are picked.
         is_sampled_from: See `DraftContext`.
         budget: Knows how long a target pass takes.
-        is_judged: See `DraftContext`.
-        asks_target: See `DraftContext`.
-        end_tokens: See `DraftContext`.
         num_top_tokens: How many of the target's likeliest tokens the drafter wants to know per node.
     """
 
@@ -56,9 +52,6 @@ class GuardedDrafter:
         sampler: Sampler | None = None,
         is_sampled_from: bool = False,
         budget: Budget | None = None,
-        is_judged: bool = False,
-        asks_target: bool = False,
-        end_tokens: frozenset[int] = frozenset(),
         num_top_tokens: int = 0,
     ) -> None:
         self._num_top_tokens = num_top_tokens
@@ -70,9 +63,6 @@ class GuardedDrafter:
         self.sampler = sampler
         self.is_sampled_from = is_sampled_from
         self.budget = budget
-        self.is_judged = is_judged
-        self.asks_target = asks_target
-        self.end_tokens = end_tokens
         self.session: DraftSession | None = None
         self._rested: list[tuple[list[int], Ints]] = []
         self._is_resting = False
@@ -87,7 +77,7 @@ class GuardedDrafter:
 
     def propose(self, sequences: Sequences, rows: Sequence[int], max_nodes: int) -> TokenTree | None:
         """The drafter's tree, or None when there is no draft token in it."""
-        self._is_resting = max_nodes == 1 and not self.is_judged
+        self._is_resting = max_nodes == 1
         if self.drafter is None or self._is_resting:
             return None
         self._tell_of_rest(sequences, rows)
@@ -141,7 +131,6 @@ class GuardedDrafter:
         accepted: list[list[int]],
         num_new: Sequence[int],
         top_tokens: Ints | None = None,
-        verdicts: Sequence[Verdict | None] | None = None,
     ) -> None:
         """Tells the drafter what became of a tree.
 
@@ -152,7 +141,6 @@ class GuardedDrafter:
             accepted: Per row the accepted draft nodes.
             num_new: Per row how many tokens were committed.
             top_tokens: See `Step`.
-            verdicts: See `Step`.
         """
         if self._is_resting:
             if top_tokens is not None and top_tokens.shape[-1]:
@@ -163,7 +151,7 @@ class GuardedDrafter:
         if self.session is not None and type(self.session).observe not in (DraftSession.observe, Drafter.observe):
             ids = [sequences.real(row) for row in rows]
             new_tokens = [tokens[len(tokens) - count :] for tokens, count in zip(ids, num_new, strict=True)]
-            step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens, verdicts, new_tokens)
+            step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens, new_tokens)
             self._call("observe", self._context(sequences, rows), step)
 
     def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
@@ -183,7 +171,7 @@ class GuardedDrafter:
         new_tokens = [sequences.real(row)[-count:] for row in rows]
         parents = np.tile(np.arange(-1, count - 1), (len(rows), 1))
         tree = TokenTree.of_arrays(tokens, parents, np.zeros(tokens.shape, np.float32))
-        step = Step(list(rows), tree, [count - 1] * len(rows), top_tokens, None, new_tokens)
+        step = Step(list(rows), tree, [count - 1] * len(rows), top_tokens, new_tokens)
         self._call("observe", self._context(sequences, rows), step)
 
     def finish(self, sequences: Sequences) -> None:
@@ -207,9 +195,6 @@ class GuardedDrafter:
             is_sampled_from=self.is_sampled_from,
             step_seconds=self._step_seconds(),
             strict=self.strict,
-            is_judged=self.is_judged,
-            asks_target=self.asks_target,
-            end_tokens=self.end_tokens,
         )
 
     def _step_seconds(self) -> tuple[Ints, Floats] | None:

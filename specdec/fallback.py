@@ -12,7 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from specdec import kv_cache, sampling
 from specdec.call import Call
 from specdec.common.provenance import versions
-from specdec.compat import CACHE, TESTED, has_default_cache
+from specdec.compat import CACHE, TESTED, has_default_cache, is_handed_in
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.passes.capability import Capability
 from specdec.passes.tensor_parallel import is_sharded
@@ -71,6 +71,7 @@ def obstacle(call: Call, settings: Settings) -> str | None:
         _of_inputs(call)
         or _of_outputs(call)
         or _of_batch(call)
+        or _of_steps(call, settings)
         or of_processes(call.model, _needs_more(call, settings))
     )
 
@@ -119,6 +120,12 @@ def _of_batch(call: Call) -> str | None:
     return None
 
 
+def _of_steps(call: Call, settings: Settings) -> str | None:
+    if settings.verifier.judges_steps and call.batch > 1 and is_handed_in(call.model_kwargs.get(CACHE)):
+        return "steps are written row after row, which a kv cache of several rows does not allow"
+    return None
+
+
 def _needs_more(call: Call, settings: Settings) -> bool:
     """Whether the verifier needs more of a draft than its tree: distributions that it was drawn from, or steps."""
     draws = settings.verifier.guarantee == "distribution" and call.config.do_sample
@@ -155,8 +162,6 @@ def limit(call: Call, settings: Settings, capability: Capability) -> str | None:
         return capability.reason
     if call.batch > 1 and call.keeps_cache:
         return "the kv cache of a batch is wanted back, and rows leave it as they end"
-    if call.batch > 1 and settings.verifier.judges_steps:
-        return "rows keep the same number of tokens per step, and steps are judged by row"
     return None
 
 

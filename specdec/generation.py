@@ -16,7 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.budget import Budget
 from specdec.call import Call
-from specdec.compat import CACHE, decoding_method, eos_tokens, pad_token
+from specdec.compat import CACHE, decoding_method, pad_token
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
 from specdec.drafting import GuardedDrafter
@@ -60,6 +60,7 @@ class Speculation:
         self.streamer = streamer
         self.is_traced = trace
         self.report = self._new_report()
+        self.warns = True
         self._warned: set[str] = set()
 
     @property
@@ -119,7 +120,7 @@ class Speculation:
         """
         self.report = self._new_report()
         self.report.fallback, self.report.capability = reason, "plain"
-        if reason not in self._warned:
+        if self.warns and reason not in self._warned:
             self._warned.add(reason)
             text, category = f"generating without speculation: {reason}. The result is the same.", FallbackWarning
             if unexpected_of is not None and takes_drafts(unexpected_of):
@@ -158,6 +159,11 @@ class Speculation:
         capability, is_unexpected = self._capability_for(call)
         if capability.mode == "plain":
             return self._plain(call, capability.reason, is_unexpected)
+        if self.verifier.judges_steps:
+            assert self.drafter is not None
+            self.report = self._new_report()
+            self.report.capability = capability.mode
+            return self.drafter.generate_steps(self, call)
         self.report = self._new_report()
         self.report.capability = capability.mode
         target = self.target_for(
@@ -312,9 +318,6 @@ class Speculation:
             sampler,
             is_sampled_from,
             self.budget,
-            self.verifier.judges_steps,
-            self.verifier.asks_target,
-            frozenset(eos_tokens(target.generation_config)),
             needs.top_tokens,
         )
 
