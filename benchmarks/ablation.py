@@ -73,6 +73,8 @@ NOT_SWITCHED = {
     "drafters.recycling.DEPTH_CLASSES": FROZEN,
     "drafters.recycling.LEAST_LIKELY": FROZEN,
     "drafters.merged.MAX_SOURCES": "a limit that no run reaches",
+    "drafters.lookahead.SOURCES": FROZEN,
+    "drafters.lookahead.PEERS": FROZEN,
     "drafters.lookahead.MIN_BYTES": "a limit of memory that no run reaches",
     "drafters.lookahead.MAX_SLOTS": "a limit of memory that no run reaches",
 }
