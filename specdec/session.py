@@ -294,12 +294,10 @@ class Session:
     def _setting(self, name: str, call: dict[str, Any] | None = None) -> Any:
         """A setting of `generate`, wherever it was made."""
         kwargs = self.kwargs if call is None else call
-        for of in (kwargs.get("generation_config"), self.model.generation_config):
-            if name in kwargs or of is None:
-                break
-            if getattr(of, name, None) is not None:
-                return getattr(of, name)
-        return kwargs.get(name)
+        if name in kwargs:
+            return kwargs[name]
+        configs = kwargs.get("generation_config"), self.model.generation_config
+        return next((value for of in configs if (value := getattr(of, name, None)) is not None), None)
 
     def _stopping(self, stop: Any, call: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `generate` that end the text at `stop`."""

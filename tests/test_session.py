@@ -72,6 +72,17 @@ def test_every_turn_is_that_of_generate(name: str, lengths: tuple[int, ...], do_
     assert session.report.num_generated_tokens > 0
 
 
+def test_rows_of_a_batch_end_as_the_models_own_config_says() -> None:
+    model = tiny_model()
+    assert model.generation_config.eos_token_id == EOS
+    with accelerated().session(**prompts(3, 11, 5, 8), do_sample=False) as session:
+        before = session.tokens
+        new = session.generate(max_new_tokens=60).tolist()
+        assert any(EOS in row for row in new)
+        for text, old, row in zip(session.tokens, before, new, strict=True):
+            assert text == old + row[: row.index(EOS) + 1 if EOS in row else None]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_are_the_log_softmax_of_a_forward_over_all(name: str) -> None:
     with accelerated(name).session(**prompts(3, 11, 5)) as session:

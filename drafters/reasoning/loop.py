@@ -130,7 +130,7 @@ class RowLoop:
     """The reasoning of one row.
 
     Args:
-        call: The call.
+        steps: The call.
         row: Index in the batch.
         sequences: Of the batch.
     """
@@ -179,7 +179,8 @@ class RowLoop:
             return self._by_target(record, "answer", self.sequences.room(self.row))
         if left < 1:
             record.kind, record.author, record.reason = "forced end", "forced", "budget"
-            self._keep(list(self.settings.forced_end))
+            end = list(self.settings.forced_end)
+            self._keep(end, self.target.logits([end])[0] if self.keeps_scores else None)
             return "thinking"
         reason, step = "first steps", list[int]()
         if record.index >= self.settings.first_steps:

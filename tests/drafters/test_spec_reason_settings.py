@@ -111,6 +111,10 @@ def test_the_forced_end_is_the_thinking_end_by_default() -> None:
     result = run(prompts(5), settings={"thinking_end": "<-Z>", "token_budget": 11}, eos_token_id=None)
     forced = next(record for record in result.records if record.kind == "forced end")
     assert "<-Z>" in forced.text  # the line breaks have no token of their own here
+    kwargs: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 40}
+    out = result.fast.generate(**prompts(5), **kwargs, eos_token_id=None)
+    assert out.sequences.tolist() == result.ids.tolist()
+    assert len(out.scores) == 40
 
 
 def test_first_steps_are_the_targets() -> None:
