@@ -33,7 +33,7 @@ python=${PYTHON:-}
 preset=${PRESET:-llama-8b}
 device=${DEVICE:-cuda}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-KERNELS="(attention or paths_move) and not flex" # FlexAttention takes its time to compile
+KERNELS="attention or paths_move"
 TESTS=(-m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py)
 "$python" -c "import xdist" 2>/dev/null && TESTS+=(-n "${WORKERS:-8}")
 

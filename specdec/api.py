@@ -61,8 +61,8 @@ def accelerate(
         strict: Raise a drafter's errors instead of going on without it.
         max_nodes: Largest token tree per target pass, root included: 1, 2, 4, ... 128.
         capability: `"auto"` to find out by a probe how the model can be run ahead, or `"tree"`, `"chain"`, `"plain"`.
-        attention: What computes attention over trees: `"auto"` (on a GPU the fastest that is installed, elsewhere the
-            model's own), `"model"`, `"sdpa"`, `"flex"`, `"triton"`, `"flash"`, or a list to choose of by measurement.
+        attention: What computes attention over trees: `"auto"` (on a GPU `"triton"`, or `"sdpa"` where that cannot do
+            what the model needs; elsewhere `"model"`), `"model"`, `"sdpa"`, `"triton"` or `"flash"`.
         budget: Takes the place of the budget that `max_nodes` would make.
         cuda_graphs: Replay whole steps as CUDA graphs: `"auto"` where that is possible, True to demand it, False for
             never. `"eager"` runs the same step of static shapes without capturing it, on any device, for tests.

@@ -207,8 +207,6 @@ class Speculation:
         if reason is not None:
             return Capability("plain", reason), reason == NO_CACHE and settings.capability == "auto"
         capability = probe(call.model, settings.capability, settings.attention)
-        if settings.deterministic:  # among several backends the fastest would be measured
-            capability = replace(capability, attention=capability.attention[:1])
         is_unexpected = capability.mode == "plain" and settings.capability == "auto"
         reason = limit(call, settings, capability)
         return (capability if reason is None else Capability("plain", reason)), is_unexpected
@@ -230,7 +228,7 @@ class Speculation:
             return ChainTarget(model, config, model_kwargs)
         nodes = self.budget.max_nodes if self.drafter else 1
         compiled = None if token_types(model_kwargs) else begin_passes(model, capability, self.settings.compiled)
-        attention = None if compiled is not None else capability.choice(model)
+        attention = None if compiled is not None else capability.backend()
         arguments = model, config, model_kwargs, capability.mask_format, keep_cache, nodes, attention
         hidden = out_of_sight(model) if is_batch else None
         if token_types(model_kwargs) or hidden:
@@ -352,7 +350,7 @@ class Speculation:
         of_call = sampler.sequences.device, len(sampler.sequences), sampler.noise is not None
         needs = NO_NEEDS if drafter is None else drafter.needs(*of_call)
         if layers := (*needs.layers, *((FINAL,) if needs.hidden_states else ())):
-            target.hidden_states = HiddenStates(target.model, layers)
+            target.hidden_states = HiddenStates(target.use_replica(), layers)
         return GuardedDrafter(
             drafter,
             embedding_rows(target.model),

@@ -202,30 +202,24 @@ class TreeCache(Cache):
 
     def write(self, layer: TreeLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new keys and values, `[batch, heads, new, head_dim]`, and returns all that attention may look at."""
+        new, at = key.shape[-2], None
         if self.static is not None:
-            return self._write_static(layer, self.static, key, value)
-        new = key.shape[-2]
-        start = layer.get_seq_length()
-        self.reserve(start + new)
-        keys, values = layer.keys, layer.values
-        assert keys is not None and values is not None
-        if self.is_prefilling or not self.is_ragged:
-            keys[:, :, start : start + new] = key
-            values[:, :, start : start + new] = value
+            end, at = self.static.width, (self.static.rows, self.static.slots)
         else:
-            rows, slots = self.new_slots(new, key.device)
-            keys[rows, :, slots] = key.transpose(1, 2)
-            values[rows, :, slots] = value.transpose(1, 2)
-        if self.is_prefilling:
-            layer.num_appended += new
-        return keys[:, :, : start + new], values[:, :, : start + new]
-
-    def _write_static(self, layer: TreeLayer, static: StaticSlots, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            end = layer.get_seq_length() + new
+            self.reserve(end)
+            if self.is_prefilling:
+                layer.num_appended += new
+            elif self.is_ragged:
+                at = self.new_slots(new, key.device)
         keys, values = layer.keys, layer.values
         assert keys is not None and values is not None
-        keys[static.rows, :, static.slots] = key.transpose(1, 2)
-        values[static.rows, :, static.slots] = value.transpose(1, 2)
-        return keys[:, :, : static.width], values[:, :, : static.width]
+        for pool, part in ((keys, key), (values, value)):
+            if at is None:
+                pool[:, :, end - new : end] = part
+            else:
+                pool[at[0], :, at[1]] = part.transpose(1, 2)
+        return keys[:, :, :end], values[:, :, :end]
 
     def new_slots(self, new: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows, `[batch, 1]`, and the slots that `new` more nodes of each row go to, `[batch, new]`."""

@@ -17,12 +17,13 @@ from transformers.generation import GenerationMixin
 
 from specdec.compat import CACHE, PREFILL_ONLY, cache_layers, prefill, token_types
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
-from specdec.passes.attention.choice import AttentionChoice
+from specdec.passes.attention.base import TreeAttention
 from specdec.passes.attention.plan import TreePlan
 from specdec.passes.attention.switch import switched_attention
 from specdec.passes.hidden_states import FINAL, HiddenStates
 from specdec.passes.masks import MaskFormat
 from specdec.passes.moe import ExpertsSwitch
+from specdec.passes.replica import replica_of
 from specdec.rows.sequences import Sequences
 from specdec.tree import NODE_BUCKETS, TokenTree, padded_width
 
@@ -107,7 +108,7 @@ class TargetModel(ABC):
     """How passes are computed, as far as their times depend on it."""
 
     def __init__(self, model: CausalLM, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-        self.model = model
+        self.model = self.runner = model
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
         self.past: Cache | None = model_kwargs.get(CACHE)
@@ -121,6 +122,12 @@ class TargetModel(ABC):
         }
         self.token_types = token_types(model_kwargs) or {}
 
+    def use_replica(self) -> CausalLM:
+        """Makes the passes of this call run a replica of the model, whose config and hooks are the call's own."""
+        if self.runner is self.model:
+            self.runner = replica_of(self.model)
+        return self.runner
+
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Runs the prompt as `generate` itself would.
 
@@ -132,7 +139,7 @@ class TargetModel(ABC):
         """
         self.device = input_ids.device
         kwargs = {**self.model_kwargs, CACHE: self._start_cache(input_ids)}
-        logits = prefill(self.model, input_ids, self.generation_config, kwargs).logits[:, -1:]
+        logits = prefill(self.runner, input_ids, self.generation_config, kwargs).logits[:, -1:]
         self._end_prefill(input_ids)
         if self.hidden_states is not None:
             self.hidden_states.keep_prompt()
@@ -240,12 +247,12 @@ class TreeTarget(TargetModel):
         mask_format: MaskFormat,
         keep_cache: bool = False,
         max_nodes: int = NODE_BUCKETS[-1],
-        attention: AttentionChoice | None = None,
+        attention: TreeAttention | None = None,
     ) -> None:
         super().__init__(model, generation_config, model_kwargs)
         self.attention = attention
         own = model.config.get_text_config(decoder=True)._attn_implementation
-        self.manner = f"attention of the model ({own})" if attention is None else f"attention {attention.names}"
+        self.manner = f"attention of the model ({own})" if attention is None else f"attention {attention.name}"
         self.mask_format = mask_format
         self.keep_cache = keep_cache
         self.max_nodes = max_nodes
@@ -253,6 +260,8 @@ class TreeTarget(TargetModel):
         self.padding_logits: dict[int, Tensor] = {}
         """Of rows that ended before the last one: logits of what follows them, `[missing, vocab]`, after `finish`."""
         self.experts = ExpertsSwitch(model, input_device(model))
+        if attention is not None or self.experts.names:
+            self.use_replica()
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -320,14 +329,14 @@ class TreeTarget(TargetModel):
         Returns:
             Logits, `[batch, nodes, vocab]`.
         """
-        self.experts.use_for(tokens.shape[1])
+        self.experts.use_for(self.runner, tokens.shape[1])
         inputs: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
         inputs |= {"position_ids": positions} if positions is not None else {}
         inputs |= {name: torch.full_like(tokens, value) for name, value in self.token_types.items()}
         inputs |= {"input_ids": tokens, CACHE: self.cache, "use_cache": True, "return_dict": True}
 
         def as_it_is() -> tuple[Tensor, Tensor | None]:
-            logits: Tensor = self.model(**inputs, **self.extra).logits
+            logits: Tensor = self.runner(**inputs, **self.extra).logits
             return logits, None if self.hidden_states is None else self.hidden_states.last_pass
 
         if self.compiled is None or (self.hidden_states is not None and self.hidden_states.layers != (FINAL,)):
@@ -336,9 +345,6 @@ class TreeTarget(TargetModel):
         if self.hidden_states is not None:
             self.hidden_states.last_pass = hidden
         return logits
-
-    def close(self) -> None:
-        self.experts.restore()
 
     def _masked(self, tree: TokenTree, is_plain: bool) -> AbstractContextManager[Tensor | dict[str, Tensor] | None]:
         """Gives the mask to pass; inside, the chosen backend computes attention."""
@@ -355,7 +361,7 @@ class TreeTarget(TargetModel):
             self.is_left_padded,
             is_plain,
         )
-        return switched_attention(self.model, plan, self.attention)
+        return switched_attention(self.runner, plan, self.attention)
 
     def _commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None) -> None:
         self.cache.commit(paths)

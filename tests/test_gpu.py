@@ -13,9 +13,9 @@ from specdec.budget import Budget
 from specdec.drafters import DraftModelDrafter
 from specdec.drafters.draft_model import Mode
 from specdec.passes.attention.base import TreeAttention
-from specdec.passes.attention.choice import BACKENDS, AttentionChoice, seconds_of
+from specdec.passes.attention.choice import BACKENDS
 from specdec.passes.cache_commit import move_slots
-from specdec.passes.cuda_graphs.graphs import MAX_GRAPHS
+from specdec.passes.cuda_graphs.graphs import MAX_GRAPHS, CudaRecorder
 from specdec.passes.cuda_graphs.store import store_of
 from specdec.target import TreeTarget
 from specdec.tree import NODE_BUCKETS
@@ -83,17 +83,21 @@ def test_passes_of_a_draft_model_are_replayed(growth: Mode) -> None:
     assert accepted[:2] == accepted[2:]
 
 
-def test_attention_that_cannot_be_captured_is_timed_all_the_same() -> None:
-    """The host reads a value: capturing fails, and the stream and the generator are as before."""
+def test_a_capture_that_fails_leaves_stream_and_generator_alone() -> None:
+    """The host reads a value: capturing fails; the next one works."""
     value, stream = torch.ones(4, device="cuda"), torch.cuda.current_stream()
-    state = torch.cuda.get_rng_state()
-    seconds, reason = seconds_of(lambda: float(value.sum()), value.device)
-    assert seconds > 0
-    assert reason is not None
+    state, recorder = torch.cuda.get_rng_state(), CudaRecorder(value.device)
+    with pytest.raises(RuntimeError):
+        recorder.record(lambda: print(float(value.sum())))
     assert torch.cuda.current_stream() == stream
     assert torch.equal(torch.cuda.get_rng_state(), state)
     torch.rand(3, device="cuda")
-    assert seconds_of(lambda: value.mul_(1.0), value.device)[1] is None, "the next one can be"
+
+    def double() -> None:
+        value.mul_(2.0)
+
+    recorder.record(double)()
+    assert value.tolist() == [2.0] * 4
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False], ids=["captured", "uncaptured"])
@@ -231,21 +235,14 @@ def test_attention_can_be_captured_and_follows_the_lengths(name: str) -> None:
     assert (out.double().cpu() - attention_by_definition(call, shorter)).abs().max() < 1e-5
 
 
-def test_the_fastest_attention_is_measured() -> None:
-    backends = {name: BACKENDS[name]() for name in ("triton", "sdpa")}
-    attention = AttentionChoice({name: b for name, b in backends.items() if b.missing() is None})
-    shape = Shape(nodes=32, lengths=(500,), heads=(8, 2), sizes=(64, 64))
-    call = call_of(shape, device="cuda")
-    assert (attention.attend(call).double().cpu() - attention_by_definition(call, shape)).abs().max() < 1e-5
-    if len(attention.backends) > 1:
-        (seconds,) = attention.seconds.values()
-        assert set(seconds) == set(attention.backends)
-        assert not attention.dropped
-        assert not attention.uncaptured
+def test_triton_is_what_auto_takes() -> None:
+    installed("triton")
+    found = specdec.accelerate(new_model("llama").cuda()).capability
+    assert (found.attention, dict(found.rejected)) == ("triton", {})
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3-mixed-windows", "gemma2-softcap"])
-@pytest.mark.parametrize("attention", ["sdpa", "flex", "triton"])
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
 def test_tokens_through_each_attention_are_those_of_generate(attention: str, name: str) -> None:
     installed(attention)
     if attention == "sdpa" and name == "gemma2-softcap":

@@ -316,7 +316,7 @@ def test_a_broken_file_counts_as_none(store: Path) -> None:
     found = probe(deep_model())
     file = next(store.iterdir())
     right = json.loads(file.read_text())
-    changes = [{"mode": "forest"}, {"mode": "plain"}, {"noise": 1e9}, {"attention": ["flex"]}, {"mask_format": None}]
+    changes = [{"mode": "forest"}, {"mode": "plain"}, {"noise": 1e9}, {"attention": "flex"}, {"mask_format": None}]
     for text in ("", "[]", "{}", json.dumps({"noise": 1}), *(json.dumps(right | change) for change in changes)):
         file.write_text(text)
         forget()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +60,10 @@ class Verifier(ABC):
     guarantee: str = "token-identical"
     judges_steps: bool = False
     """Whether it judges whole reasoning steps, which a drafter that can `generate_steps` then writes."""
+
+    follow: ClassVar[Callable[[TokenTree, Tensor], Acceptance] | None] = None
+    """The path that the target's picks, `[batch, nodes]`, take through a tree, on the device: set by a class whose
+    `verify` is that and nothing else, so that it can be captured in a CUDA graph."""
 
     @abstractmethod
     def verify(self, tree: TokenTree, logits: Tensor, sampler: Sampler, rows: Sequence[int]) -> Acceptance:

@@ -29,28 +29,28 @@ class ExactVerifier(Verifier):
 
     def verify(self, tree: TokenTree, logits: Tensor, sampler: Sampler, rows: Sequence[int]) -> Acceptance:
         picks = sampler.pick(tree, logits, rows)
-        return follow_on_host(tree, picks) if picks.is_cpu else follow(tree, picks)
+        return follow_on_host(tree, picks) if picks.is_cpu else self.follow(tree, picks)
+
+    @staticmethod
+    def follow(tree: TokenTree, picks: Tensor) -> Acceptance:
+        """Accepts the path along which each node's child holds the node's pick; tensors only, no value is read.
+
+        Args:
+            tree: `[batch, nodes]`.
+            picks: The target's token at each node, `[batch, nodes]`.
+        """
+        if tree.num_nodes == 1:
+            none = picks.new_empty((len(picks), 0))
+            return Acceptance(none, picks, picks.new_zeros(len(picks)))
+
+        is_match = (picks.gather(1, tree.parents.clamp(min=0)) == tree.tokens) & tree.is_real
+        is_match[:, 0] = True
+        is_accepted = ~(tree.ancestor_mask & ~is_match[:, None]).any(-1)
+        last = (tree.depths * is_accepted).max(1).indices  # among equal siblings the first
+        return Acceptance.of_paths(tree, last, picks.gather(1, last[:, None])[:, 0])
 
 
 def follow_on_host(tree: TokenTree, picks: Tensor) -> Acceptance:
-    """The same as `follow`, in one go."""
+    """The same as `ExactVerifier.follow`, in one go."""
     nodes, tokens, counts = map(torch.from_numpy, followed(tree.host_tokens, tree.host_parents, host_array(picks)))
     return Acceptance(nodes, tokens, counts)
-
-
-def follow(tree: TokenTree, picks: Tensor) -> Acceptance:
-    """Accepts the path along which each node's child holds the node's pick; tensors only, no value is read.
-
-    Args:
-        tree: `[batch, nodes]`.
-        picks: The target's token at each node, `[batch, nodes]`.
-    """
-    if tree.num_nodes == 1:
-        none = picks.new_empty((len(picks), 0))
-        return Acceptance(none, picks, picks.new_zeros(len(picks)))
-
-    is_match = (picks.gather(1, tree.parents.clamp(min=0)) == tree.tokens) & tree.is_real
-    is_match[:, 0] = True
-    is_accepted = ~(tree.ancestor_mask & ~is_match[:, None]).any(-1)
-    last = (tree.depths * is_accepted).max(1).indices  # among equal siblings the first
-    return Acceptance.of_paths(tree, last, picks.gather(1, last[:, None])[:, 0])

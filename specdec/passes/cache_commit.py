@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -27,10 +30,16 @@ def move_slots(
     if kernel is None:
         kernel = keys.is_cuda and has_triton() and keys.shape[:4] == values.shape[:4]
     if kernel:
-        _launch(keys, values, rows, source, target)
+        with device_of(keys):
+            _launch(keys, values, rows, source, target)
         return
     for tensor in (keys, values):
         tensor[:, rows, :, target] = tensor[:, rows, :, source]
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Inside, Triton launches on a tensor's device; it takes the current one otherwise."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @cache

@@ -17,7 +17,8 @@ from transformers import GenerationConfig
 from specdec.compat import CACHE, cache_layers
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.passes import capability_store
-from specdec.passes.attention.choice import AttentionChoice, AttentionLike, candidates, choice_for
+from specdec.passes.attention.base import TreeAttention
+from specdec.passes.attention.choice import AttentionLike, backend_of, candidates
 from specdec.passes.chain_target import ChainTarget
 from specdec.passes.cuda_graphs.fingerprint import changes, out_of_sight
 from specdec.passes.masks import MaskFormat
@@ -38,8 +39,8 @@ class Capability:
             cache. `"plain"`: not at all; the model's own `generate` does the work.
         reason: Why, in words.
         mask_format: How the model takes tree masks; None unless `mode` is `"tree"`.
-        attention: Backends that compute tree attention rightly for this model; of several the fastest is used.
-        rejected: Backends that were tried too, and why they are not used.
+        attention: What computes tree attention: the first of the candidates that is right for this model.
+        rejected: Backends that were tried before, and why they are not used.
         rounding: How far logits of a wide pass are from those of passes over one token, root mean square, in units of
             logits; None where not tried.
         cuda_graphs: Whether steps are replayed as CUDA graphs, and why not, in words; empty where it is not told.
@@ -49,7 +50,7 @@ class Capability:
     mode: Mode
     reason: str
     mask_format: MaskFormat | None = None
-    attention: tuple[str, ...] = ("model",)
+    attention: str = "model"
     rejected: Mapping[str, str] = field(default_factory=dict)
     rounding: float | None = None
     cuda_graphs: str = ""
@@ -57,8 +58,8 @@ class Capability:
 
     def __str__(self) -> str:
         text = f"{self.mode}: {self.reason}"
-        if self.attention != ("model",):
-            text += f"; attention by {', '.join(self.attention)}"
+        if self.attention != "model":
+            text += f"; attention by {self.attention}"
         text += "".join(f"; not by {name} ({why})" for name, why in self.rejected.items())
         text += f"; CUDA graphs: {self.cuda_graphs}" if self.cuda_graphs else ""
         return text + (f"; compiled: {self.compiled}" if self.compiled else "")
@@ -70,18 +71,17 @@ class Capability:
             model: The target.
             wanted: What the caller said.
         """
-        choice = self.choice(model)
         implementation = model.config.get_text_config(decoder=True)._attn_implementation
-        text = f"the model's own ({implementation})" if choice is None else choice.explanation()
+        text = f"the model's own ({implementation})" if self.attention == "model" else self.attention
         if wanted != "auto":
             text += f"; demanded by attention={wanted!r}"
-        elif choice is None and input_device(model).type == "cpu":
+        elif input_device(model).type == "cpu":
             text += "; on a CPU nothing else is tried"
         return text + "".join(f"; not by {name} ({why})" for name, why in self.rejected.items())
 
-    def choice(self, model: CausalLM) -> AttentionChoice | None:
-        """What computes tree attention; None for what the model was loaded with."""
-        return None if self.attention == ("model",) else choice_for(model, self.attention)
+    def backend(self) -> TreeAttention | None:
+        """Computes tree attention; None for what the model was loaded with."""
+        return backend_of(self.attention)
 
 
 BATCH_DEPENDENT = (
@@ -115,7 +115,7 @@ def probe(model: CausalLM, mode: str = "auto", attention: AttentionLike = "auto"
     Args:
         model: The target.
         mode: `"auto"`, or a mode to take without trying.
-        attention: `"auto"`, or the name of a backend of tree attention, or several names to choose of.
+        attention: `"auto"`, or the name of a backend of tree attention.
 
     Raises:
         ValueError: `mode` is not known, or trees or a backend are demanded of layers that have no place for them.
@@ -161,7 +161,7 @@ def _demanded_tree(model: CausalLM, names: tuple[str, ...]) -> Capability:
     formats, problem = _mask_formats(model)
     if problem:
         raise ValueError(f"capability='tree' cannot be used with {type(model).__name__}: {problem}")
-    return Capability("tree", "demanded by the caller", formats[0], names)
+    return Capability("tree", "demanded by the caller", formats[0], names[0])
 
 
 def _mask_formats(model: CausalLM) -> tuple[list[MaskFormat], str | None]:
@@ -259,26 +259,22 @@ def _compare(trial: Trial, names: tuple[str, ...]) -> tuple[Capability, bool]:
     formats, problem = _mask_formats(trial.model)
     is_doubtful, dtype = False, trial.model.dtype
     for mask_format in formats:
-        problems, largest, doubts = {}, 0.0, {}
+        problems: dict[str, str] = {}
         for name in names:
             trial.begin()
-            attention = None if name == "model" else choice_for(trial.model, (name,))
             arguments = trial.model, trial.generation_config, trial.fresh_kwargs(), mask_format
-            target = TreeTarget(*arguments, attention=attention)
-            problems[name], doubts[name] = first_problem(partial(branching, target, trial)), trial.is_doubtful
-            if problems[name] is None:
-                largest = max(largest, trial.largest)
-        right = tuple(name for name in names if problems[name] is None)
-        if right:
-            own = trial.noise if largest > floor_of(dtype) else largest
-            remember_noise(trial.model, dtype, max(own, typical_noise(dtype)))
-            rounding = max(largest, typical_noise(dtype)) * trial.spread
-            rejected = {name: why for name, why in problems.items() if why is not None}
-            reason = "a branching tree gives the logits of plain decoding"
-            found = Capability("tree", reason, mask_format, right, rejected, rounding)
-            return found, any(doubts[name] for name in right)
-        is_doubtful |= any(doubts.values())
-        problem = "; ".join(f"{name}: {why}" if len(names) > 1 else str(why) for name, why in problems.items())
+            target = TreeTarget(*arguments, attention=backend_of(name))
+            failed = first_problem(partial(branching, target, trial))
+            if failed is None:
+                own = trial.noise if trial.largest > floor_of(dtype) else trial.largest
+                remember_noise(trial.model, dtype, max(own, typical_noise(dtype)))
+                rounding = max(trial.largest, typical_noise(dtype)) * trial.spread
+                reason = "a branching tree gives the logits of plain decoding"
+                found = Capability("tree", reason, mask_format, name, problems, rounding)
+                return found, trial.is_doubtful
+            problems[name] = failed
+            is_doubtful |= trial.is_doubtful
+        problem = "; ".join(f"{name}: {why}" if len(names) > 1 else why for name, why in problems.items())
     trial.begin()
     chains = ChainTarget(trial.model, trial.generation_config, trial.fresh_kwargs())
     chain_problem = first_problem(partial(chain, chains, trial))

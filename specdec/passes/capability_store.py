@@ -22,7 +22,7 @@ from specdec.passes.tolerance import noise_of, remember_noise
 if TYPE_CHECKING:
     from specdec.passes.capability import Capability
 
-FORMAT = 1
+FORMAT = 2
 LEAST_PARAMETERS = 10_000_000
 """Keeps answers of models with at least this many parameters: smaller ones are probed faster than a file is worth."""
 
@@ -71,11 +71,10 @@ def read(file: Path | None, model: Any, names: Sequence[str]) -> Capability | No
         mask = values.pop("mask_format")
         if mask is not None:
             mask = MaskFormat(**{**mask, "layer_types": tuple(mask["layer_types"])})
-        values["attention"] = tuple(values["attention"])
         found = Capability(**values)
         if found.mode not in ("tree", "chain") or (mask is None) == (found.mode == "tree"):
             return None
-        if not 0 <= noise <= LARGEST_HALF_NOISE or (found.mode == "tree" and not set(found.attention) <= set(names)):
+        if not 0 <= noise <= LARGEST_HALF_NOISE or (found.mode == "tree" and found.attention not in names):
             return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

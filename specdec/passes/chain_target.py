@@ -46,7 +46,7 @@ class ChainTarget(TargetModel):
         if self.positions is not None:
             inputs["position_ids"] = self.positions + torch.arange(nodes, device=self.positions.device)
         inputs |= {name: torch.full_like(tree.tokens, value) for name, value in self.token_types.items()}
-        outputs = self.model(
+        outputs = self.runner(
             input_ids=tree.tokens,
             use_cache=True,
             return_dict=True,

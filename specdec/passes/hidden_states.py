@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.passes.cuda_graphs.fingerprint import quiet
+from specdec.passes.replica import keep_hooks_apart
 
 FINAL = -1
 """Names the state that the output embedding is given: final norm, scaling and soft-capping stay in the model's code."""
 
 
 class HiddenStates:
-    """States of the positions that the last pass committed, taken by forward pre-hooks during a call of `generate`.
+    """States of the positions that the last pass committed, taken by forward pre-hooks on a replica of the model.
 
     Args:
-        model: The target.
+        model: The replica that the call runs; see `replica_of`.
         layers: Which states: those that enter these decoder layers (`hidden_states[i]` of transformers), or `FINAL`.
 
     Raises:
@@ -35,17 +34,16 @@ class HiddenStates:
         """By layer, the states of each pass since the last commit, `[rows, nodes, hidden]`."""
         self._committed: list[Tensor] = []
         """By layer, the states of the last pass that committed anything."""
-        self._thread = threading.get_ident()
         self._paths: list[Sequence[int]] | None = None
         """Per row the nodes that it committed; None: all, after the prefill."""
 
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Takes the states of the passes inside."""
-        self._thread = threading.get_ident()
         with ExitStack() as hooks:
             for place, module in enumerate(self._modules):
-                hook = module.register_forward_pre_hook(quiet(partial(self._take, place)), with_kwargs=True)
+                keep_hooks_apart(module)
+                hook = module.register_forward_pre_hook(partial(self._take, place), with_kwargs=True)
                 hooks.callback(hook.remove)
             try:
                 yield
@@ -54,8 +52,7 @@ class HiddenStates:
                 self._committed = []
 
     def _take(self, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() == self._thread:  # hooks of calls in other threads see this pass too
-            self._passes[place].append(next(iter((*args, *kwargs.values()))))
+        self._passes[place].append(next(iter((*args, *kwargs.values()))))
 
     def _clear(self) -> None:
         self._passes = [[] for _ in self.layers]

@@ -1,4 +1,4 @@
-"""Mixtures of experts: their matrix products in passes over one token are made as transformers' decoding makes them."""
+"""Mixtures of experts: passes over one token compute their matrix products as transformers' decoding does."""
 
 from __future__ import annotations
 
@@ -8,31 +8,25 @@ import torch
 
 
 class ExpertsSwitch:
-    """Has one-token passes made as `generate()` makes them on a GPU, through transformers' public setting.
+    """Makes one-token passes on a GPU use the kernels that `generate()` uses, through transformers' public setting.
 
-    There a mixture of experts is decoded with `"batched_mm"`, which copies the weights of the chosen experts and is the
-    faster one for few tokens, in place of `"grouped_mm"`. Over a tree those copies would be many times larger, so wider
-    passes are left as the model was loaded.
+    `generate()` decodes a mixture of experts with `"batched_mm"`, which copies the weights of the chosen experts and is
+    faster for few tokens than `"grouped_mm"`. Over a tree the copies would be many times larger, so wider passes keep
+    what the model was loaded with.
 
     Args:
         model: The target.
-        device: Where it runs; on a CPU nothing is switched, as transformers does.
+        device: Where it runs; nothing is switched on a CPU, as in transformers.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
-        self.model = model
         names: dict[str, str | None] = getattr(model, "get_experts_implementation", dict)()
         self.names = names if device.type != "cpu" and "grouped_mm" in names.values() else {}
-        self.is_switched = False
+        self._is_batched = False
 
-    def use_for(self, nodes: int) -> None:
-        """Before a pass over so many nodes per row."""
-        if self.names and (nodes == 1) != self.is_switched:
-            self.is_switched = nodes == 1
-            names = {key: "batched_mm" if name == "grouped_mm" else name for key, name in self.names.items()}
-            self.model.set_experts_implementation(names if self.is_switched else self.names)
-
-    def restore(self) -> None:
-        """Leaves the model as it was."""
-        if self.is_switched:
-            self.use_for(0)
+    def use_for(self, replica: Any, nodes: int) -> None:
+        """Sets up a replica of the target (see `replica_of`) for a pass over `nodes` tokens per row."""
+        if self.names and (nodes == 1) != self._is_batched:
+            self._is_batched = nodes == 1
+            batched = {key: "batched_mm" if name == "grouped_mm" else name for key, name in self.names.items()}
+            replica.set_experts_implementation(batched if self._is_batched else self.names)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdec.passes.attention.base import AttentionCall
 from specdec.passes.attention.plan import TreePlan
@@ -104,8 +104,7 @@ def call_of(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, dev
     query = random(shape.heads[0], shape.nodes, shape.sizes[0])
     key, value = (random(shape.heads[1], slots, size) for size in shape.sizes)
     scaling = shape.sizes[0] ** -0.5
-    options: dict[str, Any] = {"scaling": scaling}
-    return AttentionCall(nn.Module(), query, key, value, plan, kind, scaling, shape.softcap, options)
+    return AttentionCall(query, key, value, plan, kind, scaling, shape.softcap)
 
 
 def visible_slots(shape: Shape, parents: Sequence[int], row: int, node: int) -> list[int]:

@@ -8,16 +8,12 @@ import torch
 from specdec.passes.attention.base import TreeAttention, UnsupportedAttentionError
 from specdec.passes.attention.dense import SdpaAttention
 from specdec.passes.attention.flash import FlashTreeAttention
-from specdec.passes.attention.flex import FlexTreeAttention
 from specdec.passes.attention.triton_attention import BlockSizes, TritonTreeAttention
 from tests.attention.reference import SHAPES, Shape, call_of, flash_attn_in_torch, needs_triton, reference
-
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 BACKENDS = {
     "sdpa": SdpaAttention(),
     "flash": FlashTreeAttention(flash_attn_in_torch),
-    "flex": FlexTreeAttention(),
     "triton": TritonTreeAttention(),
 }
 PARAMETERS = [pytest.param(n, marks=needs_triton) if n == "triton" else n for n in BACKENDS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import specdec
 from specdec.kv_cache import TreeCache
+from specdec.passes.cuda_graphs import graphs
 from specdec.passes.cuda_graphs import store as stores
 from specdec.passes.cuda_graphs.fingerprint import fingerprint, hooked, quiet
 from specdec.passes.cuda_graphs.store import StaticStore, acquire, obstacle, release, store_of
@@ -64,13 +66,13 @@ def test_a_value_of_the_host_in_a_graph_is_found_out(monkeypatch: pytest.MonkeyP
 
 
 def test_a_model_that_minds_the_static_layout_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = TreeCache._write_static
+    write = TreeCache.write
 
     def scaled(self: TreeCache, *args: Any) -> Any:
         keys, values = write(self, *args)
-        return keys, 2 * values
+        return keys, values if self.static is None else 2 * values
 
-    monkeypatch.setattr(TreeCache, "_write_static", scaled)
+    monkeypatch.setattr(TreeCache, "write", scaled)
     with recorded_by(Replays()) as found:
         for drafter in ("off", "random-tree"):
             assert_identical(tiny_model(), DRAFTERS[drafter], prompts(3, 9), max_new_tokens=16, cuda_graphs="eager")
@@ -78,10 +80,14 @@ def test_a_model_that_minds_the_static_layout_goes_on_without(monkeypatch: pytes
 
 
 def test_an_error_over_the_static_layout_is_no_error_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(self: TreeCache, *args: Any) -> Any:
-        raise NotImplementedError("not over a static layout")
+    write = TreeCache.write
 
-    monkeypatch.setattr(TreeCache, "_write_static", refused)
+    def refused(self: TreeCache, *args: Any) -> Any:
+        if self.static is not None:
+            raise NotImplementedError("not over a static layout")
+        return write(self, *args)
+
+    monkeypatch.setattr(TreeCache, "write", refused)
     with recorded_by(Replays()) as found:
         assert_identical(tiny_model(), DRAFTERS["random-tree"], prompts(3, 9), max_new_tokens=16, cuda_graphs="eager")
         assert "not over a static layout" in str(found[tiny_model()].graphs.failure)
@@ -223,3 +229,32 @@ def test_a_store_goes_with_its_model() -> None:
     release(other)
     gc.collect()
     assert alive() is None
+
+
+def test_a_lack_of_memory_stops_recording_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(Replays):
+        def record(self, function: Callable[[], None]) -> Callable[[], None]:
+            if self.num_recorded == 0:
+                self.num_recorded = 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().record(function)
+
+    now = [0.0]
+    monkeypatch.setattr(graphs.time, "monotonic", lambda: now[0])
+    model, recorder = new_model("llama"), Full()
+    with recorded_by(recorder) as found:
+        assert_identical(model, None, prompts(12), max_new_tokens=12, cuda_graphs="eager")
+        assert found[model].graphs.failure == "OutOfMemoryError: CUDA out of memory (tried again after 30 s)"
+        assert recorder.num_replayed == 0
+        now[0] = 31.0
+        assert_identical(model, None, prompts(12), max_new_tokens=12, cuda_graphs="eager")
+        assert found[model].graphs.failure is None
+        assert recorder.num_replayed > 0
+
+
+def test_what_is_kept_between_calls_counts_buffers_and_graphs() -> None:
+    store = StaticStore(CPU, Replays())
+    store.buffer("noise", (2, 3, 5), torch.float32)
+    store.keep("logits", (1, 4), torch.zeros(1, 4, 6))
+    store.graphs.recorder.nbytes = 1000  # type: ignore[union-attr]
+    assert store.nbytes == 4 * (30 + 24) + 1000

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 import specdec
 from specdec.passes.compiled import auto, background, package
 from specdec.passes.compiled.forward import Layout, SlotForward
-from specdec.passes.compiled.locks import locked
-from specdec.passes.compiled.package import failure_file, module_digest
+from specdec.passes.compiled.package import failure_file, locked, module_digest
 from specdec.passes.compiled.structure import restored, without_weights
 from tests.compiled.builders import built_by, uncompiled
 from tests.conformance import DRAFTERS, assert_identical

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,21 @@ def test_building_draws_nothing(compiled: list[Path]) -> None:
     before = torch.get_rng_state()
     build()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners on this system")
+@pytest.mark.parametrize("what", ["file", "folder", "owner"])
+def test_what_others_may_have_written_is_not_loaded(
+    what: str, compiled: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build()
+    (file,) = (tmp_path / "cache").glob("*.pt2")
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    if what == "owner":
+        os.chown(file, 12345, -1) if os.getuid() == 0 else monkeypatch.setattr(os, "getuid", lambda: 12345)
+    else:
+        (file if what == "file" else file.parent).chmod(0o777)
+    with pytest.raises(
+        PermissionError, match=r"belongs to another|written by everyone.*; delete it, or set SPECDEC_CACHE"
+    ):
+        build()

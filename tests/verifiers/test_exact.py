@@ -21,7 +21,7 @@ from specdec.rows.sequences import Sequences
 from specdec.sampling import Sampler
 from specdec.tree import TokenTree
 from specdec.verifiers import Acceptance, ExactVerifier
-from specdec.verifiers.exact import follow, follow_on_host
+from specdec.verifiers.exact import follow_on_host
 
 VOCAB, LENGTH = 3, 6
 Prefix = tuple[int, ...]
@@ -201,7 +201,7 @@ def test_the_path_is_the_same_on_the_host_and_on_a_device() -> None:
         # Equal siblings would be two answers.
         parents[(parents[:, :, None] == parents[:, None]).triu(1).any(1)] = -1
         tree = TokenTree(tokens, parents)
-        ours, theirs = follow_on_host(tree, picks), follow(tree, picks)
+        ours, theirs = follow_on_host(tree, picks), ExactVerifier.follow(tree, picks)
         assert torch.equal(ours.num_accepted, theirs.num_accepted)
         for row, count in enumerate(ours.num_accepted.tolist()):
             assert torch.equal(ours.tokens[row, : count + 1], theirs.tokens[row, : count + 1])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdec.passes.attention.plan import TreePlan
 
@@ -21,7 +19,6 @@ class AttentionCall:
     """One layer's attention over a tree, as the model asks for it.
 
     Args:
-        module: The model's attention module.
         query: `[batch, query heads, nodes, head_dim]`.
         key: `[batch, key heads, slots, head_dim]`.
         value: `[batch, key heads, slots, value_dim]`.
@@ -29,10 +26,8 @@ class AttentionCall:
         layer_type: The kind of layer, in the words of the model's config.
         scaling: Factor of the scores.
         softcap: Scores are `softcap * tanh(score / softcap)`; None for scores as they are.
-        options: All that the model has passed, for its own implementation.
     """
 
-    module: nn.Module
     query: Tensor
     key: Tensor
     value: Tensor
@@ -40,7 +35,6 @@ class AttentionCall:
     layer_type: str
     scaling: float
     softcap: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def groups(self) -> int:

@@ -7,16 +7,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from specdec.passes.attention.base import AttentionCall, UnsupportedAttentionError
-from specdec.passes.attention.choice import AttentionChoice
+from specdec.passes.attention.base import AttentionCall, TreeAttention, UnsupportedAttentionError
 from specdec.passes.attention.plan import TreePlan
+from specdec.passes.replica import configs_of, set_attention
 
 IMPLEMENTATION = "specdec_tree_attention"
 """Under this name transformers finds `tree_attention`."""
@@ -30,25 +29,26 @@ class _Pass:
     """A pass under way.
 
     Args:
-        plan: What nodes may look at.
-        choice: The backends.
+        plan: What each node may attend to.
+        backend: Computes attention.
         layer_types: By the address of the stand-in that the layers of a type are given as their mask.
         num_calls: Layers that have asked so far.
     """
 
     plan: TreePlan
-    choice: AttentionChoice
+    backend: TreeAttention
     layer_types: dict[int, str] = field(default_factory=dict)
     num_calls: int = 0
 
 
 _PASS: ContextVar[_Pass | None] = ContextVar("specdec_pass", default=None)
-_CONFIGS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 @contextmanager
-def switched_attention(model: Any, plan: TreePlan, choice: AttentionChoice) -> Iterator[Tensor | dict[str, Tensor]]:
-    """Inside, the model's attention is computed by the chosen backend; afterwards its config is as it was.
+def switched_attention(
+    replica: Any, plan: TreePlan, backend: TreeAttention
+) -> Iterator[Tensor | dict[str, Tensor] | None]:
+    """Inside, the backend computes a replica's attention; see `replica_of`.
 
     Yields:
         What to pass as `attention_mask`: stand-ins of the right shape, one per layer type, without content.
@@ -58,30 +58,21 @@ def switched_attention(model: Any, plan: TreePlan, choice: AttentionChoice) -> I
     """
     AttentionInterface.register(IMPLEMENTATION, tree_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    state = _Pass(plan, choice)
+    state = _Pass(plan, backend)
     masks = {kind: _stand_in(plan) for kind in plan.mask_format.layer_types}
     state.layer_types = {_address(mask): kind for kind, mask in masks.items()}
-    configs = [(config, config._attn_implementation) for config in _configs(model)]
+    configs = configs_of(replica)
+    before = [config._attn_implementation for config in configs]
     token = _PASS.set(state)
     try:
-        for config, _ in configs:
-            config._attn_implementation = {"": IMPLEMENTATION}  # a dict leaves the configs inside it alone
+        set_attention(configs, IMPLEMENTATION)
         yield masks if plan.mask_format.by_layer_type else next(iter(masks.values()))
     finally:
-        for config, implementation in configs:
-            config._attn_implementation = {"": implementation}
+        for config, implementation in zip(configs, before, strict=True):
+            set_attention([config], implementation)
         _PASS.reset(token)
     if state.num_calls == 0:
         raise UnsupportedAttentionError("the model does not look attention up in transformers' AttentionInterface")
-
-
-def _configs(model: Any) -> list[Any]:
-    """The configs that the modules of a model look at, each once."""
-    if model not in _CONFIGS:
-        configs = [getattr(module, "config", None) for module in model.modules()]
-        found = {id(config): config for config in configs if hasattr(config, "_attn_implementation")}
-        _CONFIGS[model] = list(found.values())
-    return _CONFIGS[model]
 
 
 def _stand_in(plan: TreePlan) -> Tensor:
@@ -111,26 +102,16 @@ def tree_attention(
         `[batch, nodes, query heads, value_dim]`, and None in place of the weights.
     """
     state = _PASS.get()
-    if state is None:
-        raise RuntimeError("this model is in a speculative pass in another thread; give each thread a model of its own")
+    assert state is not None, "replicas are run inside `switched_attention` only"
     kind = None if attention_mask is None else state.layer_types.get(_address(attention_mask))
     if kind is None:
         raise UnsupportedAttentionError("the model makes its masks itself")
     given = [name for name in NOT_OURS if options.get(name) is not None]
     given += ["dropout"] if options.get("dropout") else []
-    if given and any(name != "model" for name in state.choice.backends):
+    if given:
         raise UnsupportedAttentionError(f"its attention takes {' and '.join(given)}")
     state.num_calls += 1
     scaling = options.get("scaling")
-    call = AttentionCall(
-        module,
-        query,
-        key,
-        value,
-        state.plan,
-        kind,
-        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        options.get("softcap"),
-        options,
-    )
-    return state.choice.attend(call), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    call = AttentionCall(query, key, value, state.plan, kind, scaling, options.get("softcap"))
+    return state.backend.attend(call), None

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from specdec.passes.attention.base import AttentionCall, TreeAttention, UnsupportedAttentionError
+from specdec.passes.attention.dense import SdpaAttention
 from specdec.passes.attention.plan import WORD
+from specdec.passes.cache_commit import device_of
 
 MAX_SPLITS = 31
 """Splits and the tree are 32 parts at most, which the merging kernel holds in registers."""
@@ -49,13 +51,17 @@ class TritonTreeAttention(TreeAttention):
     def attend(self, call: AttentionCall) -> Tensor:
         import triton
 
+        if not call.plan.is_left_padded:  # one number per node does not tell what it sees then
+            return SdpaAttention().attend(call)
+        if call.query.device.type == "cpu" and not triton.knobs.runtime.interpret:
+            raise UnsupportedAttentionError("'triton' needs a GPU; use attention='sdpa' or 'model'")
+        with device_of(call.query):
+            return self._launch(call)
+
+    def _launch(self, call: AttentionCall) -> Tensor:
         from specdec.passes.attention.triton_kernels import attend_parts, merge_parts
 
         plan = call.plan
-        if not plan.is_left_padded:
-            raise UnsupportedAttentionError("'triton' takes padding on the left only; use attention='sdpa'")
-        if call.query.device.type == "cpu" and not triton.knobs.runtime.interpret:
-            raise UnsupportedAttentionError("'triton' needs a GPU; use attention='sdpa' or 'model'")
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.query, call.key, call.value))
         batch, heads, nodes, head_size = query.shape
         key_heads, value_size = key.shape[1], value.shape[-1]

@@ -214,4 +214,4 @@ def _obstacle(model: Any, capability: Capability) -> str | None:
 
 
 def _obstacle_on_demand(model: Any, capability: Capability) -> str | None:
-    return no_trees(capability) or compiled_passes(model).failure or obstacle(model)
+    return no_trees(model, capability) or compiled_passes(model).failure or obstacle(model)

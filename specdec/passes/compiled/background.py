@@ -16,8 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from specdec.passes.compiled.locks import locked
-from specdec.passes.compiled.package import failure_file, package_file
+from specdec.passes.compiled.package import failure_file, locked, package_file
 from specdec.passes.compiled.structure import without_weights
 
 REQUEST = "request"

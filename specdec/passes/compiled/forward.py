@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
 from specdec.compat import CACHE, DummyLayer
+from specdec.passes.replica import configs_of, keep_hooks_apart, replica_of, set_attention
 
 IMPLEMENTATION = "specdec_grouped_sdpa"
 """Under this name transformers finds `grouped_sdpa`."""
@@ -147,21 +148,21 @@ def _output_embedding_inputs(model: Any) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-@contextmanager
-def grouped_attention(model: Any) -> Iterator[None]:
-    """Inside, a model on a CPU with SDPA does not copy keys for each query head that shares them."""
+def exportable(model: Any) -> Any:
+    """A replica to export: on a CPU with SDPA it does not copy keys for each query head that shares them."""
+    replica = replica_of(model)
+    if (embedding := replica.get_output_embeddings()) is not None:
+        keep_hooks_apart(embedding)
+    if model.device.type == "cpu":
+        register_grouped_attention()
+        set_attention([c for c in configs_of(replica) if c._attn_implementation == "sdpa"], IMPLEMENTATION)
+    return replica
+
+
+def register_grouped_attention() -> None:
+    """Lets transformers find `grouped_sdpa`, in each process that exports."""
     AttentionInterface.register(IMPLEMENTATION, grouped_sdpa)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    found = {id(config): config for part in model.modules() if (config := getattr(part, "config", None)) is not None}
-    configs = [config for config in found.values() if getattr(config, "_attn_implementation", None) == "sdpa"]
-    configs = configs if model.device.type == "cpu" else []
-    try:
-        for config in configs:
-            config._attn_implementation = {"": IMPLEMENTATION}  # a dict leaves the configs inside it alone
-        yield
-    finally:
-        for config in configs:
-            config._attn_implementation = {"": "sdpa"}
 
 
 def grouped_sdpa(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import os
 import platform
+import stat
 import tempfile
 import threading
 import warnings
@@ -20,7 +22,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from specdec.common.folders import cache_folder
-from specdec.passes.compiled.locks import locked
 from specdec.passes.compiled.structure import describe
 
 CONFIG: dict[str, Any] = {
@@ -84,7 +85,7 @@ def write_package(folder: Path, module: nn.Module, inputs: Sequence[Tensor], dyn
 def keep(package: Path, file: Path) -> bool:
     """Puts a package into the cache; False where that cannot be written to."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for source, kept in ((_constants_of(package), _constants_of(file)), (package, file)):  # the package last
             if source.exists():
                 part = kept.with_name(f"{kept.name}.{os.getpid()}")
@@ -96,8 +97,32 @@ def keep(package: Path, file: Path) -> bool:
     return True
 
 
+def check_owner(package: Path) -> None:
+    """Refuses a package that someone else may have written: it is native code that runs as the caller.
+
+    Raises:
+        PermissionError: It, or its folder, belongs to another user or can be written by everyone.
+    """
+    if not hasattr(os, "getuid"):
+        return
+    for path in (package, package.parent):
+        found = path.stat()
+        is_open = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+        if is_open or found.st_uid not in (0, os.getuid()):
+            problem = "can be written by everyone" if is_open else "belongs to another user"
+            raise PermissionError(
+                f"{path} {problem}, so what was compiled is not loaded; delete it, or set SPECDEC_CACHE to a folder of "
+                "your own"
+            )
+
+
 def load(package: Path, module: nn.Module) -> Function:
-    """The function of a package, with a module's weights."""
+    """The function of a package, with a module's weights.
+
+    Raises:
+        PermissionError: See `check_owner`.
+    """
+    check_owner(package)
     loaded = torch._inductor.aoti_load_package(str(package))
     device = next(iter(module.parameters())).device
     made = load_file(_constants_of(package), device=str(device)) if _constants_of(package).exists() else {}
@@ -165,3 +190,35 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def locked(file: Path, waits: bool) -> Iterator[bool]:
+    """Holds the lock of a package; the system frees it when the process dies, however that may be.
+
+    Args:
+        file: The package.
+        waits: Wait for whoever holds it.
+
+    Yields:
+        Whether it is held; True, too, where there are no locks, as in a folder that cannot be written to.
+    """
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = file.with_suffix(".lock").open("w")
+    except OSError:
+        yield True
+        return
+    with lock:
+        yield _take(lock.fileno(), waits)
+
+
+def _take(descriptor: int, waits: bool) -> bool:
+    try:
+        fcntl: Any = importlib.import_module("fcntl")
+        fcntl.flock(descriptor, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        return True
+    return True

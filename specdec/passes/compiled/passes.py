@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from specdec.kv_cache import TreeCache
-from specdec.passes.capability import Capability
+from specdec.passes.capability import Capability, probe
 from specdec.passes.compiled import package
-from specdec.passes.compiled.forward import Layout, SlotForward, grouped_attention
+from specdec.passes.compiled.forward import Layout, SlotForward, exportable
 from specdec.passes.cuda_graphs.fingerprint import fingerprint, hooked
 from specdec.passes.tolerance import differ, noise_of
 
@@ -139,10 +139,7 @@ class CompiledPasses:
 
     def _build(self, model: Any, layout: Layout, inputs: list[Tensor]) -> package.Function:
         started = time.perf_counter()
-        with grouped_attention(model):
-            built = package.compile_ahead(*module_of(model, layout, inputs), type(model).__name__)
-        # Exporting puts some attributes back as copies.
-        self._fingerprint = fingerprint(model)
+        built = package.compile_ahead(*module_of(model, layout, inputs), type(model).__name__)
         self.seconds += time.perf_counter() - started
         return built
 
@@ -175,15 +172,20 @@ def compiled_passes(model: Any) -> CompiledPasses:
 def begin_compiled(model: Any, capability: Capability) -> CompiledPasses | None:
     """The compiled passes of a model for one call; None where there are none, which is told once."""
     passes = compiled_passes(model)
-    return passes if passes.begin(model, no_trees(capability)) else None
+    return passes if passes.begin(model, no_trees(model, capability)) else None
 
 
-def no_trees(capability: Capability) -> str | None:
+def no_trees(model: Any, capability: Capability) -> str | None:
     """Why a model that is run this way has no compiled passes, or None."""
     if capability.mode != "tree":
         return f"the model is not run on trees ({capability.reason})"
-    if "model" not in capability.attention:
-        return f"attention is computed by {', '.join(capability.attention)}"
+    # On a GPU another backend is the default; compiled passes need the model's own to take the same trees.
+    is_own = capability.attention == "model"
+    is_own = is_own or (
+        model.device.type == "cuda" and probe(model, attention="model").mask_format == capability.mask_format
+    )
+    if not is_own:
+        return f"attention is computed by {capability.attention}"
     return None
 
 
@@ -228,7 +230,7 @@ def module_of(
 ) -> tuple[SlotForward, tuple[Tensor, ...], tuple[Any, ...]]:
     """What is compiled, with examples of its inputs and which of their dimensions may have other sizes."""
     examples, dynamic = zip(*_examples(layout, inputs), strict=True)
-    return SlotForward(model, layout), examples, dynamic
+    return SlotForward(exportable(model), layout), examples, dynamic
 
 
 def _examples(layout: Layout, inputs: list[Tensor]) -> list[tuple[Tensor, dict[int, Any]]]:

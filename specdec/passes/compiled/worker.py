@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from specdec.passes.compiled.background import BUSY, REQUEST
-from specdec.passes.compiled.forward import grouped_attention
-from specdec.passes.compiled.locks import locked
-from specdec.passes.compiled.package import failure_file, keep, write_package
+from specdec.passes.compiled.forward import register_grouped_attention
+from specdec.passes.compiled.package import failure_file, keep, locked, write_package
 from specdec.passes.compiled.structure import restored
 
 LOOKS_EVERY = 0.5
@@ -36,8 +35,8 @@ def main(folder: Path, asker: int) -> int:
             return 0
         try:
             inputs = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in shapes]
-            with grouped_attention(module.model):
-                package = write_package(folder, module, inputs, dynamic)
+            register_grouped_attention()
+            package = write_package(folder, module, inputs, dynamic)
         except Exception as error:  # whatever a model, torch or the compiler may raise
             reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
             failure_file(file).write_text(reason, encoding="utf-8")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -10,14 +13,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from specdec.passes.probe import is_passing
+
 MAX_GRAPHS = 64
 """Graphs of one model; each holds some megabytes of the driver's memory beside the buffers that all of them share."""
 NUM_PROVEN = 2
 """Graphs of one model that are compared again on the first inputs that differ from those of the recording."""
 
 
+PAUSE = 30.0
+"""Seconds without recording after the device ran out of memory; raising it leaves more time for memory to be freed."""
+
+
 class Recorder(Protocol):
     """Records what a function without arguments does on the device."""
+
+    nbytes: int = 0
+    """Device memory that recordings took beyond the buffers they were given."""
+
+    def reset(self) -> None:
+        """Called when all recordings are forgotten: their memory may be freed."""
 
     def warm_up(self, function: Callable[[], None]) -> None:
         """Runs the function as it is, where a recording may follow."""
@@ -38,8 +53,12 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.index = device.index
+        self.reset()
+
+    def reset(self) -> None:
+        self.nbytes = 0
         self.pool: Any = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(self.device)
 
     def warm_up(self, function: Callable[[], None]) -> None:
         current = torch.cuda.current_stream(self.device)
@@ -53,6 +72,9 @@ class CudaRecorder:
         current = torch.cuda.current_stream(self.device)
         generator = torch.cuda.default_generators[torch.cuda.current_device() if self.index is None else self.index]
         before = generator.clone_state()
+        reserved = torch.cuda.memory_reserved(self.device)
+        collects = gc.isenabled()
+        gc.disable()  # what it frees may belong to other streams, which invalidates the capture
         try:
             with (
                 torch.cuda.device(self.device),
@@ -62,9 +84,13 @@ class CudaRecorder:
         except BaseException:
             # A capture that fails leaves the generator waiting for its end, and refusing to draw.
             generator.graphsafe_set_state(before)
+            self.reset()  # pool and stream may be left in the middle of it
             raise
         finally:
             torch.cuda.set_stream(current)  # ... and its own stream behind as the current one
+            if collects:
+                gc.enable()
+        self.nbytes += max(torch.cuda.memory_reserved(self.device) - reserved, 0)
         return graph.replay
 
 
@@ -90,7 +116,8 @@ class Graphs:
 
     Nothing is taken on trust: a recording must give the result that the function itself has just given, and the first
     ones must do so again on other inputs, which tells a value of the host that has become a part of the graph. After
-    any difference or error nothing is recorded any more, and every function simply runs.
+    a difference or an error nothing is recorded any more, and every function simply runs; after a lack of memory that
+    lasts for `PAUSE` seconds.
 
     Args:
         recorder: None for functions that simply run.
@@ -100,14 +127,21 @@ class Graphs:
     def __init__(self, recorder: Recorder | None, limit: int = MAX_GRAPHS) -> None:
         self.recorder = recorder
         self.limit = limit
-        self.failure: str | None = None
-        """Why nothing is recorded any more."""
+        self._failure: str | None = None
+        self._ends_at = math.inf
         self.num_recorded = 0
         self._num_proven = 0
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is recorded now, or any more."""
+        if time.monotonic() >= self._ends_at:
+            self._failure, self._ends_at = None, math.inf
+        return self._failure
 
     @property
     def is_recording(self) -> bool:
@@ -151,10 +185,19 @@ class Graphs:
     def clear(self) -> None:
         """Forgets all graphs: their buffers are gone, or what they take for granted is not so any more."""
         self._entries.clear()
+        if self.recorder is not None:
+            self.recorder.reset()
 
-    def fail(self, reason: str) -> None:
-        """Records nothing any more."""
-        self.failure = reason
+    def fail(self, reason: str, error: BaseException | None = None) -> None:
+        """Records nothing any more; after a lack of memory, for a while.
+
+        Args:
+            reason: Why, in words.
+            error: The error behind it, if there is one.
+        """
+        self._failure, self._ends_at = reason, math.inf
+        if error is not None and is_passing(error):
+            self._failure, self._ends_at = f"{reason} (tried again after {PAUSE:g} s)", time.monotonic() + PAUSE
         self.clear()
 
     def _record(
@@ -199,14 +242,15 @@ class Graphs:
         """
         recorder.warm_up(function)
         expected = [output.clone() for output in outputs()]
+        failed: Exception | None = None
         try:
             replay = replay_of()
             reason = _difference(replay, outputs(), expected)
         except Exception as error:
-            reason = describe(error)
+            reason, failed = describe(error), first_error(error)
         if reason is None:
             return replay
-        self.fail(reason)
+        self.fail(reason, failed)
         function()
         return None
 
@@ -223,9 +267,15 @@ def _difference(replay: Callable[[], None], outputs: Sequence[Tensor], expected:
     return None
 
 
-def describe(error: BaseException) -> str:
-    """An error in one line: the first one, where ending the capture has raised another."""
-    while error.__context__ is not None and isinstance(error.__context__, Exception):
+def first_error(error: Exception) -> Exception:
+    """The first error, where ending the capture has raised another."""
+    while isinstance(error.__context__, Exception):
         error = error.__context__
+    return error
+
+
+def describe(error: Exception) -> str:
+    """The first error in one line."""
+    error = first_error(error)
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]:.300}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,7 @@ from specdec.sampling import SCORE_ONLY, Sampler
 from specdec.step import Outcome, Step, unpack
 from specdec.target import TargetModel
 from specdec.tree import TokenTree, padded_width
-from specdec.verifiers.base import Verifier
-from specdec.verifiers.exact import ExactVerifier, follow
+from specdec.verifiers.base import Acceptance, Verifier
 
 CAPTURABLE = SCORE_ONLY - {lp.TopHLogitsWarper, lp.EtaLogitsWarper}
 """Processors whose launches depend on shapes alone. Eta's checks its distribution on the host."""
@@ -35,7 +34,7 @@ FEW_LEVELS = 16
 
 def not_whole(step: Step) -> str | None:
     """Why verification must come after the captured target pass, instead of being captured with it; or None."""
-    if type(step.verifier) is not ExactVerifier or not getattr(step.verifier, "capturable", True):
+    if "follow" not in vars(type(step.verifier)):  # a subclass may do anything
         return f"the verifier {step.verifier.name!r} is none of a fixed sequence of launches"
     if step.sampler.keep_scores:
         return "scores or logits are wanted"
@@ -58,13 +57,20 @@ class Selection:
         store: Buffers.
         target: Whose cache is committed in.
         sampler: Processors and noise.
+        follow: The verifier's `Verifier.follow`.
         near_ties: What a near-tie is; None: they are not looked for.
     """
 
     def __init__(
-        self, store: StaticStore, target: StaticTarget, sampler: Sampler, near_ties: NearTies | None = None
+        self,
+        store: StaticStore,
+        target: StaticTarget,
+        sampler: Sampler,
+        follow: Callable[[TokenTree, Tensor], Acceptance],
+        near_ties: NearTies | None = None,
     ) -> None:
         self.store = store
+        self.follow = follow
         self.near_ties = near_ties
         self.target = target
         self.sampler = sampler
@@ -103,7 +109,7 @@ class Selection:
         if self.sampler.noise is not None:
             rows = self.store.counting(batch)[:, None]
             scores = torch.softmax(scores, dim=-1) / self.noise(batch)[rows, tree.depths]
-        acceptance = follow(tree, scores.argmax(-1))
+        acceptance = self.follow(tree, scores.argmax(-1))
         parts = [acceptance.num_accepted[:, None], acceptance.nodes, acceptance.tokens]
         if self.num_top_tokens:
             parts.append(logits.topk(self.num_top_tokens).indices.flatten(1))
@@ -151,8 +157,9 @@ class CapturedStep(Step):
     _ahead: _Started | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not_whole(self) is None:
-            self.selection = self.target.tail = Selection(self.target.store, self.target, self.sampler, self.near_ties)
+        if (follow := self.verifier.follow) is not None and not_whole(self) is None:
+            store = self.target.store
+            self.selection = self.target.tail = Selection(store, self.target, self.sampler, follow, self.near_ties)
 
     def run(self, tree: TokenTree, rows: Sequence[int]) -> Outcome:
         started, self._ahead = self._ahead, None

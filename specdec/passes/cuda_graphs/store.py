@@ -18,7 +18,8 @@ from specdec.target import CausalLM, is_on_one_device
 GraphMode = Literal["auto", "eager"] | bool
 GRAPH_MODES: tuple[GraphMode, ...] = ("auto", True, False, "eager")
 KEPT_SHARE = 0.125
-"""Share of the device's memory that a kv cache may hold on to between calls, so that its graphs stay valid."""
+"""Share of the device's memory that a model's kv cache, buffers and graphs may keep between calls. Raising it keeps
+larger caches, whose graphs then need not be captured anew."""
 MAX_CHANGES = 4
 """Calls in a row before each of which the model has changed, after which nothing is captured any more."""
 OVERSIZE = 2
@@ -86,8 +87,10 @@ class StaticStore(Storage):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(t.numel() * t.element_size() for pool in self._pools.values() for t in pool)
+        """Bytes of keys and values, of buffers (draws and logits among them), and of the graphs' own memory."""
+        tensors = [*(part for pool in self._pools.values() for part in pool), *self._buffers.values()]
+        graphs = 0 if self.graphs.recorder is None else self.graphs.recorder.nbytes
+        return graphs + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def take(self, kind: tuple[Any, ...], layers: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         batch = len(key)

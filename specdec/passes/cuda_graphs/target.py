@@ -14,10 +14,10 @@ from transformers.cache_utils import Cache
 
 from specdec.kernels import ancestors_and_depths
 from specdec.kv_cache import StaticSlots, TreeCache
-from specdec.passes.attention.choice import AttentionChoice
+from specdec.passes.attention.base import TreeAttention
 from specdec.passes.attention.plan import TreePlan
 from specdec.passes.attention.switch import switched_attention
-from specdec.passes.cuda_graphs.graphs import describe
+from specdec.passes.cuda_graphs.graphs import describe, first_error
 from specdec.passes.cuda_graphs.store import StaticStore
 from specdec.passes.cuda_graphs.transfers import Upload
 from specdec.passes.masks import MaskFormat
@@ -80,7 +80,7 @@ class StaticTarget(TreeTarget):
         mask_format: MaskFormat,
         keep_cache: bool,
         max_nodes: int,
-        attention: AttentionChoice | None,
+        attention: TreeAttention | None,
         store: StaticStore,
     ) -> None:
         super().__init__(model, generation_config, model_kwargs, mask_format, keep_cache, max_nodes, attention)
@@ -172,11 +172,11 @@ class StaticTarget(TreeTarget):
                 return False
             step = self._step(tree.num_nodes, width, tail)
             key = self._key(tree.num_nodes, width, tail)
-            kept = None if tail is None else tail.kept()
+            kept = self.runner, None if tail is None else tail.kept()
             self.store.graphs.run(key, step, lambda: self._outputs(tree.num_nodes, tail), tuple(lengths), kept)
             self._take_hidden(tree.num_nodes)
         except Exception as error:  # whatever a model may raise over a static layout, the other one may be fine with
-            self.store.graphs.fail(f"the static step failed: {describe(error)}")
+            self.store.graphs.fail(f"the static step failed: {describe(error)}", first_error(error))
             return False
         finally:
             self.cache.static = None
@@ -248,7 +248,7 @@ class StaticTarget(TreeTarget):
         if self.attention is None:
             return nullcontext(self.mask_format.build_on_device(tree, lengths, width, visible, self.dtype))
         plan = TreePlan(tree, lengths, width, self.mask_format, visible, self.is_left_padded)
-        return switched_attention(self.model, plan, self.attention)
+        return switched_attention(self.runner, plan, self.attention)
 
     def _visible(self, width: int) -> Tensor | None:
         if self.prompt_mask is None:
@@ -278,7 +278,7 @@ class StaticTarget(TreeTarget):
             self.prompt_mask is None,
             None if self.hidden_states is None else self.hidden_states.layers,
             self.compiled is None,
-            None if self.attention is None else tuple(self.attention.backends),
+            None if self.attention is None else self.attention.name,
             repr(sorted(self.extra.items())),
             None if tail is None else tail.key(),
         )
