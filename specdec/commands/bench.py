@@ -52,7 +52,7 @@ def run(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs per prompt and method.")] = 1,
     random: Annotated[
-        bool, typer.Option("--random", help="Measure prompts of random tokens too, where no draft can be right.")
+        bool, typer.Option("--random", help="Measure random tokens as prompts too: what drafting costs in vain.")
     ] = False,
     turns: Annotated[
         int, typer.Option(min=1, help="Most turns of a question; the target answers those before, unmeasured.")
