@@ -10,7 +10,7 @@ shape. So drafts of any acceptance can be scripted. Parts:
 
     off       drafting off, HF generate as it is, and HF with a static cache and compiled, in turn, per context,
               against the measured copy bandwidth
-    step      steps of 1 to 64 nodes per context, the time outside the target pass, and where it goes
+    step      steps of 1 to 64 nodes per context, their target passes, and where the time goes
     accept    tokens per second at 2, 3 and 4.5 tokens per pass, 64 nodes each
     batches   the same at 3 tokens per pass for several batch sizes, with a budget that may choose
 """

@@ -51,7 +51,9 @@ def run(
         list[int] | None, typer.Option(min=1, help="Prompts per call; may be repeated. Default: 1.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs per prompt and method.")] = 1,
-    random: Annotated[bool, typer.Option("--random", help="Add random tokens as prompts: nothing to gain.")] = False,
+    random: Annotated[
+        bool, typer.Option("--random", help="Measure random tokens as prompts too: what drafting costs in vain.")
+    ] = False,
     turns: Annotated[
         int, typer.Option(min=1, help="Most turns of a question; the target answers those before, unmeasured.")
     ] = 1,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from specdec.benchmark.measuring import EncodedPrompt
 
 SMOLLM2 = "smollm2"
-CHAT_TOKENS, CODE_TOKENS = 40, 128
+CHAT_TOKENS, CODE_TOKENS = 28, 128
 """Default tokens per completion. With eight prompts and `CHAT_TOKENS` the demo of SmolLM2 takes less than two minutes
 on two cores."""
 FLOAT32_PROMPTS, FLOAT32_TOKENS = 2, 24

@@ -23,7 +23,7 @@ def run(
         list[int] | None, typer.Option(min=2, help="Tokens in the kv cache; may be repeated. Default: 64 and 512.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    cuda_graphs: Annotated[str, typer.Option(help="auto, eager (no graphs) or off; see accelerate.")] = "auto",
+    cuda_graphs: Annotated[str, typer.Option(help="auto, off, or eager: static shapes without capture.")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to a JSON file.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
