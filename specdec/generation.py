@@ -18,7 +18,7 @@ from specdec.budget import Budget
 from specdec.compat import CACHE, decoding_method, eos_tokens, is_handed_in, pad_token
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
-from specdec.drafting import GuardedDrafter
+from specdec.drafting import CallFacts, GuardedDrafter
 from specdec.fallback import FallbackWarning as FallbackWarning
 from specdec.fallback import UnexpectedFallbackWarning, remedy, takes_drafts
 from specdec.inspection.trace import Trace
@@ -353,20 +353,18 @@ class Speculation:
         needs = NO_NEEDS if drafter is None else drafter.needs(*of_call)
         if needs.hidden_states:
             target.hidden_states = HiddenStates(target.model)
-        return GuardedDrafter(
-            drafter,
-            embedding_rows(target.model),
-            self.report,
-            self.strict,
-            target.hidden_states,
-            sampler,
-            is_sampled_from,
-            self.budget,
-            self.verifier.judges_steps,
-            self.verifier.asks_target,
-            frozenset(eos_tokens(target.generation_config)),
-            needs.top_tokens,
+        facts = CallFacts(
+            vocab_size=embedding_rows(target.model),
+            strict=self.strict,
+            num_top_tokens=needs.top_tokens,
+            hidden_states=target.hidden_states,
+            sampler=sampler,
+            is_sampled_from=is_sampled_from,
+            is_judged=self.verifier.judges_steps,
+            asks_target=self.verifier.asks_target,
+            end_tokens=frozenset(eos_tokens(target.generation_config)),
         )
+        return GuardedDrafter(drafter, self.report, facts, self.budget)
 
 
 def _check_ids(model: CausalLM, input_ids: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ from specdec.tree import NODE_BUCKETS, TokenTree
 
 LOGIT_VALUES = 2**24
 """Logits that are computed at once."""
-TIMED_TOKENS = 8
+TIMED_ROUNDS = 2
+"""Passes of each size that are timed at least; the shortest counts."""
 TIMED_PROMPT = 512
 """Longest prompt behind which passes are timed."""
 
@@ -71,15 +73,22 @@ class Tuning:
 
 
 class PassTimer(Budget):
-    """Times the passes of all sizes in the middle of a generation, however long it takes."""
+    """Verifies trees of each size in turn, and keeps the shortest step of each: the first may have to prepare kernels.
 
-    timed: StepTimes | None = None
+    Args:
+        max_nodes: Largest size.
+    """
 
-    def choose(self, tree: TokenTree, spent: float = 0.0, trial: Callable[[int], None] | None = None) -> TokenTree:
-        if self.timed is None and trial is not None:
-            self.timed = StepTimes(self.max_nodes)
-            self.timed.time_all(trial)
-        return tree.first(1)
+    def __init__(self, max_nodes: int) -> None:
+        super().__init__(max_nodes, fixed=True)
+        self.timed = StepTimes(max_nodes)
+        self._sizes = itertools.cycle(self.timed.buckets)
+
+    def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
+        return tree.first(next(self._sizes))
+
+    def record(self, nodes: int, seconds: float) -> None:
+        self.timed.seconds[nodes] = min(seconds, self.timed.seconds.get(nodes, seconds))
 
 
 def tune(
@@ -190,14 +199,15 @@ def time_passes(
     if fast.capability.mode == "plain":
         raise ValueError(f"this model cannot verify drafts: {fast.capability.reason}")
     ids = torch.tensor([list(examples[0]["input_ids"])[:TIMED_PROMPT]], device=model.device)
+    tokens = TIMED_ROUNDS * len(timer.timed.buckets) * (heads.config.num_heads + 1)  # of each pass at most
     fast.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=max(TIMED_TOKENS, max_nodes if fast.capability.mode == "chain" else 0),
-        min_new_tokens=TIMED_TOKENS,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
         do_sample=False,
     )
-    if timer.timed is None:
+    if not timer.timed.seconds:
         raise ValueError(f"this call cannot be run ahead: {fast.report.fallback}")
     return (
         timer.timed,

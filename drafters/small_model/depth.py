@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from specdec.budgeting.kernels import seconds_of
 from specdec.budgeting.pass_times import StepTimes
 from specdec.drafters.small_model.growth import DraftNodes
-from specdec.kernels import Floats, Ints, kernel, kernel_part, seconds_of
+from specdec.kernels import Floats, Ints, kernel, kernel_part
 
 WIDTHS = np.array([1, 2, 4, 8])
 """Nodes that a level may feed."""

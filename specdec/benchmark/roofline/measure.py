@@ -18,7 +18,7 @@ from specdec.benchmark.roofline.costs import StepCosts, step_costs
 from specdec.benchmark.roofline.limits import DeviceLimits, device_limits, seconds, synchronize
 from specdec.budget import Budget
 from specdec.drafters.base import Drafter
-from specdec.drafting import GuardedDrafter
+from specdec.drafting import CallFacts, GuardedDrafter
 from specdec.generation import Speculation
 from specdec.passes.cuda_graphs.step import step_for
 from specdec.passes.cuda_graphs.store import GraphMode
@@ -177,7 +177,7 @@ def stepping(
             sequences = Sequences(input_ids, None, config.max_length)
             sampler = Sampler(LogitsProcessorList(), False, sequences)
             report = speculation.report
-            drafter = GuardedDrafter(None, embedding_rows(model), report, True)
+            drafter = GuardedDrafter(None, report, CallFacts(embedding_rows(model), strict=True))
             step = step_for(target, ExactVerifier(), sampler, drafter, report)
             target.prefill(input_ids)
             yield step, report
@@ -189,7 +189,7 @@ def stepping(
 def _fan(step: Step, nodes: int) -> TokenTree:
     """A tree one token deep, of tokens that are not accepted but for chance."""
     rows = len(step.sampler.sequences)
-    tokens = torch.arange(3, 3 + nodes).expand(rows, nodes) % step.drafter.vocab_size
+    tokens = torch.arange(3, 3 + nodes).expand(rows, nodes) % step.drafter.facts.vocab_size
     return TokenTree(tokens.contiguous(), ((torch.arange(nodes) > 0).long() - 1).expand(rows, nodes).contiguous())
 
 

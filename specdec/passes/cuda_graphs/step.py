@@ -154,7 +154,7 @@ class CapturedStep(Step):
 
     def __post_init__(self) -> None:
         if not_whole(self) is None:
-            self.selection = self.target.tail = Selection(self.target.store, self.target, self.sampler, self.near_ties)
+            self.selection = Selection(self.target.store, self.target, self.sampler, self.near_ties)
 
     def run(self, tree: TokenTree, rows: Sequence[int]) -> Outcome:
         started, self._ahead = self._ahead, None
@@ -166,7 +166,7 @@ class CapturedStep(Step):
             if started is not None and self._may_run_ahead(tree, rows):
                 self._ahead = self._start(tree, rows, after=started)
         if started is None:
-            self.selection = self.target.tail = None
+            self.selection = None
             return super().run(tree, rows)
         with self.report.timed("verify"):
             packed = started.download.wait()[self.target.places]
