@@ -310,7 +310,6 @@ def feature_entries() -> Iterator[Ablation]:
     for source in ("lookahead", "recycling", "medusa"):
         yield Ablation(f"{source} alone", "the other sources, and merging", nothing_changed, source)
     yield Ablation("budget fixed", "the choice of the size: 64 nodes always", nothing_changed, "fixed")
-    yield Ablation("near-tie guard", "adds the guard", nothing_changed, AUTO, (("near_tie_guard", True),))
     yield Ablation("deterministic", "choices by the clock", nothing_changed, AUTO, (("deterministic", True),))
     yield Ablation("passes.compiled", "adds compiled passes", nothing_changed, AUTO, (("passes.compiled", True),))
     yield Ablation(

@@ -144,13 +144,13 @@ def draft_times(drafter: LookaheadDrafter, texts: list[Ids], nodes: int, flush_b
     rubbish = np.zeros(flush_bytes // 8, np.int64)
     with KernelTimer() as kernels:
         for text in texts:
-            drafter.start(DraftContext([0], [text[:PROMPT_TOKENS]], [PROMPT_TOKENS], [ANSWER_TOKENS]))
+            session = drafter.start(DraftContext([0], [text[:PROMPT_TOKENS]], [PROMPT_TOKENS], [ANSWER_TOKENS]))
             for length in range(PROMPT_TOKENS + 1, len(text), STRIDE):
                 context = DraftContext([0], [text[:length]], [PROMPT_TOKENS], [len(text) - length])
                 rubbish += 1
                 kernels.nanoseconds = 0
                 began, began_processor = time.perf_counter_ns(), time.thread_time_ns()
-                tree = drafter.propose(context, nodes)
+                tree = session.propose(context, nodes)
                 ended_processor, ended = time.thread_time_ns(), time.perf_counter_ns()
                 times["propose"].append((ended - began) / 1e3)
                 times["propose, processor"].append((ended_processor - began_processor) / 1e3)

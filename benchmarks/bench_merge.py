@@ -102,7 +102,8 @@ def one_step(
         texts[row][length : length + len(path)] = right[row][: len(path)]
     after = [text[: length + len(nodes) + 1] for text, nodes in zip(texts, accepted, strict=True)]
     context = DraftContext(list(range(rows)), after, [1] * rows, [100] * rows)
-    step = Step(context.rows, chosen, [len(nodes) for nodes in accepted])
+    new_tokens = [text[length : length + len(nodes) + 1] for text, nodes in zip(texts, accepted, strict=True)]
+    step = Step(context.rows, chosen, [len(nodes) for nodes in accepted], new_tokens=new_tokens)
     picked = [right[row][: len(nodes) + 1].tolist() for row, nodes in enumerate(accepted)]
     passing.passed += PASS_SECONDS
     observing = clock()

@@ -1,4 +1,4 @@
-"""Counts how often half precision leaves plain decoding's text, with and without the near-tie guard.
+"""Counts how often half precision leaves plain decoding's text, and how many near-ties are counted.
 
     python benchmarks/bench_near_ties.py
     python benchmarks/bench_near_ties.py --dtype float16 --prompts 32
@@ -23,9 +23,11 @@ import specdec
 from specdec.budget import Budget
 from specdec.common.embedded import heldout_prompts, load_embedded
 from specdec.common.provenance import circumstances, model_info, write_json
+from specdec.passes.near_ties import gap_of
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("identical", "tokens_until_divergence", "near_ties", "guard_passes", "tokens_per_pass", "largest_gap")
+COLUMNS = ("identical", "tokens_until_divergence", "near_ties", "tokens_per_pass", "largest_gap")
+WAYS = {"plain": None, "lookahead": "lookahead"}
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
@@ -35,7 +37,7 @@ class Count:
 
     def __init__(self) -> None:
         self.identical = self.outputs = self.same_tokens = self.left = 0
-        self.near_ties = self.guard_passes = self.tokens = self.passes = 0
+        self.near_ties = self.tokens = self.passes = 0
         self.gaps: list[float] = []
 
     def add(self, mine: Tensor, plain: Tensor, scores: tuple[Tensor, ...], prompt: int, report: Any) -> None:
@@ -49,7 +51,6 @@ class Count:
         self.same_tokens += first - prompt
         self.left += not is_same
         self.near_ties += report.num_near_ties or 0
-        self.guard_passes += report.num_guard_passes
         self.tokens += report.num_generated_tokens
         self.passes += report.num_row_passes
         if not is_same and first < length:
@@ -62,7 +63,6 @@ class Count:
             "outputs": self.outputs,
             "tokens_until_divergence": round(self.same_tokens / self.left) if self.left else None,
             "near_ties": self.near_ties,
-            "guard_passes": self.guard_passes,
             "tokens": self.tokens,
             "tokens_per_pass": round(self.tokens / self.passes, 2),
             "largest_gap": max(self.gaps, default=None),
@@ -80,16 +80,12 @@ def main(
     """Runs the comparison and prints it."""
     model, tokenizer = load_embedded()
     model = model.to(getattr(torch, dtype))
-    rounding = specdec.accelerate(model, None).capability.rounding or 0.0
-    ways = {"plain": (None, False), "no guard": ("lookahead", False), "guard": ("lookahead", True)}
-    ways["guard, twice the gap"] = ("lookahead", 4.0 * rounding)
-    fast = {
-        name: specdec.accelerate(model, drafter, near_tie_guard=guard, budget=Budget(max_nodes, fixed=True))
-        for name, (drafter, guard) in ways.items()
-    }
+    gap = gap_of(specdec.accelerate(model, None).capability.rounding or 0.0)
+    budget = Budget(max_nodes, fixed=True)
+    fast = {name: specdec.accelerate(model, drafter, budget=budget) for name, drafter in WAYS.items()}
     results: list[dict[str, Any]] = []
     for do_sample in (False, True):
-        counts = {name: Count() for name in ways}
+        counts = {name: Count() for name in WAYS}
         for seed, prompt in enumerate(heldout_prompts(prompts)):
             inputs = tokenizer(prompt.text, return_tensors="pt")
             kwargs: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": do_sample, "temperature": None}
@@ -101,11 +97,11 @@ def main(
                 size = inputs["input_ids"].shape[1]
                 counts[name].add(ids[0], plain.sequences[0], plain.scores, size, way.report)
         results += [{"way": name, "do_sample": do_sample} | count.row() for name, count in counts.items()]
-    settings = {"prompts": prompts, "new_tokens": new_tokens, "max_nodes": max_nodes, "gap": 2.0 * rounding}
+    settings = {"prompts": prompts, "new_tokens": new_tokens, "max_nodes": max_nodes, "gap": gap}
     write_json(
         output, circumstances() | {"model": model_info("embedded", model), "settings": settings, "results": results}
     )
-    table = Table(title=f"{dtype}, near-tie: a gap below {2.0 * rounding:.4g}")
+    table = Table(title=f"{dtype}, near-tie: a gap below {gap:.4g}")
     for column in ("way", "sampled", "outputs", *COLUMNS):
         table.add_column(column.replace("_", " "))
     for row in results:

@@ -1,99 +1,67 @@
-"""Measures SpecReason on the reasoning test bed: accuracy against latency, greedy, one problem at a time.
+"""Measures SpecReason on the reasoning example: accuracy against latency, greedy, one problem at a time.
 
-    python benchmarks/bench_reasoning.py --threads 2
-    python benchmarks/bench_reasoning.py --threads 2 --folder out --minutes 8   # in parts: the same command goes on
+    python benchmarks/bench_reasoning.py --threads 1
 
 All methods solve the first held-out problem, then the second, ...: the target alone, the draft alone, speculation on
-tokens alone (exact), SpecReason, and SpecReason with speculation on tokens under the target's own steps, once without
-a limit and once with a budget of tokens for the thought, after which every method's thought is ended by force. What
-judging costs is measured after that, with a timer in the target, and without it nothing is timed but whole calls.
+tokens alone (exact), SpecReason, and SpecReason with speculation on tokens in the target's own steps, once without
+a limit and once with a budget of tokens for the thought, after which every method's thought is ended by force.
 """
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median, quantiles
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from specdec.api import accelerate
-from specdec.benchmark.baselines import HF_GENERATE, OFF
-from specdec.benchmark.measuring import EncodedPrompt, Method, run_interleaved
-from specdec.benchmark.progress import MeasuringProgress
-from specdec.benchmark.record import RunRecord
-from specdec.benchmark.runs import Measurement, Sample, Settings
+from specdec.benchmark.measuring import EncodedPrompt, Measurement, Method, Sample, Settings, run_interleaved
 from specdec.budget import Budget
-from specdec.commands import options
-from specdec.common.errors import with_short_errors
 from specdec.common.loading import load_model, prepare_torch
 from specdec.common.provenance import circumstances, model_info, write_json
-from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.drafters.lookahead import LookaheadDrafter
-from specdec.drafters.spec_reason import SpecReasonDrafter
-from specdec.verifiers.step import StepVerifier
+from specdec.drafters import DraftModelDrafter, LookaheadDrafter, SpecReasonDrafter
+from specdec.verifiers import StepVerifier
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "reasoning"))
-from chains import problems as held_out_problems
 from judging import CertaintyJudge
-from reasoning_figures import judging_cost, plot, rows_of, table
-from solving import MAX_NEW_TOKENS, prompt_text
-from task import BREAK, JUDGE_PROMPT
+from task import BREAK, JUDGE_PROMPT, MAX_NEW_TOKENS, held_out_problems, prompt_text, written_answer
 
-RESULTS = Path(__file__).parent / "results"
-PICTURES = Path(__file__).parents[1] / "docs" / "images"
-MODELS = Path(__file__).parents[1] / "examples" / "reasoning" / "models"
+ROOT = Path(__file__).parents[1]
+RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 THRESHOLDS = (3, 5, 7, 8.5)
 """Of the digit's expectation, which comes near 9 and does not reach it; the likeliest digit does."""
-UNLIMITED, BUDGETED = "unlimited", "budget"
-DRAFT, DRAFT_MODEL, LOOKAHEAD = "draft alone", "draft model", "lookahead"
-CERTAINTY = "certainty"
-TOKENS_BY = DraftModelDrafter.name
-"""What drafts the tokens of the target's own steps: the same draft model."""
 END = "</think>"
-
-app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
-
-
-class TimeIsUpError(Exception):
-    """The window of time is over; what was measured is kept."""
+COLUMNS = {"accuracy": "{:.1%}", "mean_seconds": "{:.3f}", "speedup": "{:.2f}×", "mean_tokens": "{:.0f}",
+           "tokens_per_pass": "{:.2f}", "kept_share": "{:.1%}", "num_identical": "{}"}  # fmt: skip
 
 
 class EndOfThought(LogitsProcessor):  # type: ignore[misc]
-    """Ends a thought by force: behind `budget` tokens the next one is `</think>`, if there has been none.
-
-    Args:
-        prompt_length: Tokens of the prompt.
-        budget: Tokens of the thought.
-        end: The token that ends it.
-    """
+    """Forces `</think>` after `budget` tokens of a thought, unless it was written before."""
 
     def __init__(self, prompt_length: int, budget: int, end: int) -> None:
-        self.length, self.end = prompt_length + budget, end
-        self.prompt_length = prompt_length
+        self.prompt_length, self.budget, self.end = prompt_length, budget, end
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] < self.length or (input_ids[:, self.prompt_length :] == self.end).any():
+        thought = input_ids[:, self.prompt_length :]
+        if thought.shape[1] != self.budget or bool((thought == self.end).any()):
             return scores
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([self.end], device=scores.device), 0.0)
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.end] = 0.0
+        return forced
 
 
 @dataclass
 class Limited:
-    """Something that generates, with a budget for the thought.
-
-    Args:
-        runner: A model, or a stand-in for one.
-        budget: Tokens of the thought; None for no limit.
-        end: The token that ends a thought.
-    """
+    """Generates with a budget of tokens for the thought; None for no limit."""
 
     runner: Any
     budget: int | None
@@ -111,173 +79,139 @@ class Limited:
 
 @dataclass
 class Pair:
-    """Target, draft and what the methods need of them."""
+    """Target and draft model, and the methods made of them."""
 
     target: Any
     draft: Any
     tokenizer: Any
-    judge: str
 
-    @property
-    def end(self) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(END))
-
-    def token_level(self, name: str, make: Callable[[], Any], budget: int | None = None) -> Method:
-        """The target with a drafter of tokens, made anew for each run: it says what the target says."""
-        return Method(
-            name, lambda: Limited(accelerate(self.target, make(), budget=Budget(owner=name)), budget, self.end)
-        )
-
-    def alone(self, budget: int | None) -> Method:
-        """The draft without a target."""
-        return Method(DRAFT, lambda: Limited(self.draft, budget, self.end), guarantee="none")
-
-    def reasoner(
-        self, name: str, threshold: float, inner: str | None, budget: int | None = None, judge: str | None = None
-    ) -> Any:
-        """SpecReason with `inner` under the target's own steps; `name` keeps apart what is learned of the pace."""
-        drafter = SpecReasonDrafter(
-            self.draft,
-            drafter=inner,
-            judge_prompt=JUDGE_PROMPT,
-            token_budget=budget,
-            budget_text=None if budget is None else END + BREAK,
-        )
-        judge = judge or self.judge
-        verifier = StepVerifier(threshold, CertaintyJudge(self.tokenizer) if judge == CERTAINTY else judge)
-        return accelerate(self.target, drafter, verifier, budget=Budget(owner=name))
-
-    def spec_reason(
-        self, threshold: float, inner: str | None, budget: int | None = None, judge: str | None = None
+    def plain(
+        self, name: str, make: Callable[[], Any], budget: int | None, guarantee: str = "token-identical"
     ) -> Method:
-        name = f"SpecReason {threshold:g}" + ("" if inner is None else f" + {inner}")
-        name += "" if judge is None else f" ({judge})"
-        return Method(name, lambda: self.reasoner(name, threshold, inner, budget, judge), guarantee="approximate")
+        """A method whose thought is limited from outside."""
+        end = int(self.tokenizer.convert_tokens_to_ids(END))
+        return Method(name, lambda: Limited(make(), budget, end), guarantee=guarantee)
 
-    def methods(self) -> list[Method]:
-        """All of them without a limit, what they are compared with first."""
-        return [
-            Method(HF_GENERATE, lambda: self.target),
-            self.alone(None),
-            self.token_level(LOOKAHEAD, LookaheadDrafter),
-            self.token_level(DRAFT_MODEL, lambda: DraftModelDrafter(self.draft)),
-            *(self.spec_reason(threshold, None) for threshold in THRESHOLDS),
-            self.spec_reason(9, None, judge="argmax"),
-            *(self.spec_reason(threshold, TOKENS_BY) for threshold in THRESHOLDS),
-            *(self.spec_reason(9, TOKENS_BY, judge=judge) for judge in ("argmax", CERTAINTY)),
-        ]
+    def spec_reason(self, threshold: float, inner: str | None, budget: int | None, judge: str = "") -> Method:
+        """SpecReason with the drafter `inner` for the target's own steps."""
+        name = f"SpecReason {threshold:g}" + (f" + {inner}" if inner else "") + (f" ({judge})" if judge else "")
 
-    def budgeted_methods(self, budget: int) -> list[Method]:
-        """The main ones, a thought ended behind so many tokens."""
-        return [
-            self.token_level(OFF, lambda: None, budget),
-            self.alone(budget),
-            self.token_level(DRAFT_MODEL, lambda: DraftModelDrafter(self.draft), budget),
-            self.spec_reason(7, None, budget),
-            *(self.spec_reason(threshold, TOKENS_BY, budget) for threshold in (7, 8.5)),
-        ]
-
-
-@dataclass
-class Window:
-    """Runs parts until the time is over; the record goes on with what an earlier start has measured."""
-
-    record: RunRecord
-    until: float
-    console: Console
-
-    def run(
-        self, part: str, methods: Sequence[Method], prompts: Sequence[EncodedPrompt], target: Any, asked: Settings
-    ) -> Measurement:
-        earlier = self.record.earlier(part, methods[0].name, asked)
-        rounds = len(prompts) - 1 - len({sample.prompt for sample in earlier.samples})
-        with MeasuringProgress(self.console, len(methods) * (rounds + 1)) as progress:
-            progress.begin(part)
-
-            def keep(prompt: EncodedPrompt, samples: list[Sample]) -> None:
-                self.record.add_round(part, [_trimmed(sample) for sample in samples])
-                if time.monotonic() > self.until:
-                    raise TimeIsUpError
-
-            return run_interleaved(
-                methods,
-                prompts[:-1],
-                target,
-                asked,
-                prompts[-1],
-                on_warm_up=progress.ran,
-                on_sample=progress.ran,
-                on_round=keep,
-                earlier=earlier,
+        def make() -> Any:
+            text = None if budget is None else END + BREAK
+            drafter = SpecReasonDrafter(
+                self.draft, drafter=inner, judge_prompt=JUDGE_PROMPT, token_budget=budget, budget_text=text
             )
+            chosen: Any = CertaintyJudge(self.tokenizer) if judge == "certainty" else judge or "expectation"
+            return accelerate(self.target, drafter, StepVerifier(threshold, chosen), budget=Budget(owner=name))
+
+        return Method(name, make, guarantee="approximate")
+
+    def methods(self, budget: int | None) -> list[Method]:
+        """All methods without a budget, the main ones with one; the first is what the others are compared with."""
+        target, inner = self.target, DraftModelDrafter.name
+        draft_model = lambda: accelerate(target, DraftModelDrafter(self.draft), budget=Budget(owner="draft model"))  # noqa: E731
+        alone = self.plain("draft alone", lambda: self.draft, budget, guarantee="none")
+        if budget is not None:
+            return [
+                self.plain("specdec off", lambda: accelerate(target, None), budget),
+                alone,
+                self.plain("draft model", draft_model, budget),
+                self.spec_reason(7, None, budget),
+                *(self.spec_reason(threshold, inner, budget) for threshold in (7, 8.5)),
+            ]
+        return [
+            Method("HF generate", lambda: target),
+            alone,
+            Method("lookahead", lambda: accelerate(target, LookaheadDrafter(), budget=Budget(owner="lookahead"))),
+            Method("draft model", draft_model),
+            *(self.spec_reason(threshold, None, None) for threshold in THRESHOLDS),
+            self.spec_reason(9, None, None, "argmax"),
+            *(self.spec_reason(threshold, inner, None) for threshold in THRESHOLDS),
+            *(self.spec_reason(9, inner, None, judge) for judge in ("argmax", "certainty")),
+        ]
 
 
-def _trimmed(sample: Sample) -> Sample:
-    """Without the texts of the steps, which the outputs hold."""
-    figures = (sample.report or {}).get("drafter_figures", {})
-    for step in figures.get("steps", []):
-        step.pop("text", None)
-    return sample
+def rows_of(measured: Measurement, answers: Mapping[str, int], tokenizer: Any) -> list[dict[str, Any]]:
+    """One summary per method; a speed-up is the median over the problems of the ratio of whole calls' times."""
+    by_method: dict[str, list[Sample]] = {}
+    for sample in measured.samples:
+        by_method.setdefault(sample.method, []).append(sample)
+    plain = {sample.prompt: sample.seconds for sample in by_method[measured.reference]}
+    return [{"method": name, **_row(samples, plain, answers, tokenizer)} for name, samples in by_method.items()]
+
+
+def _row(
+    samples: Sequence[Sample], plain: Mapping[str, float], answers: Mapping[str, int], tokenizer: Any
+) -> dict[str, Any]:
+    texts = [tokenizer.decode(sample.outputs[0] or [], skip_special_tokens=True) for sample in samples]
+    figures = [(sample.report or {}).get("drafter_figures", {}) for sample in samples]
+    judged, kept = (sum(f.get(name, 0) for f in figures) for name in ("judged", "kept"))
+    seconds = [sample.seconds for sample in samples]
+    tokens = [sample.num_tokens for sample in samples]
+    return {
+        "accuracy": mean(written_answer(text) == answers[s.prompt] for text, s in zip(texts, samples, strict=True)),
+        "mean_seconds": mean(seconds),
+        "speedup": median(plain[s.prompt] / s.seconds for s in samples),
+        "mean_tokens": mean(tokens),
+        "tokens_per_pass": sum(tokens) / max(sum(s.num_target_passes for s in samples), 1),
+        "kept_share": kept / judged if judged else None,
+        "num_identical": sum(bool(s.identical_rows and all(s.identical_rows)) for s in samples),
+        "seconds_quartiles": quantiles(seconds, n=4)[::2] if len(seconds) > 1 else seconds * 2,
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    out = Table("method", *(name.replace("_", " ") for name in COLUMNS), title=title, title_justify="left")
+    for row in rows:
+        out.add_row(row["method"], *("" if row[k] is None else shown.format(row[k]) for k, shown in COLUMNS.items()))
+    return out
+
+
+def plot(parts: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Accuracy against mean latency, one panel per part."""
+    from matplotlib.figure import Figure  # an optional dependency
+
+    figure = Figure(figsize=(5.2 * len(parts), 4.2), layout="constrained")
+    for axes, (part, rows) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
+        for row in rows:
+            axes.scatter(row["mean_seconds"], 100 * row["accuracy"], label=row["method"])
+        axes.set(title=part, xlabel="seconds a problem, mean", ylabel="problems solved, %")
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
 
 
 @app.command()
-@with_short_errors
 def main(
-    name: Annotated[str, typer.Option(help="Of the results and their picture.")] = "reasoning",
-    models: Annotated[Path, typer.Option(help="Folder of target/ and draft/.")] = MODELS,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
     first: Annotated[int, typer.Option(help="Number of the first; those below 600 have been looked at before.")] = 600,
     budget: Annotated[int, typer.Option(min=1, help="Tokens of a thought, in the part with a limit.")] = 192,
-    judge: Annotated[str, typer.Option(help="certainty, argmax, expectation.")] = "expectation",
-    folder: Annotated[Path | None, typer.Option(help="Keeps what was measured, so that the next call goes on.")] = None,
-    minutes: Annotated[float, typer.Option(min=0.1, help="Stop after so much time, to be gone on with.")] = 600,
-    judging_problems: Annotated[int, typer.Option(min=1, help="Problems on which judging is timed.")] = 20,
-    threads: options.Threads = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
 ) -> None:
-    """Measure and write benchmarks/results/NAME.json and docs/images/NAME.png."""
-    console, until = Console(), time.monotonic() + 60 * minutes
+    """Measure and write benchmarks/results/reasoning.json and docs/images/reasoning.png."""
     prepare_torch(threads)
+    models = ROOT / "examples" / "reasoning" / "models"
     target, tokenizer = load_model(str(models / "target"), "float32", "cpu")
     draft, _ = load_model(str(models / "draft"), "float32", "cpu")
-    pair = Pair(target, draft, tokenizer, judge)
-    asked = list(held_out_problems(problems + 1, first))
+    pair, asked = Pair(target, draft, tokenizer), held_out_problems(problems + 1, first)
     prompts = [
-        EncodedPrompt(f"{number}", tokenizer(prompt_text(p, tokenizer), return_tensors="pt").input_ids)
-        for number, p in enumerate(asked)
+        EncodedPrompt(str(number), tokenizer(prompt_text(problem, tokenizer), return_tensors="pt").input_ids)
+        for number, problem in enumerate(asked)
     ]
-    about = {
-        "models": {"target": model_info("target", target), "draft": model_info("draft", draft)},
-        "settings": {
-            "problems": problems,
-            "first_problem": first,
-            "batch": 1,
-            "budget": budget,
-            "judge": judge,
-            "judge_prompt": JUDGE_PROMPT,
-        },
-    }
-    here = circumstances()
-    identity = {**about, **{key: here[key] for key in ("hardware", "versions", "commit")}}
-    window = Window(RunRecord(folder, identity, here), until, console)
-    answers = {f"{number}": problem.answer for number, problem in enumerate(asked)}
-    parts: dict[str, list[dict[str, Any]]] = {}
-    try:
-        for part, methods in ((UNLIMITED, pair.methods()), (BUDGETED, pair.budgeted_methods(budget))):
-            measured = window.run(part, methods, prompts, target, Settings.of(MAX_NEW_TOKENS))
-            parts[part] = rows_of(measured, answers, tokenizer)
-    except TimeIsUpError:
-        console.print("time is up; the same command goes on")
-        raise typer.Exit(3) from None
-    titles = {UNLIMITED: "no limit", BUDGETED: f"a thought of {budget} tokens at most"}
-    for part, rows in parts.items():
-        console.print(table(rows, f"{problems} held-out problems, greedy, batch 1, {titles[part]}"))
-    reasoner = pair.reasoner("judging", 7, None)
-    judging = judging_cost(reasoner, target, prompts[:judging_problems], tokenizer, MAX_NEW_TOKENS)
-    console.print(judging, highlight=False)
-    results = {**window.record.circumstances, **about, "parts": parts, "judging": judging}
-    write_json(RESULTS / f"{name}.json", results)
-    plot(parts, PICTURES / f"{name}.png", titles)
-    console.print(f"written to {RESULTS / name}.json and {PICTURES / name}.png", highlight=False, soft_wrap=True)
+    answers = {str(number): problem.answer for number, problem in enumerate(asked)}
+    parts = {}
+    for part, limit in (("unlimited", None), ("budget", budget)):
+        methods, asks = pair.methods(limit), Settings.of(MAX_NEW_TOKENS)
+        measured = run_interleaved(methods, prompts[:-1], target, asks, prompts[-1])
+        parts[part] = rows_of(measured, answers, tokenizer)
+        Console().print(table(parts[part], f"{problems} held-out problems, greedy, batch 1, {part}"))
+    settings = {"problems": problems, "first_problem": first, "batch": 1, "budget": budget, "judge": "expectation",
+                "judge_prompt": JUDGE_PROMPT}  # fmt: skip
+    about = {"target": model_info("target", target), "draft": model_info("draft", draft)}
+    write_json(RESULTS / "reasoning.json", {**circumstances(), "models": about, "settings": settings, "parts": parts})
+    plot(parts, PICTURES / "reasoning.png")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 def measured_table(results: dict[str, Any], parts: list[str]) -> str:
     """Markdown: one row per method, and a line on how it was measured."""
-    if "judging" in results:
+    if "judge" in results.get("settings", {}):
         return reasoning_table(results, parts)
     chosen = {name: part for name, part in results["parts"].items() if name in parts or not parts}
     if CATEGORIES in parts:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specdec.reasoning import Verdict
 from specdec.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -45,9 +44,6 @@ class DraftContext:
         step_seconds: Node counts and seconds of the target's passes at this batch size, ascending, `[sizes]` each;
             None while they are not measured, and unless the drafter `needs_step_seconds`.
         strict: Errors are to be raised: a drafter that could go on without a part that fails must not.
-        is_judged: The verifier judges steps as a whole: trees may hold `steps`, wider than what is asked for.
-        asks_target: A question about the step, to be answered by a digit, is to follow each.
-        end_tokens: Tokens that end a row.
     """
 
     rows: list[int]
@@ -60,9 +56,6 @@ class DraftContext:
     is_sampled_from: bool = False
     step_seconds: tuple[Ints, Floats] | None = None
     strict: bool = False
-    is_judged: bool = False
-    asks_target: bool = False
-    end_tokens: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -77,7 +70,6 @@ class Step:
         top_tokens: What the target holds likeliest behind each node, best first, `[rows, nodes, num_top_tokens]` (fewer
             where the vocabulary is smaller); of no meaning at padding, and -1 at unlikely nodes where that would take
             its time. None unless the drafter asks for it.
-        verdicts: Per row what was said of its step, None where there was none to judge; None for no row.
         new_tokens: Per row, the tokens that were committed: accepted draft tokens, then the target's own next token
             (fewer where the row ended), int32. The context's sequences end with them.
     """
@@ -86,7 +78,6 @@ class Step:
     tree: TokenTree
     accepted: Sequence[int]
     top_tokens: Ints | None = None
-    verdicts: Sequence[Verdict | None] | None = None
     new_tokens: Sequence[NDArray[np.int32]] = ()
 
 
@@ -223,6 +214,15 @@ class Drafter(DraftSession):
         """See `DraftSession.extend`."""
         return self.propose(supposed(context, paths), max_nodes) if self.is_stateless else None
 
+    def generate_steps(self, speculation: Any, call: Any) -> Any:
+        """Runs a whole call where the verifier judges steps; only for drafters that `fit` such a verifier.
+
+        Args:
+            speculation: The decoding method, whose settings and report it uses.
+            call: What `generate` has prepared.
+        """
+        raise NotImplementedError(f"drafter {self.name!r} writes no steps")
+
     def state_dict(self) -> dict[str, Any]:
         """What was learned of the bound model and is worth keeping for a new process; JSON types, no texts."""
         return {}
@@ -271,8 +271,7 @@ def check_proposal(tree: TokenTree, context: DraftContext, max_nodes: int, vocab
     """
     if not isinstance(tree, TokenTree):
         raise TypeError(f"propose() returned a {type(tree).__name__}, a TokenTree is needed")
-    is_too_wide = tree.num_nodes > max_nodes and not (context.is_judged and tree.steps is not None)
-    if len(tree.tokens) != len(context.rows) or is_too_wide:
+    if len(tree.tokens) != len(context.rows) or tree.num_nodes > max_nodes:
         raise ValueError(
             f"propose() returned a tree of {list(tree.tokens.shape)}, "
             f"at most [{len(context.rows)}, {max_nodes}] was asked for"

@@ -1,7 +1,8 @@
-"""Retrieval of what followed the last tokens before, as a tree."""
+"""Retrieves what followed the last tokens before, as a tree."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import os
@@ -11,32 +12,51 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from specdec.drafters.base import DraftContext, Drafter, DraftSession
-from specdec.drafters.ngrams.call_indexes import PEERS, CallIndexes
 from specdec.drafters.ngrams.documents import Documents, token_documents, tokenizer_fingerprint
 from specdec.drafters.ngrams.ngram_index import (
     IntArray,
     NgramIndex,
+    PeerOutputs,
     power_of_two,
     room_for_matches,
 )
 from specdec.drafters.ngrams.ngram_store import load_indexes, save_indexes
-from specdec.drafters.ngrams.trie_growth import draft_row
+from specdec.drafters.ngrams.trie_growth import ScoreArray, draft_row
+from specdec.kernels import Ints
 from specdec.tree import TokenTree
 
 SCOPES = ("request", "shared", "corpus")
 """What may be added to and cleared."""
-
+SOURCES = 5
+"""Indexes that a draft comes from: own text, predicted outputs, peers, shared and corpus scope."""
+NO_TOKENS: IntArray = np.zeros(0, np.int32)
+PEERS = 2
+"""Place of the other rows' outputs among them."""
 MIN_BYTES = 4096
 """Smallest memory budget of a scope."""
-
 MAX_SLOTS = 2**20
 """Largest size of a hash table."""
-
 FIRST_SLOTS = 2**14
-"""Size of a hash table at first: it doubles with the text."""
+"""Initial size of a hash table, which doubles with the text. Raising it makes the first call slower."""
+BOUNDS: dict[str, tuple[float, float]] = {
+    "max_nodes": (1, 1024),
+    "max_depth": (1, 1024),
+    "max_hits": (1, 1024),
+    "growth": (1, 4),
+    "full_match": (1, 32),
+    "recency": (0.01, 1),
+    "discount": (0, 0.99),
+    "discount_length": (0.1, 1e6),
+    "smoothing": (1e-6, 1e6),
+    "request_weight": (0, 1e6),
+    "shared_weight": (0, 1e6),
+    "corpus_weight": (0, 1e6),
+    "shared_bytes": (MIN_BYTES, 2**35),
+    "corpus_bytes": (MIN_BYTES, 2**35),
+}
+"""Smallest and largest value of each setting."""
 
 
 @dataclass(eq=False)
@@ -52,27 +72,25 @@ class LookaheadDrafter(Drafter):
       unless `share_prompts` is set;
     - corpus: what `add` was given.
 
-    One drafter may serve several threads: rows of a call are kept per thread, and one lock guards what is shared.
-
     Args:
         max_nodes: Largest tree, the root included.
         max_depth: Longest path.
         orders: Lengths of the indexed n-grams, ascending.
-        max_match: Matches are compared backwards over so many tokens.
+        max_match: Longest match, in tokens.
         max_hits: Matches taken per scope and order, most recent first.
-        growth: Factor on the weight of a match for each token of its length.
-        full_match: Length from which the weight no longer grows.
+        growth: A match weighs this to the power of its length ...
+        full_match: ... up to this length.
         recency: Factor on the weight from one match to the next older one.
-        discount: Share of its best match's weight that a node pays (trie_growth.py), for matches of no length.
+        discount: Share of its best match's weight that a node pays (trie_growth.py), for matches of length zero.
         discount_length: Match length over which that share falls to 1/e of it.
         smoothing: Weight of "none of these" among a node's children.
         request_weight: Weight of the request scope.
         shared_weight: Weight of the shared scope.
         corpus_weight: Weight of the corpus scope.
-        shared_bytes: Memory for the shared scope; the oldest outputs go first.
-        corpus_bytes: Memory for the corpus scope; the oldest documents go first.
+        shared_bytes: Memory of the shared scope; the oldest outputs are evicted first.
+        corpus_bytes: Memory of the corpus scope; the oldest documents are evicted first.
         share_outputs: Whether outputs enter the shared scope.
-        share_prompts: Whether prompts enter it too. They can then be proposed to every later call.
+        share_prompts: Whether prompts do. They can then be proposed to every later call.
     """
 
     name = "lookahead"
@@ -116,8 +134,7 @@ class LookaheadDrafter(Drafter):
                 self.discount * np.exp(-lengths / self.discount_length),
             ]
         )
-        self._lock = threading.Lock()
-        self._thread = threading.local()
+        self._lock = threading.Lock()  # of all indexes and the predicted outputs
         self._indexes = {"shared": self._new_index(self.shared_bytes), "corpus": self._new_index(self.corpus_bytes)}
 
     def bind(self, model: Any) -> None:
@@ -127,7 +144,7 @@ class LookaheadDrafter(Drafter):
         """Shares the corpus and takes the predicted outputs; the shared scope starts empty."""
         new = replace(self)
         with self._lock:
-            new._indexes["corpus"] = self._indexes["corpus"]
+            new._lock, new._indexes["corpus"] = self._lock, self._indexes["corpus"]
             new._predicted, self._predicted = self._predicted, []
         return new
 
@@ -136,59 +153,7 @@ class LookaheadDrafter(Drafter):
 
     def start(self, context: DraftContext) -> DraftSession:
         _compile_kernels()
-        with self._lock:
-            predicted, self._predicted = self._predicted, []
-        self._thread.call = CallIndexes.begin(context, self.orders, predicted, self.share_outputs)
-        self._thread.matches = room_for_matches(len(self._weights) * len(self.orders) * self.max_hits)
-        self._thread.skipped = np.zeros((len(self._weights), 2), np.int64)
-        return self
-
-    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        call: CallIndexes | None = getattr(self._thread, "call", None)
-        if call is None or not call.catch_up(context):
-            self.start(context)
-            call = self._thread.call
-        return self._trees(call, context, max_nodes, None)
-
-    def extend(self, context: DraftContext, paths: Sequence[IntArray], max_nodes: int) -> TokenTree | None:
-        call: CallIndexes | None = getattr(self._thread, "call", None)
-        return None if call is None else self._trees(call, context, max_nodes, paths)
-
-    def _trees(
-        self, call: CallIndexes, context: DraftContext, max_nodes: int, paths: Sequence[IntArray] | None
-    ) -> TokenTree:
-        """One tree per row, behind its last token or behind a path that is supposed to follow it."""
-        rows, width = len(context.rows), max(1, min(max_nodes, self.max_nodes))
-        tokens = np.zeros((rows, width), np.int64)
-        parents = np.empty((rows, width), np.int64)
-        parents.fill(-1)
-        scores = np.zeros((rows, width), np.float32)
-        used = 1
-        for i, row in enumerate(context.rows):
-            tokens[i, 0] = context.sequences[i][-1]
-            depth = min(context.max_depth[i], self.max_depth)
-            if paths is not None and len(paths[i]) == 0:
-                continue
-            if paths is not None:
-                tokens[i, 0] = paths[i][-1]
-                depth -= len(paths[i])
-                call.requests[row].extend(paths[i])
-            if width > 1 and depth > 0:
-                used = max(used, self._grow(call, row, depth, tokens[i], parents[i], scores[i]))
-            if paths is not None:
-                call.requests[row].retract(len(paths[i]))
-        if used < width:
-            tokens, parents, scores = tokens[:, :used], parents[:, :used], scores[:, :used]
-        return TokenTree.of_arrays(tokens, parents, scores)
-
-    def finish(self, context: DraftContext) -> None:
-        self._thread.call = None
-        if self.share_outputs or self.share_prompts:
-            for sequence, prompt in zip(context.sequences, context.prompt_lengths, strict=True):
-                start = 0 if self.share_prompts else prompt
-                end = len(sequence) if self.share_outputs else prompt
-                if end - start > 1:
-                    self._append("shared", np.array(sequence[start:end], np.int32))
+        return LookaheadSession(self, context)
 
     def add(self, documents: Documents, scope: str = "corpus", tokenizer: Any = None) -> None:
         """Adds documents to retrieve from.
@@ -205,7 +170,11 @@ class LookaheadDrafter(Drafter):
         _check_scope(scope)
         self._check_tokenizer(tokenizer)
         for tokens in token_documents(documents, tokenizer):
-            self._append(scope, tokens)
+            with self._lock:
+                if scope == "request":
+                    self._predicted.append(tokens)
+                else:
+                    self._indexes[scope].add_document(tokens)
 
     def clear(self, scope: str | None = None) -> None:
         """Forgets a scope, or all of them."""
@@ -261,30 +230,46 @@ class LookaheadDrafter(Drafter):
                 self._indexes[scope] = index
         return self
 
-    def _grow(
-        self,
-        call: CallIndexes,
-        row: int,
-        max_depth: int,
-        tokens: NDArray[np.int64],
-        parents: NDArray[np.int64],
-        scores: NDArray[np.float32],
-    ) -> int:
-        """Writes one row's tree after its root; returns its number of nodes."""
-        end = call.requests[row].length
-        if call.peers is not None:
-            self._thread.skipped[PEERS] = call.peers.region(row)
+    def take_predicted(self) -> list[IntArray]:
+        """The predicted outputs, each for one call only."""
         with self._lock:
-            shared, corpus = (index.links if index.num_tokens else self._nothing for index in self._indexes.values())
+            predicted, self._predicted = self._predicted, []
+        return predicted
+
+    def keep_output(self, sequence: IntArray, prompt_length: int) -> None:
+        """Adds what may be shared of a row that has ended to the shared scope."""
+        start = 0 if self.share_prompts else prompt_length
+        end = len(sequence) if self.share_outputs else prompt_length
+        if end - start > 1:
+            with self._lock:
+                self._indexes["shared"].add_document(np.array(sequence[start:end], np.int32))
+
+    def grow(
+        self, session: LookaheadSession, row: int, max_depth: int, tokens: Ints, parents: Ints, scores: ScoreArray
+    ) -> int:
+        """Writes one row's tree after its root; returns its number of nodes.
+
+        Args:
+            session: Holds the indexes of the call.
+            row: Index in the batch.
+            max_depth: Largest depth of a node.
+            tokens: Written, `[nodes]`.
+            parents: Written, `[nodes]`.
+            scores: Written, `[nodes]`.
+        """
+        end = session.requests[row].length
+        with self._lock:
+            found = session.predicted, session.peers, *self._indexes.values()
+            links = [self._nothing if index is None else index.links for index in found]
             return draft_row(
-                (*call.sources(row, self._nothing), shared, corpus),
-                self._thread.skipped,
+                (session.requests[row].links, *links),
+                session.skipped,
                 self._weights,
                 max(end - self.max_match, 1),
                 end,
                 self.max_hits,
                 self.recency,
-                self._thread.matches,
+                session.matches,
                 self._by_length,
                 self.smoothing,
                 max_depth,
@@ -292,13 +277,6 @@ class LookaheadDrafter(Drafter):
                 parents,
                 scores,
             )
-
-    def _append(self, scope: str, tokens: IntArray) -> None:
-        with self._lock:
-            if scope == "request":
-                self._predicted.append(tokens)
-            else:
-                self._indexes[scope].add_document(tokens)
 
     def _new_index(self, budget: int) -> NgramIndex:
         """An empty index that stays within so many bytes, hash tables included."""
@@ -312,26 +290,9 @@ class LookaheadDrafter(Drafter):
     def _check_settings(self) -> None:
         """Raises a ValueError for a hyper-parameter out of range."""
         orders = self.orders
-        bounds: dict[str, tuple[float, float]] = {
-            "max_nodes": (1, 1024),
-            "max_depth": (1, 1024),
-            "max_match": (max(orders, default=1), 1024),
-            "max_hits": (1, 1024),
-            "growth": (1, 4),
-            "full_match": (1, 32),
-            "recency": (0.01, 1),
-            "discount": (0, 0.99),
-            "discount_length": (0.1, 1e6),
-            "smoothing": (1e-6, 1e6),
-            "request_weight": (0, 1e6),
-            "shared_weight": (0, 1e6),
-            "corpus_weight": (0, 1e6),
-            "shared_bytes": (MIN_BYTES, 2**35),
-            "corpus_bytes": (MIN_BYTES, 2**35),
-        }
         if not orders or orders[0] < 1 or any(a >= b for a, b in itertools.pairwise(orders)):
             raise ValueError(f"orders must be ascending lengths from 1 on, got {orders}; the default is (1, 2, 4, 8)")
-        for setting, (low, high) in bounds.items():
+        for setting, (low, high) in (BOUNDS | {"max_match": (orders[-1], 1024)}).items():
             value = getattr(self, setting)
             if not low <= value <= high:
                 raise ValueError(f"{setting} must be between {low:g} and {high:g}, got {value!r}; set it in that range")
@@ -347,6 +308,88 @@ class LookaheadDrafter(Drafter):
                 f"{fingerprint:.12}...; use one drafter per tokenizer, or clear() this one"
             )
         self._fingerprint, self._last_tokenizer = fingerprint, tokenizer
+
+
+class LookaheadSession(DraftSession):
+    """One call: indexes of each row's text, of the predicted outputs, and of what the rows have written.
+
+    Args:
+        drafter: Holds settings, shared and corpus scope.
+        context: All rows of the call.
+    """
+
+    def __init__(self, drafter: LookaheadDrafter, context: DraftContext) -> None:
+        self.drafter = drafter
+        self.matches = room_for_matches(SOURCES * len(drafter.orders) * drafter.max_hits)
+        self.skipped = np.zeros((SOURCES, 2), np.int64)
+        self._begin(context)
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        if not self._catch_up(context):
+            self._begin(context)
+        return self._trees(context, None, max_nodes)
+
+    def extend(self, context: DraftContext, paths: Sequence[IntArray], max_nodes: int) -> TokenTree | None:
+        return self._trees(context, paths, max_nodes)
+
+    def finish(self, context: DraftContext) -> None:
+        for sequence, prompt in zip(context.sequences, context.prompt_lengths, strict=True):
+            self.drafter.keep_output(sequence, prompt)
+
+    def _begin(self, context: DraftContext) -> None:
+        """Indexes the prompts and the predicted outputs."""
+        orders, predicted = self.drafter.orders, self.drafter.take_predicted()
+        self.predicted: NgramIndex | None = None
+        if predicted:
+            self.predicted = _index_for(orders, sum(map(len, predicted)))
+            for tokens in predicted:
+                self.predicted.add_document(tokens)
+        is_sharing = self.drafter.share_outputs and len(context.rows) > 1
+        self.peers = PeerOutputs(orders, max(context.rows) + 1) if is_sharing else None
+        self.requests: dict[int, NgramIndex] = {}
+        for row, sequence in zip(context.rows, context.sequences, strict=True):
+            first = context.rows[0]
+            if row != first and np.array_equal(sequence, context.sequences[0]):  # num_return_sequences, rollouts
+                self.requests[row] = copy.deepcopy(self.requests[first])
+            else:
+                self.requests[row] = _index_for(orders, len(sequence))
+                self.requests[row].extend(np.array(sequence, np.int32))
+        self._catch_up(context)
+
+    def _catch_up(self, context: DraftContext) -> bool:
+        """Appends the tokens committed since; False if the context does not continue what was indexed."""
+        for row, sequence, prompt in zip(context.rows, context.sequences, context.prompt_lengths, strict=True):
+            index = self.requests.get(row)
+            if index is None or len(sequence) < index.length - 1:
+                return False
+            if len(sequence) > index.length - 1:
+                index.extend(np.array(sequence[index.length - 1 :], np.int32))
+            if self.peers is not None and len(sequence) > (known := prompt + self.peers.lengths[row]):
+                self.peers.extend(row, np.array(sequence[known:], np.int32))
+        return True
+
+    def _trees(self, context: DraftContext, paths: Sequence[IntArray] | None, max_nodes: int) -> TokenTree:
+        """One tree per row, after its last token or after a path assumed to follow it."""
+        shape = len(context.rows), max(1, min(max_nodes, self.drafter.max_nodes))
+        tokens, parents, scores = np.zeros(shape, np.int64), np.full(shape, -1), np.zeros(shape, np.float32)
+        used = 1
+        for i, row in enumerate(context.rows):
+            path = NO_TOKENS if paths is None else np.array(paths[i], np.int32)
+            tokens[i, 0] = path[-1] if len(path) else context.sequences[i][-1]
+            depth = min(context.max_depth[i], self.drafter.max_depth) - len(path)
+            if shape[1] == 1 or depth < 1 or (paths is not None and len(path) == 0):
+                continue
+            if self.peers is not None:
+                self.skipped[PEERS] = self.peers.region(row)
+            self.requests[row].extend(path)
+            used = max(used, self.drafter.grow(self, row, depth, tokens[i], parents[i], scores[i]))
+            self.requests[row].retract(len(path))
+        return TokenTree.of_arrays(tokens[:, :used], parents[:, :used], scores[:, :used])
+
+
+def _index_for(orders: tuple[int, ...], tokens: int) -> NgramIndex:
+    """Room for the tokens and an output of about as many, and hash tables to match."""
+    return NgramIndex(orders, capacity=2 * tokens + 256, slots=power_of_two(tokens + 256))
 
 
 def _check_scope(scope: str) -> None:

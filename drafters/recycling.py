@@ -1,4 +1,4 @@
-"""The target's own second choices, kept and proposed again."""
+"""Tokens that the target ranked high before, proposed when the token before them returns."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specdec.drafters.base import DraftContext, Drafter, DraftSession, Step
+from specdec.drafters.trees.rank_tree import DecayedRates
 from specdec.drafters.trees.recycled_lists import LAST, Lists, count_listed, grow_recycled, keep_lists
 from specdec.kernels import Floats, Ints
 from specdec.target import embedding_rows
 from specdec.tree import TokenTree
 
 LEAST_LIKELY = 0.005
-"""A node that is right less often than this is not worth the time it takes to propose it."""
+"""Leave out nodes less likely to be accepted than this: proposing them costs more than they save."""
 DEPTH_CLASSES = 3
-"""Depths that are counted apart; deeper ones count as the last."""
+"""Depths counted separately; deeper ones count as the last."""
 
 
 @dataclass(eq=False)
 class RecyclingDrafter(Drafter):
-    """Proposes behind each token what the target held likely when it last met that token.
+    """Proposes after each token what the target ranked highest when it last met that token.
 
     "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling" (arXiv
-    2408.08696, section 3): each pass ranks the whole vocabulary behind every node of the tree, and all but one token
+    2408.08696, section 3): each pass ranks the whole vocabulary after every node of the tree, and all but one token
     per accepted node is thrown away. Here the `top_k` best are kept, in a table with one list per token. The paper
-    grows a fixed tree of 80 nodes out of it; here each tree grows best-first by how often tokens of a rank and depth
-    were right of late, so that it is as large as it is worth. What else the target held likely when it picked the last
-    token is proposed behind that token too: such a token often comes one place later ("LogitSpec", arXiv 2507.01449).
+    grows a fixed tree of 80 nodes from it; here each tree grows best-first by how often tokens of a rank and depth
+    were accepted recently. The other tokens that the target ranked high when it picked the last token are proposed
+    after that token too: such a token often comes one place later ("LogitSpec", arXiv 2507.01449).
 
-    The table is filled by all calls of the drafter, and what one call has taught it can be proposed to the next. It
-    never decides which token comes, but how soon it comes may tell: use one drafter per tenant, or `clear()`.
+    All calls of the drafter fill one table, so a call can be proposed what an earlier one learned. This never changes
+    a token, but it can change how soon it comes: use one drafter per tenant, or `clear()`.
 
     Args:
         max_nodes: Largest tree, the root included.
         max_depth: Longest path.
         top_k: Length of the lists. The table takes 4 bytes for each of `vocabulary x top_k` entries: 4 MiB for 128k
             tokens and lists of 8.
-        last_list: Propose behind the last token what else the target held likely in its place.
-        prior_weight: How many counted lists the rates that are supposed beforehand are worth.
-        memory: Lists after which a count is worth 1/e.
+        last_list: Propose after the last token what else the target ranked high in its place.
+        prior_weight: Number of counted lists that the assumed rates are worth.
+        memory: Number of lists after which a count has decayed to 1/e.
     """
 
     name = "recycling"
@@ -63,12 +64,9 @@ class RecyclingDrafter(Drafter):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         self.num_top_tokens = self.top_k
-        self._lock = threading.Lock()
-        self._thread = threading.local()
+        self._lock = threading.Lock()  # of the table and the counts
         self._target: Any = lambda: None
-        self._decay = float(np.exp(-1.0 / self.memory))
-        self._prior = supposed_rates(self.top_k) * self.prior_weight
-        self._tried, self._hit = np.zeros_like(self._prior), np.zeros_like(self._prior)
+        self._counts = DecayedRates(assumed_rates(self.top_k), self.prior_weight, self.memory)
 
     def fresh(self) -> RecyclingDrafter:
         return replace(self)
@@ -80,106 +78,106 @@ class RecyclingDrafter(Drafter):
         with self._lock:
             if self._target() is not model:
                 self._table = np.full((embedding_rows(model), self.top_k), -1, np.int32)
-                self._tried[:] = self._hit[:] = 0.0
+                self._counts.clear()
                 self._target = ref(model)
         _compile_kernels()
 
+    def start(self, context: DraftContext) -> DraftSession:
+        if self._table is None:
+            raise ValueError("bind(model) comes before anything is drafted; specdec.accelerate does so")
+        return RecyclingSession(self, self._table)
+
     def state_dict(self) -> dict[str, Any]:
         with self._lock:
-            return {"tried": self._tried.tolist(), "hit": self._hit.tolist()}
+            return self._counts.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with self._lock:
-            self._tried[:], self._hit[:] = state["tried"], state["hit"]
+            self._counts.load_state_dict(state)
 
     def clear(self) -> None:
-        """Forgets all lists, and how good they were."""
+        """Forgets all lists and counts."""
         with self._lock:
             if self._table is not None:
                 self._table[:] = -1
-            self._tried[:] = self._hit[:] = 0.0
+            self._counts.clear()
 
-    def start(self, context: DraftContext) -> DraftSession:
-        rows = max(context.rows, default=0) + 1
-        self._thread.last = np.full((rows, self.top_k), -1, np.int32)
-        self._thread.lengths = np.zeros(rows, np.int64)
-        self._thread.lengths[context.rows] = [len(sequence) for sequence in context.sequences]
-        return self
+    def grow(self, table: Lists, last: Lists, roots: Ints, max_depths: Ints, max_nodes: int) -> TokenTree:
+        """Trees after some tokens.
 
-    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        return self._trees(context, self._last(context), np.array([ids[-1] for ids in context.sequences]), 0, max_nodes)
-
-    def extend(self, context: DraftContext, paths: Sequence[NDArray[np.int32]], max_nodes: int) -> TokenTree | None:
-        roots = np.array([ids[-1] for ids in (path if len(path) else [0] for path in paths)])
-        nothing = np.full((len(paths), self.top_k), -1, np.int32)
-        return self._trees(context, nothing, roots, np.array([len(path) for path in paths]), max_nodes)
-
-    def _trees(self, context: DraftContext, last: Lists, roots: Any, depths: Any, max_nodes: int) -> TokenTree:
-        """Trees behind some tokens `[rows]`, which are to stand at these depths."""
-        table, rows = self._bound_table(), len(context.rows)
-        width = max(1, min(max_nodes, self.max_nodes))
-        tokens = np.zeros((rows, width), np.int64)
+        Args:
+            table: Lists by token, `[vocab, top_k]`.
+            last: Further children of the roots, -1 for none, `[rows, top_k]`.
+            roots: `[rows]`.
+            max_depths: Largest depth of a node, `[rows]`.
+            max_nodes: Largest tree, the root included.
+        """
+        shape = len(roots), max(1, min(max_nodes, self.max_nodes))
+        tokens, parents, scores = np.zeros(shape, np.int64), np.full(shape, -1), np.zeros(shape, np.float32)
         tokens[:, 0] = roots
-        parents = np.full((rows, width), -1, np.int64)
-        scores = np.zeros((rows, width), np.float32)
-        max_depths = (np.array(context.max_depth, np.int64) - depths).clip(0, self.max_depth)
         with self._lock:
-            rates = (self._hit + self._prior) / (self._tried + self.prior_weight)
+            rates = self._counts.rates()
             if not self.last_list:
                 rates[LAST] = 0.0
-            used = grow_recycled(table, last, rates, max_depths, LEAST_LIKELY, tokens, parents, scores)
+            depths = max_depths.clip(0, self.max_depth)
+            used = grow_recycled(table, last, rates, depths, LEAST_LIKELY, tokens, parents, scores)
         return TokenTree.of_arrays(tokens[:, :used], parents[:, :used], scores[:, :used])
 
-    def observe(self, context: DraftContext, step: Step) -> None:
-        if step.top_tokens is None:
-            return
-        table, last = self._bound_table(), self._last(context)
-        known, counts = self._since(context)
+    def learn(self, table: Lists, last: Lists, step: Step) -> None:
+        """Counts which listed tokens were right, and takes over the target's new lists.
+
+        Args:
+            table: Lists by token, changed.
+            last: The lists from which each row's last token was picked, changed, `[rows, top_k]`.
+            step: With `top_tokens`.
+        """
+        known = np.zeros((len(step.rows), 1 + max(map(len, step.new_tokens))), np.int64)
+        known[:, 0] = step.tree.host_tokens[:, 0]
+        for i, tokens in enumerate(step.new_tokens):
+            known[i, 1 : 1 + len(tokens)] = tokens
+        counts = np.array([1 + len(tokens) for tokens in step.new_tokens], np.int64)
+        top_tokens = np.ascontiguousarray(step.top_tokens)
         with self._lock:
-            count_listed(table, last, known, counts, self._tried, self._hit, self._decay)
-            keep_lists(
-                step.tree.host_tokens,
-                step.tree.host_parents,
-                np.ascontiguousarray(step.top_tokens),
-                known,
-                counts,
-                table,
-                last,
-            )
-        self._thread.last[context.rows] = last
-        self._thread.lengths[context.rows] = [len(sequence) for sequence in context.sequences]
-
-    def finish(self, context: DraftContext) -> None:
-        self._thread.__dict__.clear()
-
-    def _bound_table(self) -> Lists:
-        if self._table is None:
-            raise ValueError("bind(model) comes before anything is drafted; specdec.accelerate does so")
-        return self._table
-
-    def _last(self, context: DraftContext) -> Lists:
-        """The lists from which each row's last token was picked, `[rows, top_k]`, a copy."""
-        if len(getattr(self._thread, "lengths", ())) <= max(context.rows):
-            self.start(context)
-        last: Lists = self._thread.last[context.rows]
-        return last
-
-    def _since(self, context: DraftContext) -> tuple[Ints, Ints]:
-        """The last root of each row and the tokens since, `[rows, tokens]`, and how many they are, `[rows]`."""
-        lengths = self._thread.lengths
-        new = [sequence[lengths[row] - 1 :] for row, sequence in zip(context.rows, context.sequences, strict=True)]
-        counts = [len(tokens) for tokens in new]
-        known = np.zeros((len(new), max(counts)), np.int64)
-        for i, tokens in enumerate(new):
-            known[i, : counts[i]] = tokens
-        return known, np.array(counts, np.int64)
+            count_listed(table, last, known, counts, self._counts.tried, self._counts.hit, self._counts.decay)
+            keep_lists(step.tree.host_tokens, step.tree.host_parents, top_tokens, known, counts, table, last)
 
 
-def supposed_rates(ranks: int) -> Floats:
+class RecyclingSession(DraftSession):
+    """One call: keeps per row the list from which its last token was picked.
+
+    Args:
+        drafter: Holds settings and counts.
+        table: Lists of the target by token, `[vocab, top_k]`.
+    """
+
+    def __init__(self, drafter: RecyclingDrafter, table: Lists) -> None:
+        self.drafter, self.table = drafter, table
+        self._nothing = np.full(drafter.top_k, -1, np.int32)
+        self._last: dict[int, NDArray[np.int32]] = {}
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        roots = np.array([ids[-1] for ids in context.sequences], np.int64)
+        last = np.stack([self._last.get(row, self._nothing) for row in context.rows])
+        return self.drafter.grow(self.table, last, roots, np.array(context.max_depth, np.int64), max_nodes)
+
+    def extend(self, context: DraftContext, paths: Sequence[NDArray[np.int32]], max_nodes: int) -> TokenTree | None:
+        roots = np.array([path[-1] if len(path) else 0 for path in paths], np.int64)
+        depths = np.array([most - len(path) for most, path in zip(context.max_depth, paths, strict=True)], np.int64)
+        return self.drafter.grow(self.table, np.tile(self._nothing, (len(paths), 1)), roots, depths, max_nodes)
+
+    def observe(self, context: DraftContext, step: Step) -> None:
+        if step.top_tokens is None or not step.new_tokens:
+            return
+        last = np.stack([self._last.get(row, self._nothing) for row in step.rows])
+        self.drafter.learn(self.table, last, step)
+        self._last.update(zip(step.rows, last, strict=True))
+
+
+def assumed_rates(ranks: int) -> Floats:
     """P(accepted | parent accepted) before anything is counted, `[1 + DEPTH_CLASSES, ranks]`.
 
-    Less than what the paper's 80 nodes and 2.8 accepted tokens a pass amount to, as high temperatures need: the first
-    is right three times out of ten, each next one half as often; what stood in the root's place, one time out of 25.
+    Lower than the paper's 2.8 accepted tokens per pass of 80 nodes, as high temperatures need: the first token is right
+    three times out of ten, each next one half as often, and what ranked high in the root's place one time out of 25.
     """
     rates: Floats = np.tile(0.3 * 0.5 ** np.arange(ranks), (1 + DEPTH_CLASSES, 1))
     rates[LAST] = 0.04 * 0.7 ** np.arange(ranks)
@@ -188,10 +186,9 @@ def supposed_rates(ranks: int) -> Floats:
 
 @functools.cache
 def _compile_kernels() -> None:
-    """Compiles, or loads what was compiled before, so that no step of a generation waits for it."""
+    """Compiles the kernels, or loads them from Numba's cache, before a step of a generation needs them."""
     table, ids, rates = np.full((1, 2), -1, np.int32), np.zeros((1, 2), np.int64), np.zeros((2, 2))
-    grow_recycled(
-        table, table.copy(), rates, ids[0], LEAST_LIKELY, ids.copy(), ids.copy(), np.zeros((1, 2), np.float32)
-    )
+    scores = np.zeros((1, 2), np.float32)
+    grow_recycled(table, table.copy(), rates, ids[0], LEAST_LIKELY, ids.copy(), ids.copy(), scores)
     count_listed(table, table.copy(), ids, ids[:, 0].copy(), rates, rates.copy(), 1.0)
     keep_lists(ids, ids.copy(), ids[:, :, None].copy(), ids.copy(), ids[:, 0].copy(), table, table.copy())

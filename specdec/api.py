@@ -9,27 +9,28 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import Tensor
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from specdec.budget import Budget
 from specdec.budgeting.profiles import Tuning, load_profile, save_profile, tune
-from specdec.drafters import DRAFTERS, AutoDrafter, DraftModelDrafter, MergedDrafter
 from specdec.drafters.base import Drafter
+from specdec.drafters.by_name import DrafterLike, resolve_drafter
+from specdec.fallback import before_generate, stop_strings
 from specdec.generation import Speculation
 from specdec.inspection.explain import explain
-from specdec.passes.attention.choice import AttentionLike, check_attention
-from specdec.passes.capability import Capability, check_mode
-from specdec.passes.compiled.passes import CompileMode, check_compile_mode
-from specdec.passes.cuda_graphs.store import GraphMode, check_graph_mode
-from specdec.passes.near_ties import check_guard
+from specdec.passes.attention.choice import AttentionLike
+from specdec.passes.capability import Capability
+from specdec.passes.compiled.passes import CompileMode
+from specdec.passes.cuda_graphs.store import GraphMode
 from specdec.report import SpeculationReport
+from specdec.session import Session, Tokens
+from specdec.settings import Settings
 from specdec.target import unwrapped
-from specdec.verifiers import VERIFIERS
 from specdec.verifiers.base import Verifier
+from specdec.verifiers.by_name import resolve_verifier
 from specdec.warm_up import warm_up
 
-DrafterLike = str | Drafter | PreTrainedModel | Sequence[str | Drafter | PreTrainedModel] | None
 RETURN_SELF = frozenset({"to", "cuda", "cpu", "eval", "train", "float", "half", "bfloat16", "requires_grad_"})
 
 
@@ -42,7 +43,6 @@ def accelerate(
     max_nodes: int = 64,
     capability: str = "auto",
     attention: AttentionLike = "auto",
-    near_tie_guard: bool | float = False,
     budget: Budget | None = None,
     cuda_graphs: GraphMode = "auto",
     compiled: CompileMode = False,
@@ -60,9 +60,6 @@ def accelerate(
         capability: `"auto"` to find out by a probe how the model can be run ahead, or `"tree"`, `"chain"`, `"plain"`.
         attention: What computes attention over trees: `"auto"` (on a GPU the fastest that is installed, elsewhere the
             model's own), `"model"`, `"sdpa"`, `"flex"`, `"triton"`, `"flash"`, or a list to choose of by measurement.
-        near_tie_guard: Let a pass over one token decide where the two best tokens are closer than a wide pass rounds:
-            for bfloat16 and float16, see docs/exactness.md for how far that goes. True: closer than what was measured
-            on this model; a number is the gap of logits.
         budget: Takes the place of the budget that `max_nodes` would make.
         cuda_graphs: Replay whole steps as CUDA graphs: `"auto"` where that is possible, True to demand it, False for
             never. `"eager"` runs the same step of static shapes without capturing it, on any device, for tests.
@@ -80,20 +77,19 @@ def accelerate(
         ValueError: A name or a setting is not known, or the model cannot generate.
     """
     _check_model(model)
-    speculation = _speculation(
+    settings = _settings(
         drafter,
         verifier,
         strict,
-        max_nodes,
-        capability,
-        attention,
-        near_tie_guard,
-        budget,
-        cuda_graphs,
-        compiled,
-        deterministic,
+        max_nodes=max_nodes,
+        budget=budget,
+        capability=capability,
+        attention=attention,
+        cuda_graphs=cuda_graphs,
+        compiled=compiled,
+        deterministic=deterministic,
     )
-    fast = SpeculativeModel(model, speculation)
+    fast = SpeculativeModel(model, Speculation(settings))
     fast.speculation.bind(unwrapped(model))
     warm_up()
     return fast
@@ -104,131 +100,38 @@ def speculate(
     verifier: str | Verifier = "exact",
     strict: bool = False,
     *,
-    max_nodes: int = 64,
-    capability: str = "auto",
-    attention: AttentionLike = "auto",
-    near_tie_guard: bool | float = False,
-    budget: Budget | None = None,
-    cuda_graphs: GraphMode = "auto",
-    compiled: CompileMode = False,
-    deterministic: bool = False,
     streamer: Any = None,
     trace: bool = False,
+    **settings: Any,
 ) -> Speculation:
     """The same as `accelerate`, for transformers' own hook: `model.generate(..., custom_generate=speculate(...))`.
 
-    Arguments are those of `accelerate`, and:
-
     Args:
+        drafter: As for `accelerate`.
+        verifier: As for `accelerate`.
+        strict: As for `accelerate`.
         streamer: `generate` does not hand its streamer to a custom method; pass it here, and not there.
         trace: Note in `report.trace` which pass and which source each token came from.
+        settings: The other arguments of `accelerate`.
 
     Returns:
         A callable to pass as `custom_generate`. Keep it and pass it again to let the drafter remember; `.report` tells
         about its last call.
     """
-    speculation = _speculation(
-        drafter,
-        verifier,
-        strict,
-        max_nodes,
-        capability,
-        attention,
-        near_tie_guard,
-        budget,
-        cuda_graphs,
-        compiled,
-        deterministic,
-    )
-    speculation.streamer, speculation.is_traced = streamer, trace
-    return speculation
+    return Speculation(_settings(drafter, verifier, strict, **settings), streamer, trace)
 
 
-def _speculation(
+def _settings(
     drafter: DrafterLike,
     verifier: str | Verifier,
     strict: bool,
-    max_nodes: int,
-    capability: str,
-    attention: AttentionLike,
-    near_tie_guard: bool | float,
-    budget: Budget | None,
-    cuda_graphs: GraphMode,
-    compiled: CompileMode,
-    deterministic: bool,
-) -> Speculation:
-    check_mode(capability)
-    check_attention(attention)
-    check_graph_mode(cuda_graphs)
-    check_compile_mode(compiled)
-    if deterministic and compiled == "auto":
-        raise ValueError(
-            "compiled='auto' cannot be used with deterministic=True: passes round differently once they are compiled, "
-            "whenever that is; use compiled=True or compiled=False"
-        )
-    drafter, verifier = resolve_drafter(drafter), resolve_verifier(verifier)
-    check_guard(near_tie_guard, verifier)
-    budget = budget or Budget(max_nodes)
-    arguments = drafter, verifier, budget, strict, capability, attention, near_tie_guard, cuda_graphs, compiled
-    return Speculation(*arguments, deterministic)
-
-
-def resolve_drafter(drafter: Any) -> Drafter | None:
-    """A drafter from its name, one that asks a draft model, one that merges several, or the drafter itself.
-
-    Raises:
-        ValueError: The name is not known, or a list is empty or has None in it.
-        TypeError: It is neither a name nor a drafter.
-    """
-    if drafter is None or isinstance(drafter, Drafter):
-        return drafter
-    if isinstance(drafter, PreTrainedModel):
-        return DraftModelDrafter(drafter)
-    if isinstance(drafter, str):
-        if drafter not in DRAFTERS:
-            known = ", ".join(map(repr, DRAFTERS))
-            raise ValueError(f"drafter={drafter!r} is not known; use one of {known}, a Drafter, or None for none")
-        return DRAFTERS[drafter]()
-    if isinstance(drafter, Sequence):
-        return _merged(drafter)
-    if isinstance(drafter, type) and issubclass(drafter, Drafter):
-        raise TypeError(f"drafter={drafter.__name__} is a class; pass an instance: {drafter.__name__}()")
-    raise TypeError(
-        f"drafter must be a name ({', '.join(map(repr, DRAFTERS))}), a Drafter, a list of these or None, "
-        f"not {drafter!r:.200}"
-    )
-
-
-def _merged(drafters: Sequence[Any]) -> Drafter | None:
-    """One drafter out of several."""
-    if len(drafters) == 1:
-        return resolve_drafter(drafters[0])
-    if not drafters:
-        raise ValueError("drafter=[] is empty; give at least one drafter, or None for none")
-    others = [resolve_drafter(drafter) for drafter in drafters if drafter != "auto"]
-    sources = [drafter for drafter in others if drafter is not None]
-    if len(sources) < len(others):
-        raise ValueError(f"drafter={list(drafters)!r:.200} has None in it; leave it out")
-    return MergedDrafter(sources) if len(sources) == len(drafters) else AutoDrafter(more=sources)
-
-
-def resolve_verifier(verifier: Any) -> Verifier:
-    """A verifier from its name, or the verifier itself.
-
-    Raises:
-        ValueError: The name is not known.
-        TypeError: It is neither a name nor a verifier.
-    """
-    if isinstance(verifier, Verifier):
-        return verifier
-    if isinstance(verifier, str):
-        if verifier not in VERIFIERS:
-            known = ", ".join(map(repr, VERIFIERS))
-            raise ValueError(f"verifier={verifier!r} is not known; use one of {known}, or a Verifier")
-        return VERIFIERS[verifier]()
-    if isinstance(verifier, type) and issubclass(verifier, Verifier):
-        raise TypeError(f"verifier={verifier.__name__} is a class; pass an instance: {verifier.__name__}()")
-    raise TypeError(f"verifier must be a name ({', '.join(map(repr, VERIFIERS))}) or a Verifier, not {verifier!r}")
+    *,
+    max_nodes: int = 64,
+    budget: Budget | None = None,
+    **others: Any,
+) -> Settings:
+    """Settings of the arguments of `accelerate`."""
+    return Settings(resolve_drafter(drafter), resolve_verifier(verifier), strict, budget or Budget(max_nodes), **others)
 
 
 def _check_model(model: Any) -> None:
@@ -244,10 +147,6 @@ def _check_model(model: Any) -> None:
             f"{type(model).__name__} cannot generate text; load a causal LM, "
             "for instance with AutoModelForCausalLM.from_pretrained(...)"
         )
-
-
-def _stop_strings(kwargs: dict[str, Any]) -> Any:
-    return kwargs.get("stop_strings") or getattr(kwargs.get("generation_config"), "stop_strings", None)
 
 
 class SpeculativeModel:
@@ -300,7 +199,8 @@ class SpeculativeModel:
         Returns:
             Tokens and seconds with and without drafts. The random generators are left as they were.
         """
-        plain = accelerate(self.model, None, capability=self.speculation.capability, compiled=self.speculation.compiled)
+        settings = self.speculation.settings
+        plain = accelerate(self.model, None, capability=settings.capability, compiled=settings.compiled)
         return tune(self, plain, prompts, max_new_tokens, **kwargs)
 
     def save_profile(self, path: str | os.PathLike[str], text: str = "") -> None:
@@ -333,7 +233,7 @@ class SpeculativeModel:
         if len(args) > 1:  # generate(inputs, generation_config, ...)
             names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
             args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
-        reason = self._out_of_reach(kwargs)
+        reason = before_generate(self.model, kwargs)
         if reason is not None:
             self.speculation.begin_fallback(reason)
             return self.model.generate(*args, **kwargs)
@@ -341,20 +241,25 @@ class SpeculativeModel:
         decode = partial(self.speculation, streamer=kwargs.get("streamer"), trace=trace)
         return self.model.generate(*args, custom_generate=decode, **self._with_stop_strings(kwargs))
 
-    def _out_of_reach(self, kwargs: dict[str, Any]) -> str | None:
-        """Why a call must not even be tried with a custom decoding method, or None."""
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "token_healing"):
-            if kwargs.get(name) or getattr(kwargs.get("generation_config"), name, None):
-                return f"{name} is given"
-        if getattr(self.model.config, "is_encoder_decoder", False):
-            return "the model is an encoder-decoder"
-        if getattr(self.model.generation_config, "stop_strings", None) and not _stop_strings(kwargs):
-            return "stop_strings are set in the model's generation_config; pass them to generate()"
-        return None
+    def session(self, input_ids: Tokens, attention_mask: Tensor | None = None, **generate_kwargs: Any) -> Session:
+        """A text on a live kv cache, to generate, feed, score and roll back; see docs/session.md.
+
+        Args:
+            input_ids: The prompts, left-padded, `[batch, prompt]`, or one row's list of ids.
+            attention_mask: Zero at padding.
+            generate_kwargs: Arguments of every `generate` of the session; `tokenizer=...` for stop strings.
+
+        Returns:
+            A context manager that frees the cache at its end.
+        """
+        verifier, drafter = self.speculation.verifier, self.drafter
+        report = SpeculationReport(drafter.name if drafter else "none", verifier.name, verifier.guarantee)
+        arguments = input_ids, attention_mask, None, report
+        return Session(self.model, self.generate, lambda: self.report, *arguments, **generate_kwargs)
 
     def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Turns stop strings into the criterion that `generate` would make of them."""
-        strings, tokenizer = _stop_strings(kwargs), kwargs.get("tokenizer")
+        strings, tokenizer = stop_strings(kwargs), kwargs.get("tokenizer")
         if not strings or tokenizer is None:
             return kwargs  # without a tokenizer generate() says what is missing
         kwargs = {name: value for name, value in kwargs.items() if name != "stop_strings"}

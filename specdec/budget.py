@@ -164,8 +164,6 @@ class Budget:
             tree: The proposal, best nodes first.
             spent: Seconds that drafting it took: the more expensive it was, the more of it should be verified.
         """
-        if tree.steps is not None:  # a step is judged as a whole or not at all
-            return tree
         tree = tree.first(self.max_nodes)
         if self.fixed or tree.num_nodes == 1 or tree.scores is None or (known := self.step_seconds) is None:
             return tree
@@ -199,7 +197,7 @@ class Budget:
         if tokens is None or proposed is None or proposed.draft_probs is not None:
             proposed = tree
             tokens = [[*of_row[nodes].tolist(), REJECTED] for of_row, nodes in zip(tree.tokens, accepted, strict=True)]
-        if proposed.num_nodes == 1 or proposed.scores is None or proposed.steps is not None:
+        if proposed.num_nodes == 1 or proposed.scores is None:
             return
         known = np.full((len(tokens), max(map(len, tokens))), -1, np.int64)
         for row, picked in enumerate(tokens):

@@ -38,7 +38,6 @@ class Decoder:
     rows: list[int] = field(default_factory=list)
     kept_scores: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
     num_new: Sequence[int] = ()
-    is_undecided: bool = False
 
     def run(self, input_ids: Tensor) -> None:
         """Generates until every row is finished; the tokens are then in `sequences`.
@@ -73,10 +72,9 @@ class Decoder:
                     unfinished = self._commit(tree, outcome, is_in_cache=False)
                     is_exact = self.report.guarantee == "token-identical"
                     self.budget.observe(tree, outcome.accepted, outcome.tokens if is_exact else None)
-                    of_tree = outcome.accepted, self.num_new, outcome.top_tokens, outcome.verdicts
+                    of_tree = outcome.accepted, self.num_new, outcome.top_tokens
                     self.drafter.observe(self.sequences, self.rows, tree, *of_tree)
-                if tree.steps is None:  # a judge takes its time, and steps may be longer than any other tree
-                    self.budget.record(tree.num_nodes, time.perf_counter() - started)
+                self.budget.record(tree.num_nodes, time.perf_counter() - started)
         finally:
             self.drafter.finish(self.sequences)
         self.budget.end()
@@ -91,9 +89,7 @@ class Decoder:
     def _propose(self) -> TokenTree:
         """The next tree: what is worth verifying of the drafter's, or the roots alone."""
         tree = None
-        if self.is_undecided:
-            self.report.num_guard_passes += 1
-        elif self.drafter.is_on or self.ranks is not None:
+        if self.drafter.is_on or self.ranks is not None:
             tree = self._draft()
         self.report.count_pass([0] * len(self.rows) if tree is None else tree.num_drafted)
         return TokenTree.root_only(self.sequences.roots(self.rows)) if tree is None else tree
@@ -129,7 +125,6 @@ class Decoder:
             paths.append([0, *outcome.accepted[i]][: counts[i]])
             if self.sampler.keep_scores:
                 self.kept_scores[row] += self.sampler.kept(i, paths[i])
-        self.is_undecided = outcome.is_undecided
         if outcome.near_ties is not None:
             self.report.count_near_ties([row[:count] for row, count in zip(outcome.near_ties, counts, strict=True)])
         if not is_in_cache:
@@ -138,9 +133,7 @@ class Decoder:
             self.target.commit(paths, unfinished)
         if self.report.trace is not None:
             kept = [tokens[:count] for tokens, count in zip(outcome.tokens, counts, strict=True)]
-            owns = [0 if verdict and verdict.accepted else 1 for verdict in outcome.verdicts or [None] * len(kept)]
-            drafted = [tokens[: len(tokens) - own] for tokens, own in zip(kept, owns, strict=True)]
-            sources = [self.drafter.sources_of(i, tokens) for i, tokens in enumerate(drafted)]
+            sources = [self.drafter.sources_of(i, tokens[:-1]) for i, tokens in enumerate(kept)]
             self.report.trace.add_pass(self.rows, kept, sources, tree.num_drafted)
         self.streamer.feed([self.rows[i] for i in unfinished])
         return unfinished

@@ -14,7 +14,6 @@ from specdec.budget import Budget
 from specdec.drafters.base import DraftContext, Drafter, DrafterSwitchedOffWarning, DraftSession, Step, check_proposal
 from specdec.kernels import Ints, host_array, largest_at
 from specdec.passes.hidden_states import HiddenStates
-from specdec.reasoning import Verdict
 from specdec.report import SpeculationReport
 from specdec.rows.sequences import Sequences
 from specdec.sampling import Sampler
@@ -38,9 +37,6 @@ class CallFacts:
         hidden_states: The target's, for a drafter that needs them.
         sampler: How the target's tokens are picked.
         is_sampled_from: See `DraftContext`.
-        is_judged: See `DraftContext`.
-        asks_target: See `DraftContext`.
-        end_tokens: See `DraftContext`.
     """
 
     vocab_size: int
@@ -49,9 +45,6 @@ class CallFacts:
     hidden_states: HiddenStates | None = None
     sampler: Sampler | None = None
     is_sampled_from: bool = False
-    is_judged: bool = False
-    asks_target: bool = False
-    end_tokens: frozenset[int] = frozenset()
 
 
 class GuardedDrafter:
@@ -84,7 +77,7 @@ class GuardedDrafter:
 
     def propose(self, sequences: Sequences, rows: Sequence[int], max_nodes: int) -> TokenTree | None:
         """The drafter's tree, or None when there is no draft token in it."""
-        self._is_resting = max_nodes == 1 and not self.facts.is_judged
+        self._is_resting = max_nodes == 1
         if self.drafter is None or self._is_resting:
             return None
         context = self._context(sequences, rows)
@@ -137,7 +130,6 @@ class GuardedDrafter:
         accepted: list[list[int]],
         num_new: Sequence[int],
         top_tokens: Ints | None = None,
-        verdicts: Sequence[Verdict | None] | None = None,
     ) -> None:
         """Tells the drafter what became of a tree.
 
@@ -148,12 +140,11 @@ class GuardedDrafter:
             accepted: Per row the accepted draft nodes.
             num_new: Per row how many tokens were committed.
             top_tokens: See `Step`.
-            verdicts: See `Step`.
         """
         if self.session is not None and type(self.session).observe not in (DraftSession.observe, Drafter.observe):
             texts = [sequences.real(row) for row in rows]
             new_tokens = [ids[len(ids) - count :] for ids, count in zip(texts, num_new, strict=True)]
-            step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens, verdicts, new_tokens)
+            step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens, new_tokens)
             self._call("observe", self._context(sequences, rows), step)
 
     def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
@@ -183,9 +174,6 @@ class GuardedDrafter:
             is_sampled_from=facts.is_sampled_from,
             step_seconds=self.budget.step_seconds if self.budget is not None and needs_seconds else None,
             strict=facts.strict,
-            is_judged=facts.is_judged,
-            asks_target=facts.asks_target,
-            end_tokens=facts.end_tokens,
         )
 
     def _call(self, method: str, *args: Any) -> Any:

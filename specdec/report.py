@@ -6,7 +6,8 @@ import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console
@@ -37,7 +38,6 @@ class SpeculationReport:
         num_near_ties: Tokens whose two best scores were so close that another rounding could have swapped them; None
             where that was not looked at, as in float32.
         near_tie_gap: Closer than this is a near-tie.
-        num_guard_passes: Passes over one token that decided a near-tie of a wider pass (`near_tie_guard`).
         seconds: Wall time per phase.
         fallback: Why the model's own `generate` did the work; None when specdec did.
         drafter_error: What the drafter raised before it was switched off; None when it did not.
@@ -61,7 +61,6 @@ class SpeculationReport:
     num_generated_tokens: int = 0
     num_near_ties: int | None = None
     near_tie_gap: float | None = None
-    num_guard_passes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     fallback: str | None = None
     drafter_error: str | None = None
@@ -116,6 +115,20 @@ class SpeculationReport:
     def count_near_ties(self, rows: list[list[bool]]) -> None:
         """Counts the near-ties among the tokens that rows have kept."""
         self.num_near_ties = (self.num_near_ties or 0) + sum(map(sum, rows))
+
+    def add(self, other: SpeculationReport) -> None:
+        """Adds the counts and times of another call; what describes how it ran is taken over from it."""
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.name in ("drafter", "verifier", "guarantee", "trace") or theirs is None:
+                continue
+            if f.name.startswith("num_") and isinstance(theirs, int):
+                theirs += mine or 0
+            elif isinstance(theirs, list):
+                theirs = [sum(pair) for pair in zip_longest(mine, theirs, fillvalue=0)]
+            elif f.name == "seconds":
+                theirs = {phase: spent + theirs[phase] for phase, spent in mine.items()}
+            setattr(self, f.name, theirs)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but the trace, and derived figures, ready for JSON."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from specdec.drafting import GuardedDrafter
 from specdec.kernels import Ints
 from specdec.passes.near_ties import NearTies
-from specdec.reasoning import Verdict
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.target import TargetModel
@@ -27,29 +26,13 @@ class Outcome:
         accepted: Per row the accepted draft nodes, from the root's child down.
         tokens: Per row the accepted tokens and then the next one.
         top_tokens: What the target holds likeliest behind each node, `[rows, nodes, count]`; see `Drafter`.
-        verdicts: Per row what was said of its step, None where there was none to judge; None for no row.
         near_ties: Per row and token whether it was a near-tie; None where they are not looked for.
-        is_undecided: Some row ends before a near-tie, which a pass over one token is to decide.
     """
 
     accepted: list[list[int]]
     tokens: list[list[int]]
     top_tokens: Ints
-    verdicts: Sequence[Verdict | None] | None = None
     near_ties: list[list[bool]] | None = None
-    is_undecided: bool = False
-
-    def before_near_ties(self) -> Outcome:
-        """The outcome up to each row's first near-tie; a row may end up without a token."""
-        assert self.near_ties is not None
-        counts = [row.index(True) if True in row else len(row) for row in self.near_ties]
-        return replace(
-            self,
-            accepted=[nodes[: max(count - 1, 0)] for nodes, count in zip(self.accepted, counts, strict=True)],
-            tokens=[tokens[:count] for tokens, count in zip(self.tokens, counts, strict=True)],
-            near_ties=[row[:count] for row, count in zip(self.near_ties, counts, strict=True)],
-            is_undecided=any(count < len(row) for row, count in zip(self.near_ties, counts, strict=True)),
-        )
 
 
 @dataclass
@@ -102,10 +85,7 @@ class Step:
         if self.near_ties is not None:
             parts.append(self.near_ties.find(self.sampler, acceptance))
         packed: Ints = torch.cat([part.to(acceptance.nodes.device) for part in parts], 1).cpu().numpy()
-        outcome = unpack(packed, acceptance.nodes.shape[1], tree.num_nodes, num_nodes, self.near_ties is not None)
-        if self.near_ties is not None and self.near_ties.guards and tree.num_nodes > 1:
-            outcome = outcome.before_near_ties()
-        return replace(outcome, verdicts=acceptance.verdicts) if acceptance.verdicts is not None else outcome
+        return unpack(packed, acceptance.nodes.shape[1], tree.num_nodes, num_nodes, self.near_ties is not None)
 
 
 def unpack(packed: Ints, depth: int, width: int, num_nodes: int | None = None, has_near_ties: bool = False) -> Outcome:

@@ -24,6 +24,7 @@ from specdec.drafters import (
     Step,
 )
 from specdec.drafters.base import DraftSession
+from specdec.drafters.medusa import HeadLists, MedusaSession
 from specdec.heads import MedusaHeads
 from specdec.passes.attention.choice import AttentionLike
 from specdec.report import SpeculationReport
@@ -218,17 +219,28 @@ class TaughtMedusaDrafter(RandomMedusaDrafter):
     answers: Answers = field(default_factory=list)
     random: np.random.Generator = field(init=False, repr=False, default_factory=lambda: np.random.default_rng(0))
 
+    def start(self, context: DraftContext) -> DraftSession:
+        session = super().start(context)
+        assert isinstance(session, MedusaSession)
+        return TaughtMedusaSession(self, session.heads_pass)
+
+
+class TaughtMedusaSession(MedusaSession):
+    """See `TaughtMedusaDrafter`."""
+
+    drafter: TaughtMedusaDrafter
+
     def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        self.right = next_answers(self.answers, context)
+        self.right = next_answers(self.drafter.answers, context)
         return super().propose(context, max_nodes)
 
-    def _lists(self, heads: MedusaHeads, hidden: Tensor) -> Any:
-        listed, probs = super()._lists(heads, hidden)
+    def _lists(self, hidden: Tensor) -> HeadLists:
+        lists, random = super()._lists(hidden), self.drafter.random
         for row, answer in enumerate(self.right):
-            for head, token in enumerate(answer[: listed.shape[1]]):
-                if token not in listed[row, head] and self.random.random() < 0.7:
-                    listed[row, head, self.random.integers(3)] = token
-        return listed, probs
+            for head, token in enumerate(answer[: lists.tokens.shape[1]]):
+                if token not in lists.tokens[row, head] and random.random() < 0.7:
+                    lists.tokens[row, head, random.integers(3)] = token
+        return lists
 
 
 @cache
@@ -333,7 +345,6 @@ def assert_identical(
     expected: Reference | None = None,
     capability: str = "auto",
     attention: AttentionLike = "auto",
-    near_tie_guard: bool | float = False,
     cuda_graphs: Any = "auto",
     compiled: bool = False,
     **kwargs: Any,
@@ -349,7 +360,6 @@ def assert_identical(
         expected: Plain decoding's result, when it is known already.
         capability: How to run the target.
         attention: What computes attention over trees.
-        near_tie_guard: Which near-ties a pass over one token decides.
         cuda_graphs: As for `accelerate`.
         compiled: As for `accelerate`.
         kwargs: Other arguments of `generate`.
@@ -368,7 +378,6 @@ def assert_identical(
         budget=budget,
         capability=capability,
         attention=attention,
-        near_tie_guard=near_tie_guard,
         cuda_graphs=cuda_graphs,
         compiled=compiled,
     )

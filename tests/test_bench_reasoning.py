@@ -1,4 +1,4 @@
-"""The benchmark of reasoning: a limit on the thought is the same for all, figures add up, a run can be gone on with."""
+"""The benchmark of reasoning: a limit on the thought is the same for all, figures add up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from specdec.benchmark.runs import Measurement, Sample, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("bench_reasoning", "reasoning_figures", "task", "chains", "judging", "solving")
+NAMES = ("bench_reasoning", "task", "judging")
 
 
 @pytest.fixture
@@ -76,21 +76,16 @@ def test_figures_of_methods(benchmark_module: ModuleType, tmp_path: Path) -> Non
     assert (plain["speedup"], reasoned["speedup"]) == (1.0, 2.0)
     assert (plain["kept_share"], reasoned["kept_share"]) == (None, 0.75)
     assert (plain["num_identical"], reasoned["num_identical"]) == (2, 0)
-    assert reasoned["question_tokens"] == 20
-    assert reasoned["seconds_quartiles"] == (1.0, 1.0)
+    assert reasoned["seconds_quartiles"] == [1.0, 1.0]
     assert benchmark_module.table(rows, "title").row_count == 2
-    benchmark_module.plot({"unlimited": rows}, tmp_path / "picture.png", {"unlimited": "no limit"})
+    benchmark_module.plot({"unlimited": rows}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_a_run_in_parts_measures_every_problem_once(benchmark_module: ModuleType, tmp_path: Path) -> None:
-    """A window of no time at all ends behind one round; the same command goes on to the end."""
-    command = ["--problems", "2", "--folder", str(tmp_path / "run"), "--judging-problems", "1", "--threads", "1"]
-    codes = [CliRunner().invoke(benchmark_module.app, [*command, "--minutes", "0.1"]).exit_code]
-    while codes[-1] == 3 and len(codes) < 8:
-        codes.append(CliRunner().invoke(benchmark_module.app, command).exit_code)
-    assert codes[-1] == 0
+def test_all_methods_are_measured(benchmark_module: ModuleType, tmp_path: Path) -> None:
+    result = CliRunner().invoke(benchmark_module.app, ["--problems", "2", "--threads", "1"])
+    assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "reasoning.json").read_text())
     assert set(results["parts"]) == {"unlimited", "budget"}
     exact = {"HF generate", "specdec off", "lookahead", "draft model"}
@@ -99,4 +94,3 @@ def test_a_run_in_parts_measures_every_problem_once(benchmark_module: ModuleType
             assert len(row["seconds_quartiles"]) == 2
             if row["method"] in exact:
                 assert row["num_identical"] == 2
-    assert results["judging"]["judging_passes"] > 0

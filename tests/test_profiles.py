@@ -58,7 +58,7 @@ def test_a_new_process_starts_where_the_last_one_ended(tmp_path: Path, monkeypat
     assert second.drafter._known[False].state_dict() == drafter._known[False].state_dict()
     mine, theirs = (merged.sources[1] for merged in (second.drafter, drafter))
     assert isinstance(mine, RecyclingDrafter) and isinstance(theirs, RecyclingDrafter)
-    assert np.array_equal(mine._tried, theirs._tried)
+    assert np.array_equal(mine._counts.tried, theirs._counts.tried)
     known = {at: times.known()[1].tolist() for at, times in step_times.TIMES[same].items()}
     assert known == {at: times.known()[1].tolist() for at, times in before.items()}
     monkeypatch.setattr(budget_module.Budget, "observe", lambda *_: None)

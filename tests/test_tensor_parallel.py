@@ -15,7 +15,7 @@ import torch
 import specdec
 from specdec.budget import Budget
 from specdec.drafters import DraftModelDrafter, LookaheadDrafter, MedusaDrafter
-from specdec.passes.tensor_parallel import obstacle
+from specdec.fallback import of_processes
 from tests.tiny_models import new_model, prompts, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,9 +107,9 @@ def test_models_spread_over_some_processes_are_left_alone(monkeypatch: pytest.Mo
     class Sharded:
         tp_size = 2
 
-    assert obstacle(tiny_model(), True) is None
+    assert of_processes(tiny_model(), True) is None
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
-    assert obstacle(Sharded(), False) == "the model is spread over 2 of 4 processes, not over all"
+    assert of_processes(Sharded(), False) == "the model is spread over 2 of 4 processes, not over all"
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    assert obstacle(Sharded(), False) is None
-    assert "its tree alone" in str(obstacle(Sharded(), True))
+    assert of_processes(Sharded(), False) is None
+    assert "its tree alone" in str(of_processes(Sharded(), True))

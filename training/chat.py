@@ -19,20 +19,10 @@ Encoded = tuple[list[int], list[bool]]
 """Token ids, and which are supervised."""
 
 ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    **{name: name for name in ("system", "developer")},
 }
 """Names of roles in the wild."""
 
@@ -42,7 +32,7 @@ _THINKING = re.compile(r"<think>\s*(</think>\s*)?")
 
 
 class TemplateRefusedError(ValueError):
-    """The chat template does not take these turns."""
+    """The chat template does not accept these turns."""
 
 
 def as_messages(record: Record, field: str | None = None) -> list[Message]:
@@ -124,11 +114,12 @@ class ChatEncoder:
         template = self._template_for(tools, where)
         if not any(message["role"] == "assistant" for message in messages):
             return []
-        if _GENERATION_MARK.search(template):
-            text, spans = self._render(messages, tools, template, marked=True)
-            turns = [(text, spans)]
-        else:
-            turns = self._turns(messages, tools, template, where)
+        is_marked = bool(_GENERATION_MARK.search(template))
+        turns = (
+            [self._render(messages, tools, template, marked=True)]
+            if is_marked
+            else self._turns(messages, tools, template, where)
+        )
         if not complete and turns[-1][1]:
             text, spans = turns[-1]
             turns[-1] = text, [*spans[:-1], self._without_end(text, spans[-1])]
@@ -179,15 +170,7 @@ class ChatEncoder:
     def _render(
         self, messages: Sequence[Message], tools: Any, template: str, ask: bool = False, marked: bool = False
     ) -> tuple[str, list[Span]]:
-        """Text, and the spans that the template marks.
-
-        Args:
-            messages: The turns.
-            tools: Tools for the template, or None.
-            template: The template's text.
-            ask: Whether the assistant is to write next.
-            marked: Whether to return spans.
-        """
+        """Text, with `ask` up to the assistant's header, and if it is `marked` the spans that the template marks."""
         try:
             rendered: Any = render_jinja_template(
                 conversations=[[dict(message) for message in messages]],
@@ -244,17 +227,10 @@ class ChatEncoder:
             return self._tokens_piecewise(text, spans, where)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        flags = [False] * len(ids)
-        current = iter(spans)
-        span = next(current, None)
-        for i, (start, _) in enumerate(offsets):
-            while span is not None and start >= span[1]:
-                span = next(current, None)
-            flags[i] = span is not None and start >= span[0]
-        return ids, flags
+        return ids, [any(first <= start < end for first, end in spans) for start, _ in offsets]
 
     def _tokens_piecewise(self, text: str, spans: Sequence[Span], where: str) -> Encoded:
-        """The same for a tokenizer that does not tell where its tokens stand: by the lengths of encoded beginnings."""
+        """The same for a tokenizer without offsets: by the lengths of encoded beginnings."""
         ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
         flags = [False] * len(ids)
         for start, end in spans:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written whole or not at all, the latest ones kept, found again after a kill."""
+"""Checkpoints of a training run, each written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,38 +23,31 @@ WEIGHTS_FILE = "trained.safetensors"
 class Checkpoints:
     """The checkpoints in the output folder of a run.
 
-    accelerate writes optimizer, schedule and generators, and the weights of sharded models; otherwise only the trained
-    parameters are written, whatever else the module holds.
+    accelerate's `save_state` writes optimizer, schedule and random generators; of the weights, only trained parameters
+    are written.
 
     Args:
         accelerator: Of the run; model, optimizer and schedule are prepared.
         config: Of the run, resolved.
-        keep: How many to keep.
     """
 
-    def __init__(self, accelerator: Any, config: MedusaTrainingConfig, keep: int) -> None:
+    def __init__(self, accelerator: Any, config: MedusaTrainingConfig) -> None:
         self.accelerator = accelerator
         self.config = config
-        self.keep = keep
         self.folder = Path(config.output) / FOLDER
         accelerator.register_save_state_pre_hook(self._save_trained)
         accelerator.register_load_state_pre_hook(self._load_trained)
 
-    @property
-    def _is_sharded(self) -> bool:
-        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
     def save(self, step: int, record: Mapping[str, Any]) -> None:
-        """Writes the checkpoint of a step.
+        """Writes the checkpoint of a step, and removes the oldest ones.
 
         Args:
-            step: Steps done.
+            step: Completed steps.
             record: What else to keep, as JSON.
         """
-        final = self.folder / f"step-{step:08d}"
+        final, partial = self.folder / f"step-{step:08d}", self.folder / f"partial-{step:08d}"
         if final.exists():
             return
-        partial = self.folder / f"partial-{step:08d}"
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -65,17 +57,20 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             state = {"step": step, "num_processes": self.accelerator.num_processes, "config": self.config.to_dict()}
             (partial / STATE_FILE).write_text(json.dumps({**state, "record": dict(record)}), encoding="utf-8")
-            _flush(partial)
+            for path in partial.rglob("*"):  # on disk before the folder gets its final name
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
             os.replace(partial, final)
-            for old in self._all()[: -self.keep]:
+            for old in self._all()[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
     def load_latest(self) -> tuple[int, dict[str, Any]]:
-        """Goes on from the latest checkpoint.
+        """Restores the latest checkpoint.
 
         Returns:
-            Steps done, 0 without a checkpoint, and what was recorded.
+            Completed steps, 0 without a checkpoint, and the record.
 
         Raises:
             ValueError: It is of a run with other settings, or resuming is not wanted.
@@ -103,18 +98,13 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if (path / STATE_FILE).is_file())
 
     def _save_trained(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        if self._is_sharded:
-            return
         weights.clear()
         if self.accelerator.is_main_process:
             tensors = {name: p.detach().cpu().contiguous() for name, p in self._trained(models).items()}
             save_file(tensors, Path(folder) / WEIGHTS_FILE)
 
     def _load_trained(self, models: list[nn.Module], folder: str) -> None:
-        if self._is_sharded:
-            return
-        trained = self._trained(models)
-        stored = load_file(Path(folder) / WEIGHTS_FILE)
+        trained, stored = self._trained(models), load_file(Path(folder) / WEIGHTS_FILE)
         if set(stored) != set(trained):
             raise ValueError(f"{folder} holds other parameters than this run trains; use another output folder")
         with torch.no_grad():
@@ -125,11 +115,3 @@ class Checkpoints:
     def _trained(self, models: list[nn.Module]) -> dict[str, nn.Parameter]:
         module = self.accelerator.unwrap_model(models[0])
         return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def _flush(folder: Path) -> None:
-    """Lets the files reach the disk before the folder gets its final name."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

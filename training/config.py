@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from specdec.common.conversion import convert
-from specdec.training.schedules import HEADS_SCHEDULES, SCHEDULES
 
 Recipe = Literal["medusa-1", "medusa-2", "medusa-2-distill"]
 CONFIG_FILE = "training.yaml"
@@ -18,38 +17,28 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "medusa-2-distill": {"learning_rate": 1e-4, "heads_weight": 0.01, "schedule": "cosine", "heads_schedule": "sine"},
 }
 """Values of the fields that are None, from Medusa (arXiv 2401.10774)."""
-
-
-POSITIVE_INTEGERS = (
+CHOICES = {
+    "recipe": tuple(RECIPE_DEFAULTS),
+    "heads_version": ("1", "2"),
+    "schedule": ("constant", "cosine", "linear"),
+    "heads_schedule": ("constant", "sine"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "resume": ("auto", "never"),
+}
+AT_LEAST_ONE = (
     "num_heads", "num_layers", "window", "batch_size", "accumulation", "save_every", "keep_checkpoints", "log_every",
     "lora_rank", "logits_mib", "eval_windows", "distill_tokens", "distill_batch", "measure_tokens", "steps", "limit",
     "eval_every", "threads", "first_stage_steps", "draft_vocabulary", "own_prompts",
 )  # fmt: skip
-NOT_NEGATIVE = (
+AT_LEAST_ZERO = (
     "warmup_steps", "weight_decay", "max_grad_norm", "seed", "workers", "measure_prompts", "distill_temperature",
 )  # fmt: skip
-POSITIVE = ("epochs", "head_lr_multiplier", "head_decay", "learning_rate", "heads_weight", "lora_alpha")
-WITHOUT_EFFECT = frozenset(
-    {
-        "cache_states",
-        "cpu",
-        "device_map",
-        "distill_batch",
-        "eval_every",
-        "keep_checkpoints",
-        "log_every",
-        "measure_prompts",
-        "measure_tokens",
-        "output",
-        "project",
-        "resume",
-        "save_every",
-        "threads",
-        "trackers",
-        "trust_remote_code",
-        "workers",
-    }
-)
+ABOVE_ZERO = ("epochs", "head_lr_multiplier", "head_decay", "learning_rate", "heads_weight", "lora_alpha")
+WITHOUT_EFFECT = frozenset({
+    "cache_states", "cpu", "device_map", "distill_batch", "eval_every", "keep_checkpoints", "log_every",
+    "measure_prompts", "measure_tokens", "output", "project", "resume", "save_every", "threads", "trackers",
+    "trust_remote_code", "workers",
+})  # fmt: skip
 """Settings that the trained weights do not depend on; a run may be resumed with other values."""
 
 
@@ -172,13 +161,17 @@ class MedusaTrainingConfig:
     measure_tokens: Annotated[int, "Tokens per measured completion."] = 128
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        for name in POSITIVE_INTEGERS:
-            self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        for name in NOT_NEGATIVE:
-            self._check(name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
-        for name in POSITIVE:
-            self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
+        for name, choices in CHOICES.items():
+            self._check(
+                name, getattr(self, name) in (*choices, getattr(type(self), name)), f"one of {', '.join(choices)}"
+            )
+        for names, is_allowed, allowed in (
+            (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+            (AT_LEAST_ZERO, lambda value: value >= 0, "0 or more"),
+            (ABOVE_ZERO, lambda value: value > 0, "above 0"),
+        ):
+            for name in names:
+                self._check(name, getattr(self, name) is None or is_allowed(getattr(self, name)), allowed)
         self._check("eval_fraction", 0 < self.eval_fraction < 1, "between 0 and 1: heads are measured on that share")
         self._check("lora_dropout", 0 <= self.lora_dropout < 1, "from 0 up to 1")
         least = self.num_heads + 2
@@ -197,19 +190,6 @@ class MedusaTrainingConfig:
     def _check(self, name: str, is_allowed: bool, allowed: str) -> None:
         if not is_allowed:
             raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it must be {allowed}")
-
-    def _check_choices(self) -> None:
-        choices = {
-            "recipe": tuple(RECIPE_DEFAULTS),
-            "heads_version": ("1", "2"),
-            "schedule": (None, *SCHEDULES),
-            "heads_schedule": (None, *HEADS_SCHEDULES),
-            "mixed_precision": (None, "no", "bf16", "fp16"),
-            "resume": ("auto", "never"),
-        }
-        for name, allowed in choices.items():
-            names = ", ".join(str(value) for value in allowed if value is not None)
-            self._check(name, getattr(self, name) in allowed, f"one of {names}")
 
     def resolved(self) -> MedusaTrainingConfig:
         """With the recipe's own values in place of None."""
@@ -230,7 +210,11 @@ class MedusaTrainingConfig:
         known = settings()
         if unknown := [str(key) for key in values if key not in known]:
             raise ValueError(f"{', '.join(unknown)} is no setting of the training; known are {', '.join(known)}")
-        return cls(**{name: _typed(value, known[name].annotation, name) for name, value in values.items()})
+        given = {}
+        for name, value in values.items():
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            given[name] = convert("none" if value is None else text, known[name].annotation, name)
+        return cls(**given)
 
     @classmethod
     def load(cls, file: str | Path, overrides: Mapping[str, Any] | None = None) -> MedusaTrainingConfig:
@@ -263,18 +247,9 @@ class MedusaTrainingConfig:
         ]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A field of the config.
+class Setting(NamedTuple):
+    """A field of the config: its type, help text and default."""
 
-    Args:
-        name: Of the field.
-        annotation: Its type.
-        help: What it is.
-        default: Its default.
-    """
-
-    name: str
     annotation: Any
     help: str
     default: Any
@@ -286,7 +261,7 @@ def settings() -> dict[str, Setting]:
     known = {}
     for f in fields(MedusaTrainingConfig):
         annotation, text = get_args(hints[f.name])
-        known[f.name] = Setting(f.name, annotation, text, f.default)
+        known[f.name] = Setting(annotation, text, f.default)
     return known
 
 
@@ -305,11 +280,3 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     if values is not None and not isinstance(values, dict):
         raise ValueError(f"{file} must hold one setting a line, such as 'batch_size: 8'")
     return values or {}
-
-
-def _typed(value: Any, annotation: Any, name: str) -> Any:
-    if isinstance(value, (list, tuple)):
-        value = ",".join(map(str, value))
-    if value is None:
-        value = "none"
-    return convert(str(value), annotation, name)

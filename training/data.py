@@ -1,4 +1,4 @@
-"""From what the user names to windows: examples read or written by the target itself, split, packed."""
+"""Training windows of a run: examples read or written by the target itself, split, packed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
+from specdec.training.batches import WINDOW
 from specdec.training.config import MedusaTrainingConfig
 from specdec.training.distillation import distill
 from specdec.training.examples import load_examples, split
@@ -21,7 +21,6 @@ from specdec.training.prompts import load_prompts
 
 DISTILLED_FOLDER = "distilled"
 _DIGESTED = 64
-_COUNTED = 1024
 
 
 @dataclass
@@ -29,10 +28,10 @@ class TrainingData:
     """Windows, and the examples they are made of.
 
     Args:
-        train: What is trained on.
-        evaluation: What is not.
+        train: Windows to train on, numbered.
+        evaluation: Held-out windows.
         num_examples: Of both.
-        eval_examples: Those held out.
+        eval_examples: Held-out examples.
         source: Where they come from.
     """
 
@@ -44,7 +43,7 @@ class TrainingData:
 
     @property
     def digest(self) -> str:
-        """Tells other data from these."""
+        """Differs for other data."""
         found = hashlib.blake2b(str(len(self.train)).encode(), digest_size=8)
         for number in np.linspace(0, len(self.train) - 1, min(_DIGESTED, len(self.train)), dtype=int):
             found.update(np.array(self.train[int(number)]["input_ids"], np.int64).tobytes())
@@ -52,10 +51,9 @@ class TrainingData:
 
 
 def most_frequent(windows: Any, count: int) -> list[int]:
-    """The tokens that are supervised most often, ascending; all of them where there are no more than `count`."""
-    counts: NDArray[np.int64] = np.zeros(0, np.int64)
-    for start in range(0, len(windows), _COUNTED):
-        batch = windows[start : start + _COUNTED]
+    """The `count` tokens that are supervised most often, ascending."""
+    counts = np.zeros(0, np.int64)
+    for batch in windows.iter(batch_size=1024):
         found = np.bincount(batch["input_ids"][batch["supervised"] != 0], minlength=len(counts))
         found[: len(counts)] += counts
         counts = found
@@ -65,13 +63,11 @@ def most_frequent(windows: Any, count: int) -> list[int]:
 
 def read_examples(config: MedusaTrainingConfig, source: str, tokenizer: Any) -> Any:
     """All examples of a source."""
-    if config.is_self_distilled:  # the other settings chose the prompts; of the answers all are used
-        return load_examples(source, tokenizer)
-    return load_examples(source, tokenizer, **_reading(config))
+    # The other settings chose the prompts; of answers to these, all are used.
+    return load_examples(source, tokenizer, **({} if config.is_self_distilled else _reading(config)))
 
 
 def _reading(config: MedusaTrainingConfig) -> dict[str, Any]:
-    """Settings of a source's records."""
     names = ("split", "text_field", "limit", "seed", "chat_template")
     return {name: getattr(config, name) for name in names}
 
@@ -84,31 +80,20 @@ def windows_of(config: MedusaTrainingConfig, source: str, tokenizer: Any) -> Tra
     """
     examples = read_examples(config, source, tokenizer)
     train, held_out = split(examples, config.eval_fraction, config.seed)
-    if not len(train) or not len(held_out):
-        raise ValueError(
-            f"{source} has {len(examples)} examples, too few to hold out a share of {config.eval_fraction}; "
-            "name more data, or a larger eval_fraction"
-        )
     evaluation = pack(held_out, config.window, config.seed)
     evaluation = evaluation.select(range(min(len(evaluation), config.eval_windows)))
-    return TrainingData(pack(train, config.window, config.seed), evaluation, len(examples), held_out, source)
+    windows = pack(train, config.window, config.seed)
+    windows = windows.add_column(WINDOW, np.arange(len(windows)))
+    return TrainingData(windows, evaluation, len(examples), held_out, source)
 
 
 def self_distilled(config: MedusaTrainingConfig, model: Any, tokenizer: Any, console: Console | None) -> str:
     """Lets the target answer the prompts, its own or given ones; returns the folder of the answers."""
     folder = Path(config.output) / DISTILLED_FOLDER
-    drafter = "lookahead" if config.own_prompts is None else None
+    shared: dict[str, Any] = {"batch_size": config.distill_batch, "seed": config.seed, "console": console}
     if config.own_prompts is not None:
-        prompts = write_prompts(
-            model,
-            tokenizer,
-            config.own_prompts,
-            folder,
-            batch_size=config.distill_batch,
-            seed=config.seed,
-            chat_template=config.chat_template,
-            console=console,
-        )
+        template = config.chat_template
+        prompts = write_prompts(model, tokenizer, config.own_prompts, folder, chat_template=template, **shared)
     else:
         prompts = load_prompts(config.prompts or "", tokenizer, **_reading(config))
     report = distill(
@@ -118,9 +103,7 @@ def self_distilled(config: MedusaTrainingConfig, model: Any, tokenizer: Any, con
         folder,
         max_new_tokens=config.distill_tokens,
         temperature=config.distill_temperature,
-        batch_size=config.distill_batch,
-        drafter=drafter,
-        seed=config.seed,
-        console=console,
+        drafter="lookahead" if config.own_prompts is None else None,
+        **shared,
     )
     return str(report.folder)

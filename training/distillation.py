@@ -7,29 +7,29 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from specdec.api import DrafterLike, accelerate
+from specdec.api import accelerate
+from specdec.drafters.by_name import DrafterLike
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngrams.documents import tokenizer_fingerprint
 from specdec.generation import FallbackWarning
 from specdec.training.examples import prompt_ids
-from specdec.training.prompts import DistillationPrompt, batches_of, load_prompts, unique
-from specdec.training.records import SHARDS
-from specdec.training.shards import begin, end_tokens, progress_bar, seeded, write_atomically
+from specdec.training.progress import progress_bar
+from specdec.training.prompts import DistillationPrompt, load_prompts, unique
+from specdec.training.shards import begin, complete, end_tokens, read_shard, seeded, shard_file, write_shard
 
 FORMAT = 1
 
 
 @dataclass
 class DistillationReport:
-    """What a run of `distill` did; batches that an earlier run wrote are not counted again.
+    """What a run of `distill` did, without the batches that an earlier run wrote.
 
     Args:
         folder: Where the answers are.
@@ -82,17 +82,16 @@ def distill(
 ) -> DistillationReport:
     """Lets the model answer prompts, and writes what `load_examples` reads.
 
-    Prompts of like length form a batch; each batch is a file of its own, written at once, drawn from a seed of its own.
-    A run that was ended goes on when it is started again with the same arguments, and gives the same files as one that
-    was not. (In bfloat16 and float16 the next two tokens' logits may be so near to each other that the way of computing
-    them decides.)
+    Prompts of similar length form a batch; each batch has a file and a seed of its own. An interrupted run continues
+    when it is started again with the same arguments, and writes the same files as one that was not interrupted. (In
+    bfloat16 and float16, two logits may be so close that rounding decides between them.)
 
     Args:
         model: A causal LM.
         tokenizer: Its tokenizer.
         prompts: A source for `load_prompts`, or what that returned, or a list of texts.
-        folder: For the answers; made if it is missing.
-        max_new_tokens: Tokens per answer, at most.
+        folder: For the answers; created if it is missing.
+        max_new_tokens: Largest number of tokens per answer.
         temperature: 0 for greedy decoding.
         batch_size: Prompts per batch.
         drafter: As for `accelerate`.
@@ -107,39 +106,40 @@ def distill(
     """
     _check_settings(max_new_tokens, temperature, batch_size)
     chosen = _fitting(_as_prompts(prompts, tokenizer), model, max_new_tokens)
-    batches = batches_of(chosen, batch_size)
-    manifest = {
-        "format": FORMAT,
-        "model": str(model.config.name_or_path),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "prompts": _digest(chosen),
-        "num_prompts": len(chosen),
-        "num_batches": len(batches),
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    target = Path(folder).expanduser()
-    begin(target, manifest)
-    report = DistillationReport(target, len(chosen))
+    # The longest first: if memory is short, the first batch shows it.
+    ordered = sorted(chosen, key=lambda prompt: -len(prompt.input_ids))
+    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    report = DistillationReport(Path(folder).expanduser(), len(chosen))
+    begin(
+        report.folder,
+        {
+            "format": FORMAT,
+            "model": str(model.config.name_or_path),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "prompts": _digest(chosen),
+            "num_prompts": len(chosen),
+            "num_batches": len(batches),
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        },
+    )
     fast = accelerate(model, drafter)
-    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    kwargs = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     kwargs |= {"temperature": temperature} if temperature > 0 else {}
     with progress_bar(console) as progress:
-        task, wanted = progress.add_task("distilling", total=len(chosen), speed=""), len(chosen)
+        task = progress.add_task("distilling", total=len(chosen), note="")
         for index, batch in enumerate(batches):
-            shard = target / SHARDS.replace("*", f"{index:06d}")
+            shard = shard_file(report.folder, index)
             if shard.exists():
-                _remember(fast.drafter, shard)
-                wanted -= len(batch)
-                progress.update(task, total=wanted)
-                continue
-            with seeded(seed, index, model.device):
-                completions = _answer(fast, tokenizer, batch, kwargs, report)
-            write_atomically(shard, "".join(_lines(batch, completions, tokenizer, end_tokens(model, tokenizer))))
-            speed = f"{report.tokens_per_second:.0f} tokens/s, {report.tokens_per_pass:.2f} per pass"
-            progress.update(task, advance=len(batch), speed=speed)
+                _replay(fast.drafter, shard)
+            else:
+                with seeded(seed, index, model.device):
+                    answers = _answer(fast, tokenizer, batch, kwargs, report)
+                write_shard(shard, _records(batch, answers, tokenizer, end_tokens(model, tokenizer)))
+            note = f"{report.tokens_per_second:.0f} tokens/s, {report.tokens_per_pass:.2f} per pass"
+            progress.update(task, advance=len(batch), note=note)
     return report
 
 
@@ -154,13 +154,12 @@ def _check_settings(max_new_tokens: int, temperature: float, batch_size: int) ->
 def _as_prompts(prompts: str | Sequence[str | DistillationPrompt], tokenizer: Any) -> list[DistillationPrompt]:
     if isinstance(prompts, str):
         return load_prompts(prompts, tokenizer)
-    found = [
+    return unique(
         DistillationPrompt(f"prompt:{i}", tuple(prompt_ids(tokenizer, prompt)), prompt)
         if isinstance(prompt, str)
         else prompt
         for i, prompt in enumerate(prompts)
-    ]
-    return unique(prompt for prompt in found if prompt.input_ids)
+    )
 
 
 def _fitting(prompts: list[DistillationPrompt], model: Any, max_new_tokens: int) -> list[DistillationPrompt]:
@@ -192,55 +191,40 @@ def _digest(prompts: Sequence[DistillationPrompt]) -> str:
 def _answer(
     fast: Any, tokenizer: Any, batch: Sequence[DistillationPrompt], kwargs: dict[str, Any], report: DistillationReport
 ) -> list[list[int]]:
-    """Generates the answers to a batch, each up to its end-of-text token."""
-    ends = end_tokens(fast.model, tokenizer)
-    padding = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
-    width = max(len(prompt.input_ids) for prompt in batch)
-    ids = torch.full((len(batch), width), padding)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(batch):
-        ids[row, width - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
-        mask[row, width - len(prompt.input_ids) :] = 1
-    device = fast.model.device
+    """Answers to a batch, each up to its end token."""
     started = time.perf_counter()
     with warnings.catch_warnings():
         if fast.drafter is None:  # generating without speculation is what was asked for
             warnings.simplefilter("ignore", FallbackWarning)
-        output = fast.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            pad_token_id=padding,
-            eos_token_id=ends or None,
-            **kwargs,
-        )[:, width:].tolist()
+        ends = end_tokens(fast.model, tokenizer)
+        answers = complete(fast, tokenizer, [prompt.input_ids for prompt in batch], ends, **kwargs)
     report.seconds += time.perf_counter() - started
-    completions = [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in output]
     report.num_new_prompts += len(batch)
-    report.num_new_tokens += sum(map(len, completions))
+    report.num_new_tokens += sum(map(len, answers))
     report.num_row_passes += fast.report.num_row_passes
-    return completions
+    return answers
 
 
-def _lines(
-    batch: Sequence[DistillationPrompt], completions: Sequence[list[int]], tokenizer: Any, ends: Sequence[int]
-) -> Iterator[str]:
-    for prompt, completion in zip(batch, completions, strict=True):
-        record = {
+def _records(
+    batch: Sequence[DistillationPrompt], answers: Sequence[list[int]], tokenizer: Any, ends: Sequence[int]
+) -> list[dict[str, Any]]:
+    return [
+        {
             "id": prompt.id,
             "prompt": prompt.text,
-            "completion": tokenizer.decode(completion, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            "input_ids": [*prompt.input_ids, *completion],
+            "completion": tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            "input_ids": [*prompt.input_ids, *answer],
             "num_prompt_tokens": len(prompt.input_ids),
-            "complete": any(token in ends for token in completion[-1:]),
+            "complete": any(token in ends for token in answer[-1:]),
         }
-        yield json.dumps(record, ensure_ascii=False) + "\n"
+        for prompt, answer in zip(batch, answers, strict=True)
+    ]
 
 
-def _remember(drafter: Any, shard: Path) -> None:
-    """Shows the drafter what an earlier run generated, as it would know it without the interruption."""
+def _replay(drafter: Any, shard: Path) -> None:
+    """Adds an earlier run's answers to the drafter, as if this run had written them."""
     if isinstance(drafter, LookaheadDrafter) and drafter.share_outputs:
-        for line in shard.read_text(encoding="utf-8").split("\n")[:-1]:
-            record = json.loads(line)
-            completion = record["input_ids"][record["num_prompt_tokens"] :]
-            if len(completion) > 1:
-                drafter.add(completion, scope="shared")
+        for record in read_shard(shard):
+            answer = record["input_ids"][record["num_prompt_tokens"] :]
+            if len(answer) > 1:
+                drafter.add(answer, scope="shared")

@@ -1,11 +1,11 @@
-"""How good heads are on held-out windows, and what that promises for drafting."""
+"""Accuracy of heads on held-out windows, and the tokens per pass to expect from it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,60 +19,21 @@ TREE_SIZES = (8, 16, 32, 64)
 """Node counts, the root included, for which expected tokens per pass are reported."""
 
 
-class Reducer(Protocol):
-    """What of an `accelerate.Accelerator` adds up over processes."""
-
-    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor: ...
-
-
-@dataclass
-class Counts:
-    """Totals over supervised targets; row 0 is the target's own output, row k head k.
+def count(sums: Sums, targets: Tensor) -> Tensor:
+    """Totals of one batch, which may be added up over batches and processes.
 
     Args:
-        cross_entropy: `[outputs]`, in nats.
-        ranks: `[outputs, ranks]`.
-        targets: `[outputs]`.
-        divergence: KL from the original target's output, in nats.
+        sums: Of the batch.
+        targets: `[outputs, batch, window]`, as `medusa_targets` returns them.
+
+    Returns:
+        `[outputs, 3 + NUM_RANKS]`: supervised targets, cross-entropy, divergence, and ranks. Row 0 is the target's own
+        output, row k head k.
     """
-
-    cross_entropy: Tensor
-    ranks: Tensor
-    targets: Tensor
-    divergence: Tensor
-
-    @classmethod
-    def of(cls, sums: Sums, targets: Tensor) -> Counts:
-        """Of one batch; `targets` as `medusa_targets` gives them."""
-        num_targets = (targets != IGNORED).flatten(1).sum(1)
-        return cls(
-            sums.cross_entropy.detach().double(), sums.ranks.double(), num_targets.double(), sums.divergence.double()
-        )
-
-    def __add__(self, other: Counts) -> Counts:
-        mine, theirs = vars(self).values(), vars(other).values()
-        return Counts(*(a + b for a, b in zip(mine, theirs, strict=True)))
-
-    def reduced(self, accelerator: Reducer) -> Counts:
-        """Totals over all processes."""
-        packed = torch.cat([self.cross_entropy[:, None], self.targets[:, None], self.ranks], dim=1)
-        packed = torch.cat([packed, self.divergence.expand(1, packed.shape[1])])
-        packed = accelerator.reduce(packed.float() if packed.device.type == "mps" else packed, reduction="sum")
-        return Counts(packed[:-1, 0], packed[:-1, 2:], packed[:-1, 1], packed[-1, 0])
-
-    def evaluated(self) -> Evaluation:
-        """As means."""
-        num_targets = self.targets.clamp(min=1)
-        losses = (self.cross_entropy / num_targets).tolist()
-        accuracies = (self.ranks / num_targets[:, None]).tolist()
-        return Evaluation(
-            losses=losses[1:],
-            accuracies=accuracies[1:],
-            num_targets=int(self.targets[1:].max()),
-            own_loss=losses[0],
-            own_accuracy=accuracies[0][0],
-            divergence=float(self.divergence / num_targets[0]),
-        )
+    num_targets = (targets != IGNORED).flatten(1).sum(1)
+    dtype = torch.float32 if targets.device.type == "mps" else torch.float64
+    columns = (num_targets, sums.cross_entropy.detach(), sums.divergence.expand(len(targets)))
+    return torch.cat([torch.stack([c.to(dtype) for c in columns], dim=1), sums.ranks.to(dtype)], dim=1)
 
 
 @dataclass
@@ -102,14 +63,30 @@ class Evaluation:
         trees = {"chain": chain, **{f"tree of {n}": best_tree(self.accuracies, n) for n in TREE_SIZES}}
         self.tokens_per_pass = {name: expected_tokens(self.accuracies, tree) for name, tree in trees.items()}
 
+    @classmethod
+    def of(cls, counts: Tensor) -> Evaluation:
+        """Means of totals, see `count`."""
+        means = (counts / counts[:, :1].clamp(min=1)).tolist()
+        _, own_loss, divergence, own_accuracy, *_ = means[0]
+        losses, accuracies = [row[1] for row in means[1:]], [row[3:] for row in means[1:]]
+        return cls(losses, accuracies, int(counts[1:, 0].max()), own_loss, own_accuracy, divergence)
+
     def top(self, ranks: int) -> list[float]:
-        """Per head, how often the right token is among the first so many."""
+        """Per head, how often the right token is among the first `ranks`."""
         return [sum(accuracies[:ranks]) for accuracies in self.accuracies]
 
     @property
     def perplexity(self) -> float:
         """Of the target's own output."""
         return math.exp(min(self.own_loss, 700.0))
+
+    def figures(self) -> dict[str, float]:
+        """Figures for trackers, by name."""
+        found = {f"loss_{k}": loss for k, loss in enumerate(self.losses, 1)}
+        for ranks in (1, 5):
+            found |= {f"top{ranks}_{k}": share for k, share in enumerate(self.top(ranks), 1)}
+        found |= {f"tokens_per_pass/{name}": tokens for name, tokens in self.tokens_per_pass.items()}
+        return found | {"own_loss": self.own_loss, "divergence": self.divergence}
 
     def calibration(self) -> HeadCalibration:
         """For the file beside the heads."""
@@ -128,20 +105,17 @@ def evaluate(trained: Any, prepare: Any, batches: Iterable[Batch], num_heads: in
         trained: The module of the recipe, as accelerate prepared it.
         prepare: The recipe's own `prepare`.
         batches: This process's share.
-        num_heads: How many heads.
+        num_heads: Number of heads.
         accelerator: Of the run.
     """
     was_training = trained.training
     trained.eval()
-    total: Counts | None = None
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    total = torch.zeros(num_heads + 1, 3 + NUM_RANKS, dtype=dtype, device=accelerator.device)
     coefficients = torch.zeros(num_heads + 1, device=accelerator.device)
     for cpu_batch in batches:
         batch = {name: tensor.to(accelerator.device) for name, tensor in cpu_batch.items()}
         targets = medusa_targets(batch["input_ids"], batch["supervised"], batch["segments"], num_heads)
-        counts = Counts.of(trained(prepare(batch), targets, coefficients), targets)
-        total = counts if total is None else total + counts
+        total += count(trained(prepare(batch), targets, coefficients), targets)
     trained.train(was_training)
-    if total is None:  # a process without a window of its own
-        zeros = torch.zeros(num_heads + 1, dtype=torch.double, device=accelerator.device)
-        total = Counts(zeros, zeros[:, None].expand(-1, NUM_RANKS), zeros, zeros[0])
-    return total.reduced(accelerator).evaluated()
+    return Evaluation.of(accelerator.reduce(total, reduction="sum"))

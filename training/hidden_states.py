@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.passes.tolerance import differ, noise_of
 from specdec.target import accepts, unwrapped
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Allowed difference of hidden states, relative to their norm; `LOW_PRECISION_TOLERANCE` for other types."""
-LOW_PRECISION_TOLERANCE = 0.03
 _CHECKED_TOKENS = 12
 
 
@@ -100,7 +98,7 @@ class FinalHiddenStates:
         ids = (torch.arange(_CHECKED_TOKENS, device=embedding.device)[None] * 7 + 11) % vocab
         expected = self._stopped(ids, None)
         try:
-            if self._close(self._decoded(ids, None), expected):
+            if self._same(self._decoded(ids, None), expected):
                 self._run = self._decoded
         except Exception:  # whatever a decoder of remote code does not take, the whole model does
             self._run = self._stopped
@@ -109,14 +107,10 @@ class FinalHiddenStates:
         positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])[None]
         alone = torch.cat([self._run(part, None) for part in ids.split(lengths, dim=1)], dim=1)
         try:
-            self.packed = self._close(self._run(ids, positions), alone)
+            self.packed = self._same(self._run(ids, positions), alone)
         except Exception:  # as above: rows of their own need nothing but token ids
             self.packed = False
 
-    @staticmethod
-    def _close(mine: Tensor, expected: Tensor) -> bool:
-        if mine.shape != expected.shape:
-            return False
-        tolerance = TOLERANCE.get(expected.dtype, LOW_PRECISION_TOLERANCE)
-        difference = (mine.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-12)
-        return bool((difference <= tolerance).all())
+    def _same(self, mine: Tensor, expected: Tensor) -> bool:
+        noise = noise_of(self.model, expected.dtype)
+        return mine.shape == expected.shape and not differ(mine, expected, noise=noise)

@@ -12,11 +12,11 @@ from torch import Tensor
 IGNORED = -100
 """The target of a position that is not supervised."""
 NUM_RANKS = 10
-"""Ranks that are counted: how often the target token stands first, second ... among a head's logits."""
+"""Ranks that are counted: how often the target token is first, second ... among a head's logits."""
 LOGITS_MIB = 64
 """Largest block of logits, in MiB of float32."""
 LOGITS_MIB_CPU = 8
-"""The same on the CPU, whose caches hold no more."""
+"""The same on the CPU: larger blocks exceed its caches."""
 
 
 class Sums(NamedTuple):
@@ -88,8 +88,8 @@ def chunked_loss(
     """
     if logits_mib is None:
         logits_mib = LOGITS_MIB_CPU if features.device.type == "cpu" else LOGITS_MIB
-    wanted = torch.is_grad_enabled() and (features.requires_grad or any(p.requires_grad for p in parameters))
-    work = _Blocks(targets, coefficients, project, vocab_size, teacher, logits_mib, wanted)
+    with_gradients = torch.is_grad_enabled() and (features.requires_grad or any(p.requires_grad for p in parameters))
+    work = _Blocks(targets, coefficients, project, vocab_size, teacher, logits_mib, with_gradients)
     loss = _BlockwiseLoss.apply(features, work, *parameters)
     return Sums(loss, work.cross_entropy, work.ranks, work.divergence)
 
@@ -127,34 +127,27 @@ class _Blocks:
         index = targets.clamp(min=0).unsqueeze(-1)
         log_probs = torch.log_softmax(logits.float(), dim=-1)
         chosen = log_probs.gather(-1, index)
-        rank = (log_probs > chosen).sum(-1, dtype=torch.int32).long()  # three times as fast as a sum in int64
+        rank = (log_probs > chosen).sum(-1, dtype=torch.int32)  # three times as fast as a sum in int64
         self.cross_entropy -= (chosen.squeeze(-1) * valid).sum(-1)
-        self.ranks += _count_ranks(rank, valid)
-        weights = (valid * (self.coefficients / self.scale)[:, None]).unsqueeze(-1)
+        places = torch.arange(NUM_RANKS, device=rank.device)
+        self.ranks += ((rank[..., None] == places) & valid[..., None]).sum(1)
         if self.teacher is not None:
             teacher = torch.log_softmax(self.teacher(block).float(), dim=-1)
             probs = teacher.exp()
             self.divergence += ((probs * (teacher - log_probs)).sum(-1) * valid).sum()
-            return log_probs.exp_().sub_(probs).mul_(weights) if self.with_gradients else None
         if not self.with_gradients:
             return None
         gradient = log_probs.exp_()
-        gradient.scatter_add_(-1, index, torch.full_like(chosen, -1.0))
-        return gradient.mul_(weights)
+        if self.teacher is not None:
+            gradient -= probs
+        else:
+            gradient.scatter_add_(-1, index, torch.full_like(chosen, -1.0))
+        return gradient.mul_((valid * (self.coefficients / self.scale)[:, None]).unsqueeze(-1))
 
     def loss(self) -> Tensor:
         if self.teacher is not None:
             return self.divergence * self.coefficients[0]
         return (self.cross_entropy * self.coefficients).sum()
-
-
-def _count_ranks(rank: Tensor, valid: Tensor) -> Tensor:
-    """`[outputs, NUM_RANKS]` counts of the valid positions of each rank; further ranks are dropped."""
-    outputs = rank.shape[0]
-    kept = torch.where(valid, rank.clamp(max=NUM_RANKS), NUM_RANKS)
-    counts = torch.zeros(outputs, NUM_RANKS + 1, dtype=torch.long, device=rank.device)
-    counts.scatter_add_(1, kept, torch.ones_like(kept))
-    return counts[:, :NUM_RANKS]
 
 
 class _BlockwiseLoss(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -16,22 +17,26 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from rich.console import Console
 from torch import Tensor
+from transformers import get_scheduler
 
+from specdec.common.loading import load_model
 from specdec.heads import MedusaHeads
 from specdec.training.batches import BatchPlan, evaluation_batches, training_batches
 from specdec.training.checkpoints import Checkpoints
 from specdec.training.config import MedusaTrainingConfig
 from specdec.training.data import TrainingData, most_frequent, self_distilled, windows_of
-from specdec.training.evaluation import Counts, Evaluation, evaluate
+from specdec.training.evaluation import Evaluation, count, evaluate
 from specdec.training.losses import IGNORED, medusa_targets
-from specdec.training.progress import TrainingProgress, evaluation_table
+from specdec.training.progress import evaluation_table, progress_bar, summary
 from specdec.training.recipes import HeadsAlone, Recipe, build
 from specdec.training.results import TrainingResult, save_result
-from specdec.training.schedules import heads_factor, learning_rate_factor
 from specdec.training.state_cache import StateCache
 
 FIRST_STAGE_FOLDER = "first-stage"
 FIRST_STAGE_LEARNING_RATE = 1e-3
+UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+SCHEDULES = {"constant": "constant_with_warmup"}
+"""transformers' names of schedules, where they differ from the settings'."""
 
 
 def train(
@@ -59,7 +64,10 @@ def train(
     accelerator = new_accelerator(config)
     set_seed(config.seed)
     if model is None:
-        model, tokenizer = _load(config, accelerator)
+        device = str(accelerator.device)
+        model, tokenizer = load_model(
+            config.model, config.dtype, device, config.device_map, config.attn, config.trust_remote_code
+        )
     elif config.device_map is None:
         model.to(accelerator.device)
     data = _data(config, model, tokenizer, accelerator, console)
@@ -73,19 +81,19 @@ def train(
             heads_weight=1.0,
             measure_prompts=0,
         )
-        result = _Run(first, model, tokenizer, data, accelerator, console).run()
+        result = _Run(first, model, data, accelerator, console).run()
         if not result.is_complete:
             return result
         accelerator = new_accelerator(config)
         config = replace(config, initial_heads=first.output)
-    return _Run(config, model, tokenizer, data, accelerator, console).run()
+    return _Run(config, model, data, accelerator, console).run()
 
 
 def new_accelerator(config: MedusaTrainingConfig) -> Accelerator:
     """Devices, processes and precision, as `accelerate launch` says where the config does not.
 
     Raises:
-        ValueError: A tracker is not installed.
+        ValueError: A tracker is not installed, or processes would share the parameters of one model.
     """
     accelerator = Accelerator(
         cpu=config.cpu or None,
@@ -97,19 +105,12 @@ def new_accelerator(config: MedusaTrainingConfig) -> Accelerator:
         # Other processes wait while the first one writes answers or reads data.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin = accelerator.state.deepspeed_plugin
-        if plugin.zero_stage == 3:
-            raise ValueError("DeepSpeed's ZeRO stage 3 cannot be used here; use stage 2, or FSDP")
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
+    if accelerator.distributed_type in UNSUPPORTED:
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which cannot be used here; "
+            "launch with plain data parallelism, and spread a large target with device_map"
+        )
     return accelerator
-
-
-def _load(config: MedusaTrainingConfig, accelerator: Accelerator) -> tuple[Any, Any]:
-    from specdec.common.loading import load_model
-
-    device = str(accelerator.device)
-    return load_model(config.model, config.dtype, device, config.device_map, config.attn, config.trust_remote_code)
 
 
 def _data(
@@ -151,13 +152,11 @@ class _Run:
         self,
         config: MedusaTrainingConfig,
         model: Any,
-        tokenizer: Any,
         data: TrainingData,
         accelerator: Accelerator,
         console: Console,
     ) -> None:
-        self.config, self.tokenizer, self.data, self.accelerator = config, tokenizer, data, accelerator
-        self.console = console
+        self.config, self.data, self.accelerator, self.console = config, data, accelerator, console
         set_seed(config.seed)
         if config.initial_heads is None:
             size = config.draft_vocabulary
@@ -172,7 +171,7 @@ class _Run:
         self.state_cache: StateCache | None = None
         if config.cache_states and isinstance(self.recipe, HeadsAlone):
             key = f"{data.digest}-{accelerator.process_index}"
-            self.state_cache = self.recipe.state_cache = StateCache(Path(config.output), key, len(data.train))
+            self.state_cache = self.recipe.state_cache = StateCache(Path(config.output), key)
         # From here on processes draw different numbers.
         set_seed(config.seed, device_specific=True)
         self.plan = BatchPlan(
@@ -180,17 +179,14 @@ class _Run:
         )
         self.steps = config.steps or self.plan.steps(config.epochs)
         optimizer = torch.optim.AdamW(self.recipe.parameter_groups(config), weight_decay=config.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        name = SCHEDULES.get(config.schedule or "", config.schedule)
+        schedule = get_scheduler(name, optimizer, config.warmup_steps, max(self.steps, config.warmup_steps + 1))
         self.trained, self.optimizer, self.schedule = accelerator.prepare(self.recipe, optimizer, schedule)
-        self.checkpoints = Checkpoints(accelerator, config, config.keep_checkpoints)
+        self.checkpoints = Checkpoints(accelerator, config)
         self.record = _Record(data.digest)
 
-    def _learning_rate_factor(self, step: int) -> float:
-        assert self.config.schedule is not None
-        return learning_rate_factor(self.config.schedule, step, self.steps, self.config.warmup_steps)
-
     def run(self) -> TrainingResult:
-        """Trains from where the last checkpoint stands, to the end or a signal."""
+        """Trains from the last checkpoint to the end or to a signal."""
         done = self._resume()
         if self.accelerator.is_main_process:
             self.config.save(Path(self.config.output))
@@ -202,15 +198,12 @@ class _Run:
         with caught_signals() as signals:
             done = self._steps(done, signals)
         self.checkpoints.save(done, asdict(self.record))
-        if done < self.steps:
-            self._say(
-                f"stopped by {signals[0].name} and saved at step {done} of {self.steps}; the same run goes on there"
-            )
-            result = TrainingResult(self.config, done, False, self.recipe.heads, None, stopped_by=signals[0])
+        result = TrainingResult(self.config, done, done == self.steps, self.recipe.heads, None, self.record.before)
+        if result.is_complete:
+            self._finish(result)
         else:
-            result = self._finish(done)
-            if self.state_cache is not None:
-                self.state_cache.remove()
+            result.stopped_by = signals[0]
+            self._say(f"stopped by {signals[0].name} at step {done} of {self.steps}; start it again to continue")
         if self.config.trackers:
             self.accelerator.end_training()
         return result
@@ -224,27 +217,32 @@ class _Run:
                     "use the same ones, or another output folder"
                 )
             self.record = _Record(**record)
-            self._say(f"goes on from step {done} of {self.steps}")
+            self._say(f"continues from step {done} of {self.steps}")
         return done
 
     def _steps(self, done: int, signals: list[signal.Signals]) -> int:
         """Trains; returns how many steps are done."""
         config, process = self.config, self.accelerator.process_index
         batches = training_batches(self.data.train, self.plan, process, range(done, self.steps), config.workers)
-        title = f"{config.recipe}, {self.num_heads} heads"
         self.trained.train()
-        recent: list[Counts] = []
+        recent: list[Tensor] = []
         since = time.perf_counter()
-        with TrainingProgress(self.console, title, self.steps, done, self.accelerator.is_main_process) as progress:
+        shown = self.console if self.accelerator.is_main_process and self.console.is_terminal else None
+        with progress_bar(shown) as progress:
+            title = f"{config.recipe}, {self.num_heads} heads"
+            task = progress.add_task(title, total=self.steps, completed=done, note="")
             for step_batches in batches:
                 counts, stop = self._step(done, step_batches, bool(signals))
                 done += 1
                 recent.append(counts)
-                progress.advance(done)
+                progress.update(task, completed=done)
                 if done % config.log_every == 0 or done == self.steps:
                     elapsed, since = time.perf_counter() - since, time.perf_counter()
                     self.record.seconds += elapsed
-                    self._log(done, recent, elapsed / len(recent), progress)
+                    note = self._log(done, recent, elapsed / len(recent))
+                    progress.update(task, note=note)
+                    if shown is None:
+                        self._say(f"step {done}/{self.steps}  {note}  {elapsed / len(recent):.2f} s/step")
                     recent = []
                 if config.eval_every and done % config.eval_every == 0 and done < self.steps:
                     self._evaluate_and_record(done)
@@ -254,11 +252,11 @@ class _Run:
                     self.checkpoints.save(done, asdict(self.record))
         return done
 
-    def _step(self, step: int, batches: list[dict[str, Tensor]], stop: bool) -> tuple[Counts, bool]:
+    def _step(self, step: int, batches: list[dict[str, Tensor]], stop: bool) -> tuple[Tensor, bool]:
         """One step of the optimizer.
 
-        Losses are means over the supervised targets of the whole step, in all processes: their number is added up
-        first, so that it does not matter how windows are spread over processes and passes.
+        Losses are means over the supervised targets of the whole step, in all processes: their number is summed up
+        first, so that the spread of windows over processes and passes does not matter.
 
         Returns:
             This process's counts, and whether any process was asked to stop.
@@ -269,7 +267,7 @@ class _Run:
         num_targets = torch.stack([(t != IGNORED).flatten(1).sum(1) for t in targets]).sum(0).float()
         shared = accelerator.reduce(torch.cat([num_targets, num_targets.new_full((1,), float(stop))]), reduction="sum")
         coefficients = self._coefficients(step, shared[:-1])
-        total: Counts | None = None
+        counts = []
         for batch, batch_targets in zip(moved, targets, strict=True):
             with accelerator.accumulate(self.trained):
                 sums = self.trained(self.recipe.prepare(batch), batch_targets, coefficients)
@@ -281,38 +279,29 @@ class _Run:
                     self.optimizer.step()
                     self.schedule.step()
                     self.optimizer.zero_grad()
-            counts = Counts.of(sums, batch_targets)
-            total = counts if total is None else total + counts
-        assert total is not None
-        return total, bool(shared[-1] > 0)
+            counts.append(count(sums, batch_targets))
+        return torch.stack(counts).sum(0), bool(shared[-1] > 0)
 
     def _coefficients(self, step: int, num_targets: Tensor) -> Tensor:
         """Factors of the summed losses: row 0 the target's own, then the heads'; `[heads + 1]`."""
         config = self.config
-        assert config.heads_weight is not None and config.heads_schedule is not None
-        weight = config.heads_weight * heads_factor(config.heads_schedule, step, self.steps)
+        assert config.heads_weight is not None
+        weight = config.heads_weight
+        if config.heads_schedule == "sine":  # of Medusa-2; the step in progress counts, so that none has the factor 0
+            weight *= math.sin(math.pi / 2 * (step + 1) / self.steps)
         factors = [1.0, *(weight * config.head_decay**k for k in range(1, self.num_heads + 1))]
         return torch.tensor(factors, device=num_targets.device) / num_targets.clamp(min=1)
 
-    def _log(self, step: int, recent: list[Counts], seconds_per_step: float, progress: TrainingProgress) -> None:
-        total = recent[0]
-        for counts in recent[1:]:
-            total = total + counts
-        result = total.reduced(self.accelerator).evaluated()
-        progress.show(step, result, seconds_per_step)
+    def _log(self, step: int, recent: list[Tensor], seconds_per_step: float) -> str:
+        result = Evaluation.of(self.accelerator.reduce(torch.stack(recent).sum(0), reduction="sum"))
         rates = {f"learning_rate/{i}": rate for i, rate in enumerate(self.schedule.get_last_lr())}
         self._track("train", result, step, rates | {"seconds_per_step": seconds_per_step})
+        return summary(result)
 
     def _track(self, part: str, result: Evaluation, step: int, more: dict[str, float] | None = None) -> None:
-        if not self.config.trackers:
-            return
-        values = {f"{part}/loss_{k}": loss for k, loss in enumerate(result.losses, 1)}
-        for ranks in (1, 5):
-            values |= {f"{part}/top{ranks}_{k}": share for k, share in enumerate(result.top(ranks), 1)}
-        values |= {f"{part}/tokens_per_pass/{name}": tokens for name, tokens in result.tokens_per_pass.items()}
-        if self.config.recipe != "medusa-1":
-            values |= {f"{part}/own_loss": result.own_loss, f"{part}/divergence": result.divergence}
-        self.accelerator.log({**values, **(more or {})}, step=step)
+        if self.config.trackers:
+            values = {f"{part}/{name}": value for name, value in result.figures().items()}
+            self.accelerator.log({**values, **(more or {})}, step=step)
 
     def _evaluate(self) -> Evaluation:
         accelerator = self.accelerator
@@ -330,11 +319,15 @@ class _Run:
             self.console.print(evaluation_table(result, f"held-out windows after step {step}"))
         return result
 
-    def _finish(self, done: int) -> TrainingResult:
-        result = self._evaluate_and_record(done)
-        trained = TrainingResult(self.config, done, True, self.recipe.heads, result, self.record.before)
-        return save_result(trained, self.recipe, self.trained, self.accelerator, self.tokenizer, self.data,
-                           {**asdict(self.record), "windows_per_step": self.plan.windows_per_step})  # fmt: skip
+    def _finish(self, result: TrainingResult) -> None:
+        """Evaluates, and writes the result from the main process."""
+        result.evaluation = self._evaluate_and_record(result.steps)
+        if self.accelerator.is_main_process:
+            record = {**asdict(self.record), "windows_per_step": self.plan.windows_per_step}
+            save_result(result, self.recipe, self.data, record)
+        self.accelerator.wait_for_everyone()
+        if self.state_cache is not None:
+            self.state_cache.remove()
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from specdec.drafters.ngrams.documents import tokenizer_fingerprint
 from specdec.training import prompt_kinds as kinds
 from specdec.training.chat import ChatEncoder
-from specdec.training.prompts import DistillationPrompt
-from specdec.training.records import SHARDS
-from specdec.training.shards import OWN_PROMPTS, begin, end_tokens, progress_bar, seeded, write_atomically
+from specdec.training.progress import progress_bar
+from specdec.training.prompts import DistillationPrompt, new_prompt
+from specdec.training.shards import (
+    OWN_PROMPTS,
+    begin,
+    complete,
+    end_tokens,
+    read_shard,
+    seeded,
+    shard_file,
+    write_shard,
+)
 
-FORMAT = 1
+FORMAT = 2
 TEMPERATURES = (0.8, 1.0)
 TOP_P = 0.95
 PROMPT_TOKENS = 96
-"""A user turn that does not end within so many tokens is dropped."""
+"""Drop user turns that do not end within this number of tokens."""
 TEXT_TOKENS = 192
 """Longest text of a task, in tokens."""
 MIN_PROMPT_WORDS = 4
@@ -39,6 +46,8 @@ MAX_OVERLAP = 0.5
 """Largest Jaccard overlap of trigrams with an earlier text; above it, a text is dropped as a near duplicate."""
 PATIENCE = 6
 """A stage ends after this multiple of the batches it would need if no sample were dropped."""
+REQUESTS_PER_TEXT = 1.5
+"""Requests written per text; answers that are degenerate or not new are dropped."""
 
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")
 Row = dict[str, str]
@@ -117,32 +126,35 @@ def write_prompts(
             "--chat-template, or give prompts of your own: --prompts of train-medusa, PROMPTS of distill"
         )
     encoder = ChatEncoder(tokenizer, chat_template)
-    target = Path(folder).expanduser() / OWN_PROMPTS
+    writer = _Writer(model, tokenizer, encoder, Path(folder).expanduser() / OWN_PROMPTS, batch_size, seed)
     manifest = {
         "format": FORMAT,
         "model": str(model.config.name_or_path),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "template": list(encoder.user_turn()),
+        "template": [writer.before, writer.after],
         "num_prompts": count,
         "batch_size": batch_size,
         "seed": seed,
     }
-    begin(target, manifest)
-    writer = _Writer(model, tokenizer, encoder, target, batch_size, seed)
+    begin(writer.folder, manifest)
     with progress_bar(console) as progress:
-        writer.progress, writer.task = progress, progress.add_task("writing prompts", total=count, speed="")
-        rows = writer.write(count)
+        task = progress.add_task("writing prompts", total=count, note="")
+        rows: list[Row] = []
+        for row in writer.write(count):
+            rows.append(row)
+            progress.update(task, advance=1, note=writer.speed)
     if not rows:
         raise ValueError("the model wrote no usable prompt; give prompts of your own, in place of own_prompts")
     if len(rows) < count:
         warnings.warn(f"{len(rows)} of {count} prompts were written: the model repeats itself", stacklevel=2)
-    return [_as_prompt(i, row, encoder, tokenizer) for i, row in enumerate(rows)]
+    return [
+        new_prompt(f"own:{row['kind']}:{i}", encoder.prompt(_turn(row), None, "a prompt"), tokenizer)
+        for i, row in enumerate(rows)
+    ]
 
 
-def _as_prompt(index: int, row: Row, encoder: ChatEncoder, tokenizer: Any) -> DistillationPrompt:
-    ids = encoder.prompt([{"role": "user", "content": row["text"]}], None, "a prompt")
-    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return DistillationPrompt(f"own:{row['kind']}:{index}", tuple(ids), text)
+def _turn(row: Row) -> list[Row]:
+    return [{"role": "user", "content": row["text"]}]
 
 
 @dataclass
@@ -166,60 +178,65 @@ class _Writer:
     seed: int
 
     def __post_init__(self) -> None:
-        self.progress: Any = None
-        self.task: Any = None
         self.before, self.after = self.encoder.user_turn()
         self.num_batches, self.num_tokens, self.seconds = 0, 0, 0.0
         self.ends = end_tokens(self.model, self.tokenizer)
+        # A user turn ends at the token after it, or at the next line of the template where that is text.
         lines = [line for line in self.after.strip().splitlines() if line.strip()] or ["\n"]
         first = self.tokenizer(self.after.lstrip(), add_special_tokens=False).input_ids[:1]
-        is_special = bool(first) and first[0] in {*self.tokenizer.added_tokens_decoder}
+        is_special = bool(first) and first[0] in self.tokenizer.added_tokens_decoder
         self.turn_ends = [*self.ends, *first] if is_special else self.ends
         self.stop = None if is_special else lines[0]
 
-    def write(self, count: int) -> list[Row]:
+    @property
+    def speed(self) -> str:
+        """Tokens per second so far, for the progress bar."""
+        return f"{self.num_tokens / self.seconds:.0f} tokens/s" if self.seconds else ""
+
+    def write(self, count: int) -> Iterator[Row]:
         """The prompts, each with `kind` and `text`."""
         num_tasks = round(count * kinds.TASK_SHARE)
-        prompts, turns = [], Novelty(MIN_PROMPT_WORDS)
+        turns = Novelty(MIN_PROMPT_WORDS)
         for kind, wanted in _shares(count - num_tasks, kinds.FREE_SHARES).items():
-            found = self._turns(kind, kinds.FIRST_WORDS[kind], wanted, turns)
-            prompts += found
+            yield from self._turns(kind, kinds.FIRST_WORDS[kind], wanted, turns)
         num_texts = math.ceil(num_tasks / kinds.TASKS_PER_TEXT)
         num_code = round(num_texts * kinds.CODE_SHARE)
         texts = self._texts("text", kinds.TEXT_REQUESTS, num_texts - num_code)
         texts += self._texts("code", kinds.CODE_REQUESTS, num_code)
-        tasks = list(_tasks(texts, num_tasks, np.random.default_rng(self.seed)))
-        self._advance(len(tasks))
-        return prompts + tasks
+        yield from _tasks(texts, num_tasks, np.random.default_rng(self.seed))
 
-    def _turns(self, kind: str, words: Sequence[str], wanted: int, novelty: Novelty, shown: bool = True) -> list[Row]:
+    def _turns(self, kind: str, words: Sequence[str], wanted: int, novelty: Novelty) -> Iterator[Row]:
         """User turns that begin with some of the words."""
-        found: list[Row] = []
         for _ in range(PATIENCE * math.ceil(wanted / self.batch_size)):
-            if len(found) >= wanted:
+            new = self._batch(kind, novelty, lambda rng: self._user_turns(rng, words))[:wanted]
+            wanted -= len(new)
+            yield from new
+            if not wanted:
                 break
-            rows = self._batch(kind, lambda rng: self._user_turns(rng, words))
-            new = [row for row in rows if novelty.accepts(row["text"])][: wanted - len(found)]
-            found += new
-            self._advance(len(new) if shown else 0)
-        return found
 
     def _texts(self, kind: str, words: Sequence[str], wanted: int) -> list[Row]:
         """The model's answers to requests for texts."""
-        found: list[Row] = []
-        requests, novelty = Novelty(MIN_PROMPT_WORDS), Novelty(MIN_TEXT_WORDS)
-        for _ in range(PATIENCE * math.ceil(wanted / self.batch_size)):
-            if len(found) >= wanted:
-                break
-            asked = self._turns(f"request for {kind}", words, self.batch_size, requests, shown=False)
-            if not asked:
-                break
-            starts = [self.encoder.prompt([{"role": "user", "content": row["text"]}], None, "a") for row in asked]
-            rows = self._batch(
-                kind, lambda rng, starts=starts: self._sampled(rng, starts, TEXT_TOKENS, self.ends, None)
-            )
-            found += [row for row in rows if novelty.accepts(row["text"])][: wanted - len(found)]
-        return found
+        wanted_requests = math.ceil(wanted * REQUESTS_PER_TEXT)
+        requests = list(self._turns(f"request for {kind}", words, wanted_requests, Novelty(MIN_PROMPT_WORDS)))
+        starts = [self.encoder.prompt(_turn(row), None, "a request") for row in requests]
+        found, novelty = [], Novelty(MIN_TEXT_WORDS)
+        for first in range(0, len(starts), self.batch_size):
+            if len(found) < wanted:
+                batch = starts[first : first + self.batch_size]
+                found += self._batch(
+                    kind, novelty, lambda rng, batch=batch: self._sampled(rng, batch, TEXT_TOKENS, self.ends)
+                )
+        return found[:wanted]
+
+    def _batch(self, kind: str, novelty: Novelty, sample: Callable[[np.random.Generator], list[str]]) -> list[Row]:
+        """The novel texts of a batch, which is sampled or read from an earlier run's file."""
+        index, self.num_batches = self.num_batches, self.num_batches + 1
+        file = shard_file(self.folder, index)
+        if not file.exists():
+            with seeded(self.seed, index, self.model.device):
+                texts = sample(np.random.default_rng((self.seed, index)))
+            write_shard(file, [{"kind": kind, "text": text} for text in texts if text])
+        return [row for row in read_shard(file) if novelty.accepts(row["text"])]
 
     def _user_turns(self, rng: np.random.Generator, words: Sequence[str]) -> list[str]:
         chosen = [words[i] for i in rng.integers(len(words), size=self.batch_size)]
@@ -227,24 +244,13 @@ class _Writer:
         found = self._sampled(rng, starts, PROMPT_TOKENS, self.turn_ends, self.stop, whole=True)
         return [(word + text).strip() if text.strip() else "" for word, text in zip(chosen, found, strict=True)]
 
-    def _batch(self, kind: str, sample: Any) -> list[Row]:
-        """One batch, sampled or read from an earlier run's file; rows without text are left out."""
-        index, self.num_batches = self.num_batches, self.num_batches + 1
-        file = self.folder / SHARDS.replace("*", f"{index:06d}")
-        if not file.exists():
-            with seeded(self.seed, index, self.model.device):
-                texts = sample(np.random.default_rng((self.seed, index)))
-            rows = [{"kind": kind, "text": text} for text in texts if text]
-            write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-
     def _sampled(
         self,
         rng: np.random.Generator,
         starts: Sequence[list[int]],
         max_new_tokens: int,
         ends: Sequence[int],
-        stop: str | None,
+        stop: str | None = None,
         whole: bool = False,
     ) -> list[str]:
         """Continuations as text.
@@ -254,38 +260,28 @@ class _Writer:
             starts: Token ids to continue.
             max_new_tokens: Longest continuation.
             ends: Tokens that end one.
-            stop: Text that ends one, where no token does.
+            stop: Text that ends one, if no token does.
             whole: A continuation that did not end becomes empty; else, it is cut after its last full line or sentence.
         """
-        padding = next((i for i in (self.tokenizer.pad_token_id, *ends) if i is not None), 0)
-        width = max(map(len, starts))
-        ids = torch.tensor([[padding] * (width - len(start)) + list(start) for start in starts])
-        mask = torch.tensor([[0] * (width - len(start)) + [1] * len(start) for start in starts])
-        extra = {"stop_strings": [stop], "tokenizer": self.tokenizer} if stop else {}
+        kwargs: dict[str, Any] = {"stop_strings": [stop], "tokenizer": self.tokenizer} if stop else {}
         started = time.perf_counter()
-        output = self.model.generate(
-            input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), pad_token_id=padding,
-            eos_token_id=list(ends) or None, max_new_tokens=max_new_tokens, do_sample=True, top_k=0, top_p=TOP_P,
-            temperature=float(rng.uniform(*TEMPERATURES)), **extra,
-        )[:, width:].tolist()  # fmt: skip
+        rows = complete(
+            self.model, self.tokenizer, starts, ends, max_new_tokens=max_new_tokens, do_sample=True, top_k=0,
+            top_p=TOP_P, temperature=float(rng.uniform(*TEMPERATURES)), **kwargs,
+        )  # fmt: skip
         self.seconds += time.perf_counter() - started
-        return [self._text(row, ends, stop, whole) for row in output]
+        self.num_tokens += sum(map(len, rows))
+        return [self._text(row, ends, stop, whole) for row in rows]
 
     def _text(self, row: list[int], ends: Sequence[int], stop: str | None, whole: bool) -> str:
-        size = next((i for i, token in enumerate(row) if token in ends), len(row))
-        self.num_tokens += size
-        text = self.tokenizer.decode(row[:size], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        ended = size < len(row)
+        ended = any(token in ends for token in row[-1:])
+        ids = row[:-1] if ended else row
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if stop is not None and stop in text:
             text, ended = text[: text.index(stop)], True
         if "\ufffd" in text or (whole and not ended):
             return ""
         return text.rstrip() if whole or ended else _cut(text)
-
-    def _advance(self, count: int) -> None:
-        if self.progress is not None:
-            speed = f"{self.num_tokens / self.seconds:.0f} tokens/s" if self.seconds else ""
-            self.progress.update(self.task, advance=count, speed=speed)
 
 
 def _cut(text: str) -> str:
@@ -303,15 +299,11 @@ def _shares(count: int, shares: dict[str, float]) -> dict[str, int]:
 
 def _tasks(texts: Sequence[Row], count: int, rng: np.random.Generator) -> Iterator[Row]:
     """Tasks over the texts: each text with different kinds of instructions, before or after it."""
-    left = count
-    for use in range(kinds.TASKS_PER_TEXT):
-        for number, row in enumerate(texts):
-            if not left:
-                return
-            tasks = kinds.CODE_TASKS if row["kind"] == "code" else kinds.TEXT_TASKS
-            names = list(tasks)
-            kind = names[(number + use * (len(names) // 2)) % len(names)]
-            instruction = str(rng.choice(tasks[kind]))
-            parts = (instruction, row["text"]) if rng.random() < 0.7 else (row["text"], instruction)
-            yield {"kind": kind, "text": "\n\n".join(parts)}
-            left -= 1
+    uses = [(use, number, row) for use in range(kinds.TASKS_PER_TEXT) for number, row in enumerate(texts)]
+    for use, number, row in uses[:count]:
+        tasks = kinds.CODE_TASKS if row["kind"] == "code" else kinds.TEXT_TASKS
+        names = list(tasks)
+        kind = names[(number + use * (len(names) // 2)) % len(names)]
+        instruction = str(rng.choice(tasks[kind]))
+        parts = (instruction, row["text"]) if rng.random() < 0.7 else (row["text"], instruction)
+        yield {"kind": kind, "text": "\n\n".join(parts)}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 from specdec.training.examples import Example, flat_columns
 
 MAX_CONTEXT = 64
-"""Tokens of the piece before that a further piece of a long example begins with, at most."""
+"""Largest overlap, in tokens, of consecutive pieces of an example that is longer than a window."""
 MIN_WINDOW = 8
 COLUMN_TYPES = {"input_ids": np.int32, "supervised": np.int8, "segments": np.int32, "position_ids": np.int32}
 
@@ -87,35 +85,15 @@ def _best_fit(lengths: Sequence[int], window: int) -> list[list[int]]:
         window: Tokens of a window.
     """
     windows: list[list[int]] = []
-    with_room: dict[int, list[int]] = defaultdict(list)
-    rooms: list[int] = []  # keys of `with_room` that have windows, ascending
+    rooms: list[tuple[int, int]] = []  # (tokens left, window), ascending
     for piece in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[piece]
-        place = bisect_left(rooms, length)
+        place = bisect_left(rooms, (lengths[piece], -1))
         if place < len(rooms):
-            room = rooms[place]
-            chosen = with_room[room].pop()
-            if not with_room[room]:
-                del rooms[place]
+            room, chosen = rooms.pop(place)
         else:
             room, chosen = window, len(windows)
             windows.append([])
         windows[chosen].append(piece)
-        left = room - length
-        if left:
-            if not with_room[left]:
-                insort(rooms, left)
-            with_room[left].append(chosen)
+        if room > lengths[piece]:
+            insort(rooms, (room - lengths[piece], chosen))
     return windows
-
-
-def packing_summary(windows: Dataset) -> dict[str, Any]:
-    """Counts of a packed data set: windows, tokens, supervised tokens, and the share of padding."""
-    segments, supervised = np.asarray(windows["segments"][:]), np.asarray(windows["supervised"][:])
-    tokens = int((segments != 0).sum())
-    return {
-        "windows": len(segments),
-        "tokens": tokens,
-        "supervised_tokens": int(supervised.sum()),
-        "padding": 1 - tokens / max(segments.size, 1),
-    }

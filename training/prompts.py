@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
-from specdec.training.chat import ChatEncoder, TemplateRefusedError, as_messages
-from specdec.training.examples import prompt_ids
+from specdec.training.chat import ChatEncoder, as_messages
+from specdec.training.examples import encode_all, prompt_ids
 from specdec.training.records import Record, kind_of, read_records, sample
 
 
@@ -20,7 +18,7 @@ class DistillationPrompt:
     Args:
         id: Where it comes from.
         input_ids: Its tokens.
-        text: What they say.
+        text: Its text.
     """
 
     id: str
@@ -40,10 +38,10 @@ def load_prompts(
     chat: bool = False,
     chat_template: str | None = None,
 ) -> list[DistillationPrompt]:
-    """Reads prompts, each once.
+    """Reads distinct prompts.
 
-    Of a conversation the last assistant's turn is left out; of a prompt with a completion, the completion; text is cut
-    into prompts of `prompt_tokens` tokens.
+    The last assistant's turn of a conversation and the completion of a prompt are left out; text is cut into prompts of
+    `prompt_tokens` tokens.
 
     Args:
         source: As for `load_examples`.
@@ -51,7 +49,7 @@ def load_prompts(
         prompt_tokens: Length of the prompts that text is cut into.
         split: As for `load_examples`.
         text_field: As for `load_examples`.
-        limit: So many prompts at most, chosen by `seed`.
+        limit: At most this many prompts, chosen by `seed`.
         seed: Of that choice.
         chat: A `prompt` is a user's turn: apply the chat template.
         chat_template: File with a Jinja template, in place of the tokenizer's own.
@@ -61,80 +59,66 @@ def load_prompts(
     """
     if prompt_tokens < 1:
         raise ValueError(f"prompt_tokens must be at least 1, got {prompt_tokens}; 128 is the default")
-    records = read_records(source, tokenizer, split, text_field)
-    reader = _PromptReader(tokenizer, ChatEncoder(tokenizer, chat_template), text_field, prompt_tokens, chat)
-    prompts = unique(prompt for prompt in reader.read(records) if prompt.input_ids)
+    records = read_records(source, tokenizer, split)
+    encoder = _PromptEncoder(tokenizer, ChatEncoder(tokenizer, chat_template), text_field, prompt_tokens, chat)
+    prompts = unique(encode_all(records, encoder.encode, []))
     if not prompts:
         raise ValueError(f"{source} has no prompt in {len(records)} records; give prompts, conversations or text")
-    if reader.num_refused:
-        warnings.warn(
-            f"{reader.num_refused} of {len(records)} records are left out; the first is {reader.first_refusal}",
-            stacklevel=2,
-        )
     return list(sample(prompts, limit, seed))
 
 
 def unique(prompts: Iterable[DistillationPrompt]) -> list[DistillationPrompt]:
-    """The prompts without those whose tokens came before."""
-    return list({prompt.input_ids: prompt for prompt in reversed(list(prompts))}.values())[::-1]
+    """The first prompt of each token sequence that is not empty."""
+    first: dict[tuple[int, ...], DistillationPrompt] = {}
+    for prompt in prompts:
+        if prompt.input_ids:
+            first.setdefault(prompt.input_ids, prompt)
+    return list(first.values())
+
+
+def new_prompt(name: str, ids: Sequence[int], tokenizer: Any) -> DistillationPrompt:
+    """A prompt of token ids."""
+    return DistillationPrompt(name, tuple(ids), tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 @dataclass
-class _PromptReader:
+class _PromptEncoder:
     tokenizer: Any
-    encoder: ChatEncoder
+    chat: ChatEncoder
     text_field: str | None
     prompt_tokens: int
-    chat: bool
-    num_refused: int = 0
-    first_refusal: str | None = None
+    as_turns: bool
 
-    def read(self, records: Iterable[Record]) -> Iterator[DistillationPrompt]:
-        for record in records:
-            try:
-                yield from self._prompts(record)
-            except TemplateRefusedError as refusal:
-                self.num_refused += 1
-                self.first_refusal = self.first_refusal or f"{record.where}: {refusal}"
+    def encode(self, record: Record) -> Iterator[DistillationPrompt]:
+        name = str(record.values.get("id", record.where))
+        for suffix, ids in self._ids(record):
+            yield new_prompt(name + suffix, ids, self.tokenizer)
 
-    def _prompts(self, record: Record) -> Iterator[DistillationPrompt]:
+    def _ids(self, record: Record) -> Iterator[tuple[str, list[int]]]:
+        """Token ids of each prompt of a record, with what tells it from the others."""
         kind, values = kind_of(record, self.text_field), record.values
-        name = str(values.get("id", record.where))
-        if kind == "messages":
+        if kind == "tokens":
+            yield "", values["input_ids"][: values.get("num_prompt_tokens")]
+        elif kind == "text":
+            yield from self._pieces(values[self.text_field or "text"])
+        elif kind == "messages":
             messages = as_messages(record, self.text_field)
             if messages and messages[-1]["role"] == "assistant":
                 messages.pop()
             if messages:
-                yield self._prompt(name, self.encoder.prompt(messages, values.get("tools"), record.where))
-        elif kind in ("prompt", "completion"):
-            yield self._prompt(name, self._prompt_ids(record))
-        elif kind == "tokens":
-            yield self._prompt(name, values["input_ids"][: values.get("num_prompt_tokens")])
-        else:
-            yield from self._cut(name, values[self.text_field or "text"])
-
-    def _prompt_ids(self, record: Record) -> list[int]:
-        prompt = record.values["prompt"]
-        if not isinstance(prompt, str):
+                yield "", self.chat.prompt(messages, values.get("tools"), record.where)
+        elif not isinstance(values["prompt"], str):
             raise ValueError(f"{record.where}: the prompt must be text; write turns as messages")
-        if self.chat:
-            return self.encoder.prompt([{"role": "user", "content": prompt}], None, record.where)
-        return prompt_ids(self.tokenizer, prompt)
+        elif self.as_turns:
+            yield "", self.chat.prompt([{"role": "user", "content": values["prompt"]}], None, record.where)
+        else:
+            yield "", prompt_ids(self.tokenizer, values["prompt"])
 
-    def _cut(self, name: str, text: str) -> Iterator[DistillationPrompt]:
+    def _pieces(self, text: str) -> Iterator[tuple[str, list[int]]]:
         """Pieces of a document; a short last one is left out, unless it is the only one."""
         ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
         beginning = prompt_ids(self.tokenizer, "")
         for start in range(0, len(ids), self.prompt_tokens):
             piece = ids[start : start + self.prompt_tokens]
             if start == 0 or len(piece) == self.prompt_tokens:
-                yield self._prompt(f"{name}:{start}", beginning + piece)
-
-    def _prompt(self, name: str, ids: list[int]) -> DistillationPrompt:
-        return DistillationPrompt(name, tuple(ids), self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-
-def batches_of(prompts: list[DistillationPrompt], batch_size: int) -> list[list[DistillationPrompt]]:
-    """Prompts of like length together, the longest first: if memory is short, it is so at once."""
-    ordered = iter(sorted(prompts, key=lambda prompt: -len(prompt.input_ids)))
-    return list(iter(lambda: list(islice(ordered, batch_size)), []))
+                yield f":{start}", beginning + piece

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from specdec.heads import MedusaHeads
+from specdec.passes.tolerance import differ, noise_of
 from specdec.training.batches import WINDOW, Batch
 from specdec.training.config import MedusaTrainingConfig
 from specdec.training.hidden_states import FinalHiddenStates
@@ -22,14 +22,14 @@ ADAPTER_FOLDER = "adapter"
 def head_losses(
     heads: MedusaHeads, hidden: Tensor, targets: Tensor, coefficients: Tensor, logits_mib: float | None
 ) -> Sums:
-    """Losses of all heads; positions at which no head has a target are not looked at.
+    """Losses of all heads; positions at which no head has a target are left out.
 
     Args:
         heads: Bound to the target.
         hidden: `[batch, window, hidden]`.
         targets: `[num_heads, batch, window]`.
-        coefficients: `[num_heads]`, the factors of the heads' summed losses.
-        logits_mib: Largest block of logits; None: as the device likes it.
+        coefficients: `[num_heads]`, factors of the heads' summed losses.
+        logits_mib: Largest block of logits; None for the device's default.
     """
     targets = heads.places(targets, IGNORED)  # nothing is learned of tokens that the heads cannot name
     positions = (targets != IGNORED).any(0).flatten().nonzero().squeeze(1)
@@ -70,8 +70,8 @@ class HeadsAlone(nn.Module):
         def compute() -> Tensor:
             return self.hidden_states(batch["input_ids"], batch["segments"], batch["position_ids"])
 
-        is_kept = self.state_cache is not None and WINDOW in batch
-        hidden = self.state_cache.states(batch[WINDOW], compute) if is_kept else compute()  # type: ignore[union-attr]
+        cache = self.state_cache if WINDOW in batch else None
+        hidden = compute() if cache is None else cache.states(batch[WINDOW], compute)
         return {**batch, "hidden": hidden.to(self.heads.device)}
 
     def forward(self, batch: Batch, targets: Tensor, coefficients: Tensor) -> Sums:
@@ -110,6 +110,7 @@ class HeadsAndAdapters(nn.Module):
         self.logits_mib = config.logits_mib
         self.hidden_states = FinalHiddenStates(target)
         self.own_logits = own_logits(target.get_base_model(), self.hidden_states)
+        self.vocab_size: int = heads.config.vocab_size or heads.config.num_logits
 
     def prepare(self, batch: Batch) -> Batch:
         """Nothing: the target runs in `forward`, with gradients."""
@@ -141,12 +142,6 @@ class HeadsAndAdapters(nn.Module):
         cross_entropy = torch.cat([own.cross_entropy, heads.cross_entropy])
         return Sums(own.loss + heads.loss, cross_entropy, torch.cat([own.ranks, heads.ranks]), own.divergence)
 
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        assert self.heads.config.vocab_size is not None
-        return self.heads.config.vocab_size
-
     @torch.no_grad()
     def _original(self, *inputs: Tensor) -> Tensor:
         """Hidden states of the target without its adapters, and without dropout."""
@@ -165,10 +160,6 @@ class HeadsAndAdapters(nn.Module):
             {"params": adapters, "lr": config.learning_rate},
             {"params": list(self.heads.parameters()), "lr": config.learning_rate * config.head_lr_multiplier},
         ]
-
-    def save_adapter(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes the adapters in PEFT's format; `state` holds the target's parameters where they are sharded."""
-        self.target.save_pretrained(folder / ADAPTER_FOLDER, state_dict=state)
 
 
 Recipe = HeadsAlone | HeadsAndAdapters
@@ -231,7 +222,7 @@ def own_logits(model: Any, hidden_states: FinalHiddenStates) -> Callable[[Tensor
     if cap:
         ways.insert(0, lambda logits: torch.tanh(logits / cap) * cap)
     for way in ways:
-        if ((way(raw) - true).norm() / true.norm()) < (1e-3 if model.dtype == torch.float32 else 0.03):
+        if not differ(way(raw), true, model.dtype, noise_of(model, model.dtype)):
             return lambda hidden: way(embedding(hidden.to(model.dtype)))
     raise ValueError(
         f"{type(model).__name__} changes its logits after the output embedding in a way that is not known here; "

@@ -1,4 +1,4 @@
-"""Where training data comes from: files, folders and data sets, as records."""
+"""Reads training data: files, folders and data sets, as records."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 DISTILLATION = "distillation.json"
-"""In a folder that `distill` wrote: what it was asked for."""
+"""Manifest of a folder that `distill` wrote."""
 SHARDS = "shard-*.jsonl"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-"""Files of a folder that are documents."""
 RECORD_SUFFIXES = (".jsonl", ".json")
 TABLE_SUFFIXES = (".parquet", ".csv", ".arrow")
 FORMS = (
     '"messages" (role, content), "conversations" (from, value), "prompt" and "completion", "text", '
     'or "input_ids" and "num_prompt_tokens"'
 )
-
 
 Item = TypeVar("Item")
 
@@ -32,7 +30,7 @@ class Record:
     """One record of a source.
 
     Args:
-        where: Where it stands, for messages.
+        where: Its place in the source, for messages.
         values: Its fields.
     """
 
@@ -47,15 +45,11 @@ def kind_of(record: Record, text_field: str | None = None) -> str:
         ValueError: The record has no known form.
     """
     values = record.values
+    names = ", ".join(values) or "none"
     if text_field is not None:
-        value = values.get(text_field)
-        if isinstance(value, str):
-            return "text"
-        if isinstance(value, list):
-            return "messages"
-        raise ValueError(
-            f"{record.where} has no text and no turns in {text_field!r}; its fields are {', '.join(values) or 'none'}"
-        )
+        if isinstance(values.get(text_field), (str, list)):
+            return "text" if isinstance(values[text_field], str) else "messages"
+        raise ValueError(f"{record.where} has no text and no turns in {text_field!r}; its fields are {names}")
     has = {name for name, value in values.items() if value is not None}
     if "input_ids" in has:
         return "tokens"
@@ -66,12 +60,12 @@ def kind_of(record: Record, text_field: str | None = None) -> str:
     if isinstance(values.get("text"), str):
         return "text"
     raise ValueError(
-        f"{record.where} has the fields {', '.join(values) or 'none'}; known are {FORMS}. "
+        f"{record.where} has the fields {names}; known are {FORMS}. "
         "Name the field with the text or the turns with --text-field"
     )
 
 
-def read_records(source: str, tokenizer: Any, split: str = "train", text_field: str | None = None) -> Sequence[Record]:
+def read_records(source: str, tokenizer: Any, split: str = "train") -> Sequence[Record]:
     """All records of a source; see `load_examples`.
 
     Raises:
@@ -82,33 +76,19 @@ def read_records(source: str, tokenizer: Any, split: str = "train", text_field: 
         return _read_file(path)
     if path.is_dir():
         return _read_folder(path, tokenizer, split)
-    is_path = source.startswith(("/", "./", "../", "~")) or path.suffix in (*RECORD_SUFFIXES, *TEXT_SUFFIXES)
-    if is_path:
+    if source.startswith(("/", "./", "../", "~")) or path.suffix in (*RECORD_SUFFIXES, *TEXT_SUFFIXES):
         raise ValueError(f"{source} does not exist; check the path")
-    return _Table(source, _from_hub(source, split))
+    return _Table(source, _load_dataset(source, split))
 
 
-def sample(records: Sequence[Item], limit: int | None, seed: int) -> Sequence[Item]:
-    """So many of them at most, chosen by chance, in their old order."""
-    if limit is None or limit >= len(records):
-        return records
+def sample(items: Sequence[Item], limit: int | None, seed: int) -> Sequence[Item]:
+    """At most `limit` random items, in their old order."""
+    if limit is None or limit >= len(items):
+        return items
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; leave it out for all records")
-    chosen = np.sort(np.random.default_rng(seed).choice(len(records), limit, replace=False)).tolist()
-    return _Chosen(records, chosen)
-
-
-class _Chosen(Sequence[Item]):
-    """Some of the records, read when they are needed."""
-
-    def __init__(self, records: Sequence[Item], chosen: list[int]) -> None:
-        self.records, self.chosen = records, chosen
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.records[self.chosen[index]]
+    chosen = np.sort(np.random.default_rng(seed).choice(len(items), limit, replace=False))
+    return [items[i] for i in chosen.tolist()]
 
 
 class _Table(Sequence[Record]):
@@ -121,8 +101,6 @@ class _Table(Sequence[Record]):
         return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        if index >= len(self):
-            raise IndexError(index)
         return Record(f"row {index} of {self.name}", self.dataset[index])
 
     def __iter__(self) -> Iterator[Record]:
@@ -134,48 +112,37 @@ def _read_file(path: Path) -> Sequence[Record]:
     if path.suffix in TABLE_SUFFIXES:
         from datasets import load_dataset
 
-        kind = path.suffix[1:]
-        return _Table(str(path), load_dataset(kind, data_files=str(path), split="train"))
+        return _Table(str(path), load_dataset(path.suffix[1:], data_files=str(path), split="train"))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as text in UTF-8 ({error}); check the file") from None
     if path.suffix == ".jsonl":
-        return _parse_lines(path, text)
+        # Not splitlines(): JSON may hold the other line separators of Unicode as they are.
+        lines = [(f"line {number} of {path}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [
+            _record(where, _parse(line, f"{where} is not JSON", "it may be cut off: correct or remove it"))
+            for where, line in lines
+        ]
     if path.suffix == ".json":
-        return _parse_list(path, text)
+        values = _parse(text, f"{path} is not JSON", "with one object a line, name it .jsonl")
+        if not isinstance(values, list):
+            raise ValueError(f"{path} holds {type(values).__name__}, not a list of records; write [{{...}}, ...]")
+        return [_record(f"record {i} of {path}", value) for i, value in enumerate(values)]
     return [Record(str(path), {"text": text})]
 
 
-def _parse_lines(path: Path, text: str) -> list[Record]:
-    records = []
-    # Not splitlines(): JSON may hold the other line separators of Unicode as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {path}"
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON ({error}); it may be cut off: correct or remove it") from None
-        records.append(Record(where, _object(values, where)))
-    return records
-
-
-def _parse_list(path: Path, text: str) -> list[Record]:
+def _parse(text: str, problem: str, remedy: str) -> Any:
     try:
-        values = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); with one object a line, name it .jsonl") from None
-    if not isinstance(values, list):
-        raise ValueError(f"{path} holds {type(values).__name__}, not a list of records; write [{{...}}, ...]")
-    return [Record(f"record {i} of {path}", _object(value, f"record {i} of {path}")) for i, value in enumerate(values)]
+        raise ValueError(f"{problem} ({error}); {remedy}") from None
 
 
-def _object(values: Any, where: str) -> dict[str, Any]:
+def _record(where: str, values: Any) -> Record:
     if not isinstance(values, dict):
         raise ValueError(f"{where} is not a JSON object; known fields are {FORMS}")
-    return values
+    return Record(where, values)
 
 
 def _read_folder(folder: Path, tokenizer: Any, split: str) -> Sequence[Record]:
@@ -189,7 +156,7 @@ def _read_folder(folder: Path, tokenizer: Any, split: str) -> Sequence[Record]:
         if files:
             return [record for path in files for record in _read_file(path)]
     if any(path.suffix in TABLE_SUFFIXES for path in visible):
-        return _Table(str(folder), _from_hub(str(folder), split))
+        return _Table(str(folder), _load_dataset(str(folder), split))
     known = ", ".join((*RECORD_SUFFIXES, *TEXT_SUFFIXES, *TABLE_SUFFIXES))
     raise ValueError(f"{folder} holds no data: no file ends in {known}; name a folder with such files")
 
@@ -205,7 +172,7 @@ def _saved_dataset(folder: Path, split: str) -> Any:
     return dataset[split]
 
 
-def _from_hub(source: str, split: str) -> Any:
+def _load_dataset(source: str, split: str) -> Any:
     from datasets import load_dataset
 
     name, _, configuration = source.partition(":")
@@ -232,7 +199,7 @@ def _read_distilled(folder: Path, tokenizer: Any) -> list[Record]:
     if len(shards) < manifest["num_batches"]:
         warnings.warn(
             f"{folder} is not complete: {len(shards)} of {manifest['num_batches']} batches; "
-            "run specdec distill again to go on where it stopped",
+            "run specdec distill again to continue",
             stacklevel=4,
         )
     return [record for shard in shards for record in _read_file(shard)]

@@ -1,24 +1,27 @@
-"""What a training run leaves behind: heads with their accuracies, adapters, settings, figures, a model card."""
+"""What a training run writes: heads with their accuracies, adapters, figures, a model card."""
 
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import DistributedType
+import torch
 
-from specdec.common.provenance import circumstances, write_json
+from specdec.common.provenance import circumstances, hardware, write_json
 from specdec.heads import MedusaHeads
 from specdec.training.config import MedusaTrainingConfig
 from specdec.training.data import TrainingData
 from specdec.training.evaluation import Evaluation
 from specdec.training.model_card import model_card
-from specdec.training.recipes import HeadsAndAdapters, Recipe
-from specdec.training.speedup import measure_speedup
+from specdec.training.recipes import ADAPTER_FOLDER, HeadsAndAdapters, Recipe
 
 FIGURES_FILE = "figures.json"
+REPEATS = 2
+TEXT_PROMPT_TOKENS = 48
+"""Length of the prompt of a held-out example that is supervised from its start."""
 
 
 @dataclass
@@ -26,8 +29,8 @@ class TrainingResult:
     """What `train` returns.
 
     Args:
-        config: As it was carried out.
-        steps: Steps done.
+        config: Of the run, resolved.
+        steps: Completed steps.
         is_complete: False when a signal stopped the run.
         heads: The heads as trained so far.
         evaluation: On held-out windows, at the end; None if the run is not complete.
@@ -46,41 +49,31 @@ class TrainingResult:
     stopped_by: signal.Signals | None = None
 
 
-def save_result(
-    result: TrainingResult,
-    recipe: Recipe,
-    trained: Any,
-    accelerator: Any,
-    tokenizer: Any,
-    data: TrainingData,
-    record: dict[str, Any],
-) -> TrainingResult:
-    """Writes everything into the output folder, from the main process.
+def save_result(result: TrainingResult, recipe: Recipe, data: TrainingData, record: dict[str, Any]) -> None:
+    """Writes everything into the output folder, and measures the speed-up if the config says so.
 
     Args:
-        result: Of the run.
+        result: Of the run; its `speedup` is filled in.
         recipe: The module that was trained.
-        trained: The same as accelerate prepared it.
-        accelerator: Of the run.
-        tokenizer: The target's.
         data: What was trained on.
         record: Further figures for `figures.json` and the card.
     """
     assert result.evaluation is not None
-    folder = Path(result.config.output)
-    heads = _save_weights(recipe, trained, accelerator, folder, result.evaluation)
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        return result
-    result.heads = heads
-    if result.config.measure_prompts:
-        target = _plain_target(recipe)
-        result.speedup = measure_speedup(
-            target, heads.bind(target), data.eval_examples, result.config.measure_prompts, result.config.measure_tokens
-        )
+    config, heads, folder = result.config, result.heads, Path(result.config.output)
+    heads.calibration = result.evaluation.calibration()
+    heads.save_pretrained(folder)
+    target = recipe.target.eval()
+    if isinstance(recipe, HeadsAndAdapters):
+        target.save_pretrained(folder / ADAPTER_FOLDER)
+        if not getattr(target.get_base_model(), "is_quantized", False):
+            target = target.merge_and_unload()
+    if config.measure_prompts:
+        heads.bind(target)
+        examples = data.eval_examples
+        result.speedup = measure_speedup(target, heads, examples, config.measure_prompts, config.measure_tokens)
     figures = {
         **circumstances(),
-        "config": result.config.to_dict(),
+        "config": config.to_dict(),
         "steps": result.steps,
         "data": {"source": data.source, "examples": data.num_examples, "windows": len(data.train)},
         "evaluation": result.evaluation.to_dict(),
@@ -90,34 +83,43 @@ def save_result(
     }
     write_json(folder / FIGURES_FILE, figures)
     (folder / "README.md").write_text(model_card(result, figures), encoding="utf-8")
-    accelerator.wait_for_everyone()
-    return result
 
 
-def _save_weights(recipe: Recipe, trained: Any, accelerator: Any, folder: Path, evaluation: Evaluation) -> MedusaHeads:
-    """Saves heads and adapters; returns the heads with all their parameters in this process."""
-    heads, state = recipe.heads, None
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        state = accelerator.get_state_dict(trained)  # a part of it is in each process
-    if not accelerator.is_main_process:
-        return heads
-    if state is not None:
-        whole = MedusaHeads(heads.config)
-        prefix = "heads."
-        whole.load_state_dict({k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)})
-        heads = whole
-    heads.calibration = evaluation.calibration()
-    heads.save_pretrained(folder)
-    if isinstance(recipe, HeadsAndAdapters):
-        prefix = "target."
-        part = state and {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        recipe.save_adapter(folder, part)
-    return heads
+def measure_speedup(
+    target: Any, heads: MedusaHeads, examples: Sequence[Any], num_prompts: int, max_new_tokens: int
+) -> dict[str, Any]:
+    """Generates greedily with and without the heads, in turn, on held-out prompts.
 
+    Args:
+        target: The model that the heads are bound to.
+        heads: With their accuracies.
+        examples: Held-out ones; the one after those measured is for the warm-up.
+        num_prompts: How many are measured.
+        max_new_tokens: Longest completion.
 
-def _plain_target(recipe: Recipe) -> Any:
-    """The target as it is used with the heads, adapters merged where they can be."""
-    if not isinstance(recipe, HeadsAndAdapters):
-        return recipe.target.eval()
-    target = recipe.target.eval()
-    return target if getattr(target.get_base_model(), "is_quantized", False) else target.merge_and_unload()
+    Returns:
+        Tokens per second, speed-up over HF's `generate`, and tokens per pass, by method.
+    """
+    from specdec.api import accelerate
+    from specdec.benchmark.measuring import EncodedPrompt, Method, Settings, run_interleaved
+    from specdec.drafters.medusa import MedusaDrafter
+
+    prompts = []
+    for i in range(min(num_prompts + 1, len(examples))):
+        ids, supervised = list(examples[i]["input_ids"]), list(examples[i]["supervised"])
+        first = supervised.index(True)
+        ids = ids[:first] if first > 1 else ids[:TEXT_PROMPT_TOKENS]
+        prompts.append(EncodedPrompt(f"held-out {i}", torch.tensor([ids], device=target.device)))
+    methods = [
+        Method("HF generate", lambda: target),
+        Method("specdec off", lambda: accelerate(target, None)),
+        Method("specdec medusa", lambda: accelerate(target, MedusaDrafter(heads))),
+    ]
+    settings = Settings.of(max_new_tokens)
+    measured = run_interleaved(methods, prompts[:num_prompts], target, settings, prompts[-1], REPEATS)
+    return {
+        "hardware": hardware(),
+        "num_prompts": len(prompts[:num_prompts]),
+        "max_new_tokens": max_new_tokens,
+        "methods": [asdict(row) for row in measured.rows()],
+    }

@@ -1,8 +1,7 @@
-"""How good heads are at the target's own picks, how long its passes take here, and the tree that follows from both."""
+"""Accuracy of heads on the target's own tokens, times of its passes on this device, and the best tree for both."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,20 +12,22 @@ from numpy.typing import NDArray
 
 from specdec.api import accelerate
 from specdec.budget import Budget
-from specdec.budgeting.pass_times import StepTimes
+from specdec.common.provenance import hardware
 from specdec.drafters.medusa import MedusaDrafter, default_accuracies
 from specdec.heads import HeadCalibration, MedusaHeads
 from specdec.heads.tree_choice import best_tree, expected_tokens, measured_tokens
 from specdec.training.hidden_states import FinalHiddenStates
 from specdec.training.losses import IGNORED, medusa_targets
-from specdec.tree import NODE_BUCKETS, TokenTree
+from specdec.tree import NODE_BUCKETS
 
 LOGIT_VALUES = 2**24
 """Logits that are computed at once."""
-TIMED_ROUNDS = 2
-"""Passes of each size that are timed at least; the shortest counts."""
+TIMED_TOKENS = 16
+"""Tokens generated per trial."""
 TIMED_PROMPT = 512
-"""Longest prompt behind which passes are timed."""
+"""Longest prompt, in tokens, of a timed generation."""
+TRIALS = 3
+"""Generations per size; the fastest counts."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Candidate:
         tree: Paths of ranks.
         expected: Tokens per pass if heads are right independently of each other.
         measured: Tokens per pass on the measured positions.
-        default: The same of the tree that would be used if the heads had not been measured.
+        default: The same of the tree that heads without a calibration use.
         seconds: Time of a pass, the drafting included.
     """
 
@@ -51,7 +52,7 @@ class Candidate:
 
     @property
     def tokens_per_second(self) -> float:
-        """What it comes to."""
+        """Measured tokens per pass over its time."""
         return self.measured / self.seconds
 
 
@@ -72,25 +73,6 @@ class Tuning:
     draft_seconds: float
 
 
-class PassTimer(Budget):
-    """Verifies trees of each size in turn, and keeps the shortest step of each: the first may have to prepare kernels.
-
-    Args:
-        max_nodes: Largest size.
-    """
-
-    def __init__(self, max_nodes: int) -> None:
-        super().__init__(max_nodes, fixed=True)
-        self.timed = StepTimes(max_nodes)
-        self._sizes = itertools.cycle(self.timed.buckets)
-
-    def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
-        return tree.first(next(self._sizes))
-
-    def record(self, nodes: int, seconds: float) -> None:
-        self.timed.seconds[nodes] = min(seconds, self.timed.seconds.get(nodes, seconds))
-
-
 def tune(
     model: Any,
     heads: MedusaHeads,
@@ -99,7 +81,7 @@ def tune(
     num_ranks: int = 10,
     max_nodes: int = 64,
 ) -> Tuning:
-    """Finds the tree of ranks with which this device makes the most tokens per second, one row at a time.
+    """Finds the tree of ranks with the most tokens per second on this device, at batch size 1.
 
     Args:
         model: The target.
@@ -109,38 +91,40 @@ def tune(
         max_nodes: Largest tree: 2, 4, ... 128.
 
     Raises:
-        ValueError: The examples are too short, or the model cannot be run ahead.
+        ValueError: The examples are too short, or the model cannot verify drafts.
     """
     num_heads = heads.config.num_heads
     ranks = measure_ranks(model, heads, examples, num_ranks)
     accuracies = [[float((ranks[:, head] == rank).mean()) for rank in range(num_ranks)] for head in range(num_heads)]
     heads.calibration = HeadCalibration(accuracies)
-    times, draft_seconds, takes_trees = time_passes(model, heads, examples, max_nodes)
+    seconds, draft_seconds, takes_trees = time_passes(model, heads, examples, max_nodes)
 
     def tree_of(scores: list[list[float]], nodes: int) -> list[list[int]]:
         return best_tree(scores if takes_trees else [[head[0]] for head in scores], nodes)
 
     candidates: list[Candidate] = []
-    for nodes in [n for n in NODE_BUCKETS if n <= max_nodes]:
-        tree = tree_of(accuracies, nodes)
-        default = tree_of(default_accuracies(num_heads, num_ranks), nodes)
-        if nodes > 1 and len(tree) + 1 <= candidates[-1].nodes:
+    for size in [n for n in NODE_BUCKETS if n <= max_nodes]:
+        tree, default = tree_of(accuracies, size), tree_of(default_accuracies(num_heads, num_ranks), size)
+        nodes = len(tree) + 1
+        if candidates and nodes <= candidates[-1].nodes:
             break  # no longer path, no further rank
         candidates.append(
             Candidate(
-                len(tree) + 1,
+                nodes,
                 tree,
                 expected_tokens(accuracies, tree),
                 measured_tokens(ranks, tree),
                 measured_tokens(ranks, default),
-                times.of(len(tree) + 1) + (draft_seconds if nodes > 1 else 0.0),
+                float(np.interp(np.log2(nodes), np.log2(list(seconds)), list(seconds.values())))
+                + (draft_seconds if nodes > 1 else 0.0),
             )
         )
     if len(candidates) == 1:
         raise ValueError(f"the heads are never right on {len(ranks)} positions; were they trained for this model?")
     chosen = max(candidates[1:], key=lambda candidate: candidate.tokens_per_second)
-    seconds = dict(zip(*(array.tolist() for array in times.known()), strict=True))
-    heads.calibration = HeadCalibration(accuracies, chosen.tree, len(ranks), seconds, _device_name(model))
+    machine = hardware()
+    device = ", ".join(machine["gpus"]) if model.device.type == "cuda" else "{cpu}, {threads} threads".format(**machine)
+    heads.calibration = HeadCalibration(accuracies, chosen.tree, len(ranks), seconds, device)
     return Tuning(heads.calibration, candidates, chosen, draft_seconds)
 
 
@@ -148,7 +132,7 @@ def tune(
 def measure_ranks(
     model: Any, heads: MedusaHeads, examples: Iterable[Mapping[str, Any]], num_ranks: int = 10
 ) -> NDArray[np.int64]:
-    """Ranks of the target's own picks in the heads' lists, wherever there is one for each head.
+    """Ranks of the target's own tokens in the heads' lists, at positions where every head has one.
 
     Args:
         model: The target.
@@ -188,38 +172,34 @@ def measure_ranks(
 
 def time_passes(
     model: Any, heads: MedusaHeads, examples: Sequence[Mapping[str, Any]], max_nodes: int
-) -> tuple[StepTimes, float, bool]:
-    """Times of passes by number of nodes, of one draft in seconds, and whether the model takes branching trees.
+) -> tuple[dict[int, float], float, bool]:
+    """Times short generations with trees of each size.
+
+    Returns:
+        Seconds of a pass by number of nodes, seconds of a draft, and whether the model takes branching trees.
 
     Raises:
-        ValueError: The model cannot be run ahead.
+        ValueError: The model cannot verify drafts.
     """
-    timer = PassTimer(max_nodes)
-    fast = accelerate(model, MedusaDrafter(heads, max_nodes), strict=True, budget=timer)
-    if fast.capability.mode == "plain":
-        raise ValueError(f"this model cannot verify drafts: {fast.capability.reason}")
     ids = torch.tensor([list(examples[0]["input_ids"])[:TIMED_PROMPT]], device=model.device)
-    tokens = TIMED_ROUNDS * len(timer.timed.buckets) * (heads.config.num_heads + 1)  # of each pass at most
-    fast.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-    )
-    if not timer.timed.seconds:
-        raise ValueError(f"this call cannot be run ahead: {fast.report.fallback}")
-    return (
-        timer.timed,
-        fast.report.seconds["draft"] / (fast.report.num_target_passes - 1),
-        fast.capability.mode == "tree",
-    )
-
-
-def _device_name(model: Any) -> str:
-    from specdec.common.provenance import hardware
-
-    machine = hardware()
-    return (
-        ", ".join(machine["gpus"]) if model.device.type == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
-    )
+    seconds, drafts = {}, []
+    for nodes in [n for n in NODE_BUCKETS if n <= max_nodes]:
+        fast = accelerate(model, MedusaDrafter(heads, nodes), strict=True, budget=Budget(nodes, fixed=True))
+        if fast.capability.mode == "plain":
+            raise ValueError(f"this model cannot verify drafts: {fast.capability.reason}")
+        times = []
+        for _ in range(TRIALS):
+            fast.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TIMED_TOKENS,
+                min_new_tokens=TIMED_TOKENS, do_sample=False,
+            )  # fmt: skip
+            if fast.report.fallback:
+                raise ValueError(f"this call cannot verify drafts: {fast.report.fallback}")
+            passes = fast.report.num_target_passes - 1  # without the prefill
+            phases = fast.report.seconds
+            times.append((phases["target"] + phases["verify"] + phases["commit"]) / passes)
+            drafts.append(phases["draft"] / passes)
+        seconds[nodes] = min(times)
+    # A larger tree cannot be faster; where it seems so, the smaller one's time had noise.
+    least = np.minimum.accumulate(list(seconds.values())[::-1])[::-1].tolist()
+    return dict(zip(seconds, least, strict=True)), min(drafts[TRIALS:], default=0.0), fast.capability.mode == "tree"

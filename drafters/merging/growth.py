@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.drafters.ngrams.trie_growth import pop_best, push_best
+from specdec.drafters.trees.heap import pop_best, push_best
 from specdec.drafters.trees.rank_tree import class_of
 from specdec.kernels import Floats, Ints, kernel, kernel_part
 

@@ -248,12 +248,12 @@ class MergedSession(DraftSession):
         """The step as a source sees it: whole, if it asks for top tokens, or else what became of its own proposal."""
         count = self.sources[source].num_top_tokens
         if count and step.top_tokens is not None:
-            return Step(step.rows, step.tree, step.accepted, step.top_tokens[..., :count], None, step.new_tokens)
+            return Step(step.rows, step.tree, step.accepted, step.top_tokens[..., :count], step.new_tokens)
         if source in proposals:
             tree, accepted = proposals[source][0], own.tolist()
         else:
             tree, accepted = TokenTree.root_only(step.tree.tokens[:, 0]), [0] * len(step.rows)
-        return Step(step.rows, tree, accepted, None, None, step.new_tokens)
+        return Step(step.rows, tree, accepted, None, step.new_tokens)
 
     def _guarded(self, source: int, method: str, context: DraftContext, action: Callable[[], Any]) -> Any:
         """Runs a source's method; after an error the source is left out, unless errors are to be raised."""

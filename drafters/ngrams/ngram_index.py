@@ -210,12 +210,6 @@ class NgramIndex:
         index.length = len(links[0]) - 1
         return index
 
-    def copy(self) -> NgramIndex:
-        """The same index with arrays of its own."""
-        other = NgramIndex.from_links(tuple(array.copy() for array in self.links))  # type: ignore[arg-type]
-        other.length, other.max_slots, other.max_tokens = self.length, self.max_slots, self.max_tokens
-        return other
-
     @property
     def num_tokens(self) -> int:
         """Tokens held, separators included."""
@@ -233,13 +227,9 @@ class NgramIndex:
             tokens = tokens[-(self.max_tokens - 2) :]
             if self.length + len(tokens) + 1 > self.max_tokens:
                 self._evict(self.max_tokens - len(tokens) - 1)
-        self.start_document()
-        self.extend(tokens)
-
-    def start_document(self) -> None:
-        """What follows is not a continuation of what stands before."""
         if self.links[0][self.length - 1] != SEPARATOR:
             self.extend(np.array([SEPARATOR], np.int32))
+        self.extend(tokens)
 
     def extend(self, tokens: IntArray) -> None:
         """Appends tokens to the last document.
@@ -292,3 +282,44 @@ class NgramIndex:
         for positions in (prev[: self.length], head):
             positions -= cut
             np.maximum(positions, 0, out=positions)
+
+
+class PeerOutputs:
+    """Outputs of the rows of a call in one index, a region for each row, so that all of them can grow.
+
+    Args:
+        orders: Lengths of the indexed n-grams, ascending.
+        rows: Batch size.
+        room: Tokens per region at first.
+    """
+
+    def __init__(self, orders: tuple[int, ...], rows: int, room: int = 254) -> None:
+        self.lengths = [0] * rows
+        self._orders = np.array(orders, np.int64)
+        self._allocate(room)
+
+    def region(self, row: int) -> tuple[int, int]:
+        """First position of a row's region and the position after it."""
+        return row * self._stride, (row + 1) * self._stride
+
+    def extend(self, row: int, tokens: IntArray) -> None:
+        """Appends tokens, `[tokens]`, int32, contiguous and writable, to a row's output."""
+        needed = self.lengths[row] + len(tokens)
+        if needed + 2 > self._stride:
+            starts, text = [1 + self.region(other)[0] for other in range(len(self.lengths))], self.links[0]
+            outputs = [text[start : start + n] for start, n in zip(starts, self.lengths, strict=True)]
+            self._allocate(2 * needed)
+            for other, output in enumerate(outputs):
+                append_tokens(self.links, self.region(other)[0] + 1, output)
+        append_tokens(self.links, self.region(row)[0] + 1 + self.lengths[row], tokens)
+        self.lengths[row] = needed
+
+    def _allocate(self, room: int) -> None:
+        self._stride = room + 2
+        capacity = self._stride * len(self.lengths)
+        self.links: Links = (
+            np.full(capacity, SEPARATOR, np.int32),
+            np.empty((capacity, len(self._orders)), np.int32),
+            np.zeros((len(self._orders), power_of_two(capacity)), np.int32),
+            self._orders,
+        )

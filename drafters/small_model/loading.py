@@ -11,8 +11,8 @@ from specdec.drafters.small_model.self_draft import first_layers
 from specdec.drafters.tokenizers.draft_vocabulary import Use, Vocabularies
 from specdec.drafters.tokenizers.token_text import check_tokenizer
 from specdec.drafters.tokenizers.vocabularies import same_vocabulary, vocabulary_map
+from specdec.fallback import length_limit
 from specdec.passes.capability import Capability, probe
-from specdec.passes.length_limits import length_limit
 from specdec.passes.tensor_parallel import check_whole
 from specdec.target import CausalLM, embedding_rows, input_device, unwrapped
 

@@ -15,11 +15,9 @@ from typing import Annotated
 
 import torch
 import typer
-from chains import HELD_OUT, held_out_problem
 from judging import CertaintyJudge
 from rich.console import Console
-from solving import MAX_NEW_TOKENS, prompt_text
-from task import JUDGE_PROMPT, written_answer
+from task import HELD_OUT, JUDGE_PROMPT, MAX_NEW_TOKENS, held_out_problems, prompt_text, written_answer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
@@ -42,7 +40,7 @@ def main(
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(models / "target")
     target, draft = (AutoModelForCausalLM.from_pretrained(models / name).eval() for name in ("target", "draft"))
-    asked = held_out_problem(problem)
+    (asked,) = held_out_problems(1, problem)
     inputs = tokenizer(prompt_text(asked, tokenizer), return_tensors="pt")
 
     reasoner = SpecReasonDrafter(draft, drafter=None if drafter == "none" else drafter, judge_prompt=JUDGE_PROMPT)

@@ -10,15 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from specdec.budgeting.ledger import LEARNED, Learned
 from specdec.budgeting.pass_times import TIMES, StepTimes, Surroundings
-from specdec.generation import Speculation
 from specdec.target import unwrapped
+
+if TYPE_CHECKING:
+    from specdec.generation import Speculation
 
 FORMAT, VERSION = "specdec profile", 5
 

@@ -67,48 +67,34 @@ def _show_example(config: MedusaTrainingConfig) -> None:
         show_example(read_examples(config, config.data, tokenizer)[0], tokenizer, Console())
 
 
-def _parameter(setting: Setting) -> inspect.Parameter:
+def _parameter(name: str, setting: Setting) -> inspect.Parameter:
     """The flag of a setting; without it, the config file or the default decides."""
-    flag = setting.name.replace("_", "-")
+    flag = name.replace("_", "-")
     default = ",".join(setting.default) if isinstance(setting.default, tuple) else setting.default
     shown = "" if default in (None, "", False) else f" [default: {default}]"
-    names = [f"--{flag}/--no-{flag}"] if setting.annotation is bool else [f"--{flag}"]
-    kinds: dict[Any, tuple[Any, str]] = {
-        bool: (bool | None, ""),
-        int: (int | None, "INTEGER"),
-        float: (float | None, "FLOAT"),
-    }
-    plain = next((kind for kind in kinds if setting.annotation in (kind, kind | None)), None)
-    annotation = kinds[plain][0] if plain else str | None
-    option = typer.Option(*names, help=setting.help + shown, show_default=False)
-    return inspect.Parameter(
-        setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
-    )
+    flags = [f"--{flag}/--no-{flag}"] if setting.annotation is bool else [f"--{flag}"]
+    kinds = [kind for kind in (bool, int, float) if setting.annotation in (kind, kind | None)]
+    annotation = Annotated[[*kinds, str][0] | None, typer.Option(*flags, help=setting.help + shown, show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _describe() -> None:
+def _add_flags() -> None:
     """Gives `run` a flag for each setting."""
-    own = [
-        inspect.Parameter(
-            "config",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                Path | None, typer.Option(help="YAML file with settings, such as a run's training.yaml.")
-            ],
+    own = {
+        "config": (Path | None, typer.Option(help="YAML file with settings, such as a run's training.yaml."), None),
+        "show_example": (
+            bool,
+            typer.Option("--show-example", help="Print an example with its supervised tokens coloured, and exit."),
+            False,
         ),
-        inspect.Parameter(
-            "show_example",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[
-                bool, typer.Option("--show-example", help="Print an example, what is learned of it coloured, and exit.")
-            ],
-        ),
+    }
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+        for name, (kind, option, default) in own.items()
     ]
-    parameters = [*own, *map(_parameter, settings().values())]
+    parameters += [_parameter(name, setting) for name, setting in settings().items()]
     setattr(run, "__signature__", inspect.Signature(parameters))  # noqa: B010
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
-_describe()
+_add_flags()

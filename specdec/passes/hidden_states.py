@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,7 @@ class HiddenStates:
     def taken(self) -> Iterator[None]:
         """Takes the states of the passes inside."""
         embedding: nn.Module = self.model.get_output_embeddings()
+        self._thread = threading.get_ident()
         hook = embedding.register_forward_pre_hook(self._take, with_kwargs=True)
         try:
             yield
@@ -42,7 +44,8 @@ class HiddenStates:
 
     @quiet
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.last_pass = next(iter((*args, *kwargs.values())))
+        if threading.get_ident() == self._thread:  # hooks of calls in other threads see this pass too
+            self.last_pass = next(iter((*args, *kwargs.values())))
 
     def keep_last(self) -> None:
         """Keeps the states of the last position: after the prefill."""

@@ -8,28 +8,25 @@ import torch
 from torch import Tensor
 
 from specdec.sampling import Sampler, margins
-from specdec.verifiers.base import Acceptance, Verifier
+from specdec.verifiers.base import Acceptance
 
 HALF = (torch.bfloat16, torch.float16)
-"""Types in which near-ties are counted without being asked for."""
+"""Types in which near-ties are counted."""
 
 
 @dataclass(frozen=True)
 class NearTies:
     """Finds picks whose two best tokens are closer than rounding moves them.
 
-    In half precision a pass over many tokens rounds otherwise than a pass over one, so there a pick may differ from
-    plain decoding's. With the guard, such a pick of a wider pass is not taken: the row is rolled back to before it, and
-    a pass over one token decides.
+    In half precision a pass over many tokens rounds differently from a pass over one, so such a pick may differ from
+    plain decoding's.
 
     Args:
         gap: Closer than this is a near-tie, in the scores that are picked from; when sampling, in log probabilities
             minus the logarithms of the draws, whose highest is the sampled token.
-        guards: Whether wider passes may not decide near-ties.
     """
 
     gap: float
-    guards: bool = False
 
     def find(self, sampler: Sampler, acceptance: Acceptance) -> Tensor:
         """Which of the new tokens were near-ties.
@@ -64,24 +61,6 @@ class NearTies:
 def path_of(acceptance: Acceptance) -> Tensor:
     """The nodes at which the new tokens were picked, the root first, `[batch, depth + 1]`; 0 behind the end."""
     return torch.nn.functional.pad(acceptance.nodes, (1, 0)).clamp(min=0)
-
-
-def check_guard(guard: bool | float, verifier: Verifier) -> None:
-    """Refuses what cannot be guarded.
-
-    Raises:
-        TypeError: `guard` is no number.
-        ValueError: `guard` is negative, or the verifier promises other tokens than plain decoding's anyway.
-    """
-    if not isinstance(guard, bool | int | float):
-        raise TypeError(f"near_tie_guard={guard!r} must be True, False or a gap of logits such as 0.1")
-    if not guard >= 0:
-        raise ValueError(f"near_tie_guard={guard!r} must not be negative; use True for a gap that is measured")
-    if guard is not False and verifier.guarantee != "token-identical":
-        raise ValueError(
-            f"near_tie_guard={guard!r} keeps tokens those of generate(), which verifier={verifier.name!r} does not "
-            "promise; use verifier='exact'"
-        )
 
 
 def gap_of(rounding: float) -> float:

@@ -16,20 +16,6 @@ def is_sharded(model: Any) -> bool:
     return (getattr(model, "tp_size", None) or 1) > 1
 
 
-def obstacle(model: Any, needs_more: bool) -> str | None:
-    """Why a tensor-parallel model cannot be speculated on, or None.
-
-    Args:
-        model: The target.
-        needs_more: The verifier needs more of a draft than its tree: distributions that it was drawn from, or steps.
-    """
-    if not is_sharded(model):
-        return None
-    if model.tp_size != dist.get_world_size():
-        return f"the model is spread over {model.tp_size} of {dist.get_world_size()} processes, not over all"
-    return "of a draft, its tree alone is shared between processes (tp_plan)" if needs_more else None
-
-
 def check_whole(model: Any, what: str) -> None:
     """Drafting is done by the first process alone, so what drafts cannot have its weights in all of them.
 

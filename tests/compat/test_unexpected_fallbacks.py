@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 import specdec
-from specdec import generation, obstacles
+from specdec import fallback, generation
 from specdec.compat import TESTED
 from specdec.fallback import FallbackWarning, UnexpectedFallbackWarning, takes_drafts
 from specdec.passes import capability
@@ -32,7 +32,7 @@ def mamba() -> Any:
 
 
 def no_cache_is_seen(monkeypatch: pytest.MonkeyPatch) -> str:
-    for module in (obstacles, capability):
+    for module in (fallback, capability):
         monkeypatch.setattr(module, "CACHE", "renamed")
     return "keeps no kv cache"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from specdec.drafters.base import DraftContext
+from specdec.drafters.base import DraftContext, Drafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.tree import TokenTree
 
@@ -42,11 +42,15 @@ def paths(tree: TokenTree, row: int = 0) -> list[list[int]]:
 
 def call(drafter: LookaheadDrafter, prompt: Sequence[int], answer: Sequence[int]) -> None:
     """One whole call in which the target wrote `answer`."""
-    drafter.start(context(prompt))
-    drafter.propose(context([*prompt, answer[0]], prompts=[len(prompt)]), 8)
-    drafter.finish(context([*prompt, *answer], prompts=[len(prompt)]))
+    session = drafter.start(context(prompt))
+    session.propose(context([*prompt, answer[0]], prompts=[len(prompt)]), 8)
+    session.finish(context([*prompt, *answer], prompts=[len(prompt)]))
+
+
+def propose(drafter: Drafter, asked: DraftContext, nodes: int = 64) -> TokenTree:
+    """The first proposal of a call."""
+    return drafter.start(asked).propose(asked, nodes)
 
 
 def proposed(drafter: LookaheadDrafter, sequence: Sequence[int], nodes: int = 64) -> list[list[int]]:
-    drafter.start(context(sequence))
-    return paths(drafter.propose(context(sequence), nodes))
+    return paths(propose(drafter, context(sequence), nodes))

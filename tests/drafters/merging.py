@@ -105,7 +105,7 @@ def session_of(*sources: Drafter, strict: bool = False, **settings: Any) -> Merg
 def step_of(tree: TokenTree, *new_tokens: list[int], top_tokens: Any = None) -> Step:
     """What the target has made of a tree: per row the tokens committed, of which the last one is its own."""
     news = [np.array(new, np.int32) for new in new_tokens]
-    return Step(list(range(len(news))), tree, [max(len(new) - 1, 0) for new in news], top_tokens, None, news)
+    return Step(list(range(len(news))), tree, [max(len(new) - 1, 0) for new in news], top_tokens, news)
 
 
 def combined(trees: Sequence[TokenTree], row: int, max_depth: int) -> dict[tuple[int, ...], tuple[int, float]]:

@@ -15,7 +15,7 @@ from specdec.drafters.base import DraftContext
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngrams.ngram_index import append_tokens
 from specdec.drafters.ngrams.trie_growth import draft_row
-from tests.drafters.lookahead_calls import WordTokenizer, call, context, paths, proposed
+from tests.drafters.lookahead_calls import WordTokenizer, call, context, paths, propose, proposed
 
 
 def test_repeated_text_is_continued() -> None:
@@ -28,7 +28,7 @@ def test_tree_is_well_formed() -> None:
     drafter = LookaheadDrafter()
     for nodes in (1, 2, 4, 16, 64):
         sequence = rng.integers(0, 6, 200)
-        tree = drafter.propose(context(sequence), nodes)
+        tree = propose(drafter, context(sequence), nodes)
         assert tree.tokens.shape == tree.parents.shape == (1, nodes)
         assert tree.scores is not None and tree.scores.shape == (1, nodes)
         assert (tree.tokens.dtype, tree.parents.dtype, tree.scores.dtype) == (torch.int64, torch.int64, torch.float32)
@@ -45,7 +45,7 @@ def test_tree_is_well_formed() -> None:
 @pytest.mark.parametrize("nodes", [1, 2, 4])
 def test_small_budgets_are_beginnings_of_large_ones(nodes: int) -> None:
     sequence = np.random.default_rng(1).integers(0, 5, 150)
-    large, small = (LookaheadDrafter().propose(context(sequence), n) for n in (64, nodes))
+    large, small = (propose(LookaheadDrafter(), context(sequence), n) for n in (64, nodes))
     assert torch.equal(small.tokens, large.first(nodes).tokens)
     assert torch.equal(small.parents, large.first(nodes).parents)
 
@@ -53,33 +53,33 @@ def test_small_budgets_are_beginnings_of_large_ones(nodes: int) -> None:
 def test_no_deeper_than_allowed() -> None:
     text = list(range(50)) * 2 + [0]
     for depth in (0, 1, 5):
-        tree = LookaheadDrafter().propose(context(text, depth=depth), 64)
+        tree = propose(LookaheadDrafter(), context(text, depth=depth), 64)
         assert int(tree.depths.max()) == depth == tree.num_nodes - 1
-    assert int(LookaheadDrafter(max_depth=3).propose(context(text), 64).depths.max()) == 3
-    assert LookaheadDrafter(max_nodes=10).propose(context(text), 64).num_nodes == 10
+    assert int(propose(LookaheadDrafter(max_depth=3), context(text), 64).depths.max()) == 3
+    assert propose(LookaheadDrafter(max_nodes=10), context(text), 64).num_nodes == 10
 
 
 def test_trees_wider_and_deeper_than_usual() -> None:
     text = list(range(300))
     drafter = LookaheadDrafter(max_nodes=256, max_depth=200)
-    assert drafter.propose(context([*text, 999, *text[:20]], depth=999), 256).num_nodes == 201
+    assert propose(drafter, context([*text, 999, *text[:20]], depth=999), 256).num_nodes == 201
 
 
 def test_nothing_to_go_on() -> None:
     drafter = LookaheadDrafter()
-    tree = drafter.propose(context([7], prompts=[0]), 64)
+    tree = propose(drafter, context([7], prompts=[0]), 64)
     assert tree.tokens.tolist() == [[7]] and tree.parents.tolist() == [[-1]]
-    drafter.start(context([], prompts=[0]))
-    assert drafter.propose(context([7], prompts=[0]), 64).num_nodes == 1
-    drafter.finish(context([7], prompts=[0]))
+    session = drafter.start(context([], prompts=[0]))
+    assert session.propose(context([7], prompts=[0]), 64).num_nodes == 1
+    session.finish(context([7], prompts=[0]))
     assert drafter.stats()["shared"]["tokens"] == 0
 
 
 def test_rows_are_independent_and_padded() -> None:
     drafter = LookaheadDrafter(share_outputs=False)
     first, second, third = [1, 2, 3, 1], [10, 11, 12, 13, 14, 10], [20]
-    drafter.start(context(first, second, third))
-    tree = drafter.propose(context(first, second, third), 64)
+    session = drafter.start(context(first, second, third))
+    tree = session.propose(context(first, second, third), 64)
     assert [paths(tree, row) for row in range(3)] == [
         [[2], [2, 3], [2, 3, 1]],
         [[11, 12, 13, 14, 10][:n] for n in range(1, 6)],
@@ -88,7 +88,7 @@ def test_rows_are_independent_and_padded() -> None:
     assert tree.is_real.sum(1).tolist() == [4, 6, 1]
     # The second row alone goes on.
     going_on = DraftContext([1], [np.array([*second, 11], np.int32)], [len(second)], [100])
-    assert paths(drafter.propose(going_on, 64))[0] == [12]
+    assert paths(session.propose(going_on, 64))[0] == [12]
 
 
 def test_rows_read_one_anothers_outputs_but_not_prompts() -> None:
@@ -96,20 +96,20 @@ def test_rows_read_one_anothers_outputs_but_not_prompts() -> None:
     answers = [[70, 71, 72, 73], [70]]
     for share, expected in ((True, [71, 72, 73]), (False, None)):
         drafter = LookaheadDrafter(share_outputs=share)
-        drafter.start(context(*prompts))
+        session = drafter.start(context(*prompts))
         both = context(*(p + a for p, a in zip(prompts, answers, strict=True)), prompts=[4, 4])
-        found = paths(drafter.propose(both, 64), row=1)
+        found = paths(session.propose(both, 64), row=1)
         assert (expected in found) == share
         asked = context([*prompts[0], *answers[0]], [*prompts[1], 70, 2], prompts=[4, 4])
-        assert paths(drafter.propose(asked, 64), row=1) == []  # 3 follows 2 in the other row's prompt only
+        assert paths(session.propose(asked, 64), row=1) == []  # 3 follows 2 in the other row's prompt only
 
 
 def test_a_rows_own_output_counts_once() -> None:
     trees = []
     for share in (True, False):
         drafter = LookaheadDrafter(share_outputs=share)
-        drafter.start(context([1, 2], [50]))
-        trees.append(drafter.propose(context([1, 2, 7, 8, 7], [50, 60], prompts=[2, 1]), 64))
+        session = drafter.start(context([1, 2], [50]))
+        trees.append(session.propose(context([1, 2, 7, 8, 7], [50, 60], prompts=[2, 1]), 64))
     assert trees[0].scores is not None and trees[1].scores is not None
     assert torch.equal(trees[0].tokens, trees[1].tokens) and torch.equal(trees[0].scores, trees[1].scores)
 
@@ -117,8 +117,8 @@ def test_a_rows_own_output_counts_once() -> None:
 def test_equal_prompts_are_indexed_once_and_stay_apart() -> None:
     drafter = LookaheadDrafter(share_outputs=False)
     prompt = [1, 2, 3, 4, 5]
-    drafter.start(context(prompt, prompt))
-    tree = drafter.propose(context([*prompt, 8, 9, 8], [*prompt, 1], prompts=[5, 5]), 64)
+    session = drafter.start(context(prompt, prompt))
+    tree = session.propose(context([*prompt, 8, 9, 8], [*prompt, 1], prompts=[5, 5]), 64)
     assert paths(tree, 0)[0] == [9]
     assert [2, 3, 4, 5] in paths(tree, 1) and all(9 not in path for path in paths(tree, 1))
 
@@ -137,8 +137,8 @@ def test_a_secret_prompt_is_never_proposed_to_another_call(share_prompts: bool) 
     secret = list(range(1000, 1040))
     drafter = LookaheadDrafter(share_prompts=share_prompts)
     call(drafter, secret, [5, 6, 7])
-    drafter.start(context(secret, [1, *secret]))
-    drafter.finish(context([*secret, 5, 6], [1, *secret, 5, 6], prompts=[40, 41]))
+    session = drafter.start(context(secret, [1, *secret]))
+    session.finish(context([*secret, 5, 6], [1, *secret, 5, 6], prompts=[40, 41]))
     seen = {
         token
         for at in range(1, 40)
@@ -236,10 +236,9 @@ def test_bytes_per_token() -> None:
 
 def test_a_call_begins_anew_when_the_text_does() -> None:
     drafter = LookaheadDrafter()
-    drafter.propose(context([1, 2, 3, 1]), 8)
-    assert paths(drafter.propose(context([7, 8, 7]), 8)) == [[8], [8, 7]]  # neither started nor finished
-    drafter.finish(context([7, 8, 7]))
-    drafter.finish(context([7, 8, 7]))
+    session = drafter.start(context([1, 2, 3, 1]))
+    session.propose(context([1, 2, 3, 1]), 8)
+    assert paths(session.propose(context([7, 8, 7]), 8)) == [[8], [8, 7]]
 
 
 def test_threads_do_not_disturb_each_other() -> None:
@@ -251,11 +250,11 @@ def test_threads_do_not_disturb_each_other() -> None:
             own = list(range(1000 * seed, 1000 * seed + 40))
             for _ in range(30):
                 sequence = [*own, 1, *own[:4]]
-                drafter.start(context(sequence))
+                session = drafter.start(context(sequence))
                 for end in range(4, 30, 2):
-                    tree = drafter.propose(context([*own, 1, *own[:end]], prompts=[len(sequence)]), 16)
+                    tree = session.propose(context([*own, 1, *own[:end]], prompts=[len(sequence)]), 16)
                     assert own[end] == tree.tokens[0, 1]
-                drafter.finish(context([*own, 1, *own], prompts=[len(sequence)]))
+                session.finish(context([*own, 1, *own], prompts=[len(sequence)]))
         except BaseException as error:
             failures.append(error)
 
@@ -279,8 +278,8 @@ def test_each_kernel_is_compiled_for_one_set_of_types(tmp_path: Path) -> None:
     frozen = np.array([1, 2, 3, 1, 2], np.int32)
     frozen.flags.writeable = False
     everything = DraftContext([0, 2], [frozen[::2], frozen], [1, 1], [9, 9])
-    drafter.start(everything)
-    drafter.propose(everything, 8)
+    session = drafter.start(everything)
+    session.propose(everything, 8)
     for compiled in (append_tokens, draft_row):
         assert len(getattr(compiled, "signatures", [1])) == 1
 

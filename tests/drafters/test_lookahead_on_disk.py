@@ -15,7 +15,7 @@ import pytest
 
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngrams.ngram_store import HEADER
-from tests.drafters.lookahead_calls import WordTokenizer, call, context, paths, proposed
+from tests.drafters.lookahead_calls import WordTokenizer, call, context, paths, propose, proposed
 
 
 @pytest.fixture
@@ -180,9 +180,9 @@ def test_a_context_is_not_kept_or_changed() -> None:
     drafter = LookaheadDrafter()
     asked = context([1, 2, 3, 1], prompts=[3])
     before = copy.deepcopy(asked)
-    drafter.start(asked)
-    drafter.propose(asked, 16)
-    drafter.finish(asked)
+    session = drafter.start(asked)
+    session.propose(asked, 16)
+    session.finish(asked)
     assert [s.tolist() for s in asked.sequences] == [s.tolist() for s in before.sequences]
     asked.sequences[0][:] = 9
-    assert paths(drafter.propose(context([1, 2, 3, 1]), 16))[0] == [2]
+    assert paths(propose(drafter, context([1, 2, 3, 1]), 16))[0] == [2]

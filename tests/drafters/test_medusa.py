@@ -16,9 +16,9 @@ from torch.nn import functional as F
 import specdec
 from specdec.benchmark.offline_replay import replay
 from specdec.budget import Budget
-from specdec.commands.demo import _methods
+from specdec.commands.demo import _drafters
 from specdec.drafters import DraftContext, MedusaDrafter, Step
-from specdec.drafters.medusa import default_accuracies
+from specdec.drafters.medusa import HeadLists, default_accuracies
 from specdec.drafters.trees.rank_tree import count_ranks, draft_rows
 from specdec.heads import HeadCalibration, MedusaHeads
 from specdec.tree import TokenTree
@@ -44,6 +44,11 @@ def bound(**settings: Any) -> MedusaDrafter:
     drafter = MedusaDrafter(random_heads(tiny_model(), HEADS), **settings)
     drafter.bind(tiny_model())
     return drafter
+
+
+def propose(drafter: MedusaDrafter, now: DraftContext, nodes: int) -> TokenTree:
+    """The first proposal of a call."""
+    return drafter.start(now).propose(now, nodes)
 
 
 def paths_of(tree: TokenTree, row: int = 0) -> list[tuple[int, ...]]:
@@ -87,7 +92,7 @@ def test_the_tree_is_the_best_of_its_size(size: int, depth: int) -> None:
 def test_paths_run_through_the_heads_lists() -> None:
     drafter = bound(max_nodes=32, top_k=4)
     now = context(rows=3)
-    tree = drafter.propose(now, 64)
+    tree = propose(drafter, now, 64)
     logits = drafter.heads(now.hidden_states)
     lists = logits.topk(4, -1).indices
     assert tree.num_nodes == 32
@@ -104,11 +109,9 @@ def test_where_the_heads_are_sure_the_tree_is_deep_and_where_not_it_is_wide() ->
     drafter.bind(tiny_model())
 
     def first_level(scale: float) -> int:
-        drafter._lists = lambda heads, hidden: (  # type: ignore[method-assign]
-            np.tile(np.arange(8), (1, HEADS, 1)),
-            np.tile(torch.softmax(scale * -torch.arange(8.0), 0).numpy(), (1, HEADS, 1)).astype(np.float32),
-        )
-        tree = drafter.propose(context(), 8)
+        probs = np.tile(torch.softmax(scale * -torch.arange(8.0), 0).numpy(), (1, HEADS, 1)).astype(np.float32)
+        lists = HeadLists(np.tile(np.arange(8), (1, HEADS, 1)), probs)
+        tree = drafter.grow([5], np.array([100]), lists, 8)
         return int((tree.parents[0] == 0).sum())
 
     assert first_level(3.0) < first_level(0.05)
@@ -116,7 +119,7 @@ def test_where_the_heads_are_sure_the_tree_is_deep_and_where_not_it_is_wide() ->
 
 def test_each_row_keeps_to_its_own_depth() -> None:
     for settings in ({}, {"dynamic": False}):
-        tree = bound(**settings).propose(context(3, max_depth=[0, 2, 100]), 32)
+        tree = propose(bound(**settings), context(3, max_depth=[0, 2, 100]), 32)
         depths = (tree.depths * tree.is_real).max(1).values.tolist()
         assert depths[0] == 0
         assert depths[1] <= 2
@@ -124,22 +127,22 @@ def test_each_row_keeps_to_its_own_depth() -> None:
 
 
 def test_without_hidden_states_there_is_nothing_to_propose() -> None:
-    tree = bound().propose(context(2, hidden_states=None), 32)
+    tree = propose(bound(), context(2, hidden_states=None), 32)
     assert tree.tokens.shape == (2, 1)
 
 
 def test_hidden_states_that_are_not_finite_do_no_harm() -> None:
     now = context(2)
     now.hidden_states[1] = torch.nan
-    tree = bound().propose(now, 32)
+    tree = propose(bound(), now, 32)
     tree.validate(97)
 
 
 def test_bounds_on_the_number_of_nodes() -> None:
-    assert bound(max_nodes=8).propose(context(), 64).num_nodes == 8
-    assert bound().propose(context(), 5).num_nodes == 5
-    assert bound().propose(context(), 1).num_nodes == 1
-    assert bound(top_k=2).propose(context(), 64).num_nodes == 1 + 2 + 4 + 8
+    assert propose(bound(max_nodes=8), context(), 64).num_nodes == 8
+    assert propose(bound(), context(), 5).num_nodes == 5
+    assert propose(bound(), context(), 1).num_nodes == 1
+    assert propose(bound(top_k=2), context(), 64).num_nodes == 1 + 2 + 4 + 8
 
 
 # --- what it learns ---------------------------------------------------------------------------------------------------
@@ -148,10 +151,12 @@ def test_bounds_on_the_number_of_nodes() -> None:
 def observed(drafter: MedusaDrafter, new: list[list[int]], seed: int = 0) -> DraftContext:
     """Proposes, and tells the drafter which tokens each row got."""
     before = context(len(new), seed=seed)
-    tree = drafter.propose(before, 16)
+    session = drafter.start(before)
+    tree = session.propose(before, 16)
     sequences = [np.concatenate([s, np.array(t, np.int32)]) for s, t in zip(before.sequences, new, strict=True)]
     after = context(len(new), seed=seed, sequences=sequences)
-    drafter.observe(after, Step(after.rows, tree, [len(t) - 1 for t in new]))
+    new_tokens = [np.array(tokens, np.int32) for tokens in new]
+    session.observe(after, Step(after.rows, tree, [len(t) - 1 for t in new], new_tokens=new_tokens))
     return before
 
 
@@ -161,10 +166,10 @@ def test_ranks_of_the_targets_tokens_are_counted_up_to_the_first_rejected() -> N
     first = [int(lists[0, 0, 2]), int(lists[1, 0, 0])]
     second = [int(lists[0, 1, 1])]
     observed(drafter, [first, second])
-    assert drafter._tried[:, 0].tolist() == pytest.approx([2, 1, 0])
-    assert drafter._hit[0].nonzero()[0].tolist() == [1, 2]
-    assert drafter._hit[1].nonzero()[0].tolist() == [0]
-    assert not drafter._hit[2].any()
+    assert drafter._counts.tried[:, 0].tolist() == pytest.approx([2, 1, 0])
+    assert drafter._counts.hit[0].nonzero()[0].tolist() == [1, 2]
+    assert drafter._counts.hit[1].nonzero()[0].tolist() == [0]
+    assert not drafter._counts.hit[2].any()
 
 
 def test_the_rate_of_a_class_becomes_what_was_counted() -> None:
@@ -190,12 +195,12 @@ def test_old_counts_fade() -> None:
 def test_scores_follow_what_is_accepted() -> None:
     for dynamic in (True, False):
         drafter = bound(dynamic=dynamic)
-        before = drafter.propose(context(), 4).scores[0, 1]
+        before = propose(drafter, context(), 4).scores[0, 1]
         for _ in range(100):
             observed(drafter, [[96]])  # a token that is in no list
-        assert float(drafter.propose(context(), 4).scores[0, 1]) < float(before) / 2
+        assert float(propose(drafter, context(), 4).scores[0, 1]) < float(before) / 2
         drafter.bind(tiny_model())  # again, as each call does: what was learned stays
-        assert float(drafter.propose(context(), 4).scores[0, 1]) < float(before) / 2
+        assert float(propose(drafter, context(), 4).scores[0, 1]) < float(before) / 2
 
 
 # --- heads and calibration --------------------------------------------------------------------------------------------
@@ -208,14 +213,14 @@ def test_a_tuned_tree_is_taken_as_it_is() -> None:
     drafter = MedusaDrafter(heads, dynamic=False, top_k=10)
     drafter.bind(tiny_model())
     now = context(2, max_depth=[100, 2])
-    proposed = drafter.propose(now, 64)
+    proposed = propose(drafter, now, 64)
     lists = heads(now.hidden_states).topk(12, -1).indices
     assert proposed.num_nodes == 6
     for row, count in ((0, 5), (1, 4)):
         expected = [tuple(int(lists[head, row, rank]) for head, rank in enumerate(path)) for path in tree[:count]]
         assert paths_of(proposed, row)[1 : count + 1] == expected
     assert proposed.is_real[1].tolist() == [True] * 5 + [False]
-    assert drafter.propose(now, 3).num_nodes == 3
+    assert propose(drafter, now, 3).num_nodes == 3
 
 
 def test_a_calibration_of_other_heads_is_refused() -> None:
@@ -272,13 +277,13 @@ def test_heads_of_a_folder_come_in_the_targets_precision(dtype: torch.dtype, tmp
 
 def test_the_demonstration_shows_medusa_where_the_model_has_heads(tmp_path: Path) -> None:
     def shown(target: Any) -> list[str]:
-        return [method.name for method in _methods(Console(quiet=True), target, None, {}, sample=False)]
+        return _drafters(Console(quiet=True), target, None)
 
     model = new_model("llama")
-    assert "specdec medusa" not in shown(model)
+    assert shown(model) == ["lookahead", "auto"]
     model.save_pretrained(tmp_path)
     random_heads(model).save_pretrained(tmp_path / "medusa")
-    assert "specdec medusa" in shown(type(model).from_pretrained(tmp_path).eval())
+    assert "medusa" in shown(type(model).from_pretrained(tmp_path).eval())
 
 
 def test_settings_are_ready_for_json() -> None:

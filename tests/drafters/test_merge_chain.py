@@ -10,6 +10,7 @@ import pytest
 
 from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, MergedDrafter, RecyclingDrafter
 from specdec.drafters.base import supposed
+from specdec.drafters.lookahead import LookaheadSession
 from specdec.tree import TokenTree
 from tests.conformance import TaughtMedusaDrafter, assert_identical, draft_of, lookahead
 from tests.drafters.merging import ScriptedDrafter, context_of, paths_of, paths_tree, session_of, step_of
@@ -85,22 +86,20 @@ def test_each_row_is_continued_from_its_likeliest_leaf_if_that_is_likely() -> No
 def test_lookahead_goes_on_as_if_the_path_stood_there_and_forgets_it() -> None:
     text = [*range(3, 40), 50, 51, 3, 4, 5, 60, 61, 7]
     context = context_of(text, text[:-1])
-    drafter, fresh = LookaheadDrafter(), LookaheadDrafter()
-    drafter.start(context)
-    before = drafter.propose(context, 32)
-    state = [array.copy() for array in drafter._thread.call.requests[0].links]
+    session = LookaheadSession(LookaheadDrafter(), context)
+    before = session.propose(context, 32)
+    state = [array.copy() for array in session.requests[0].links]
     ahead = [path(3, 4, 5), path()]
-    extended = drafter.extend(context, ahead, 32)
-    fresh.start(supposed(context, ahead))
-    expected = fresh.propose(supposed(context, ahead), 32)
+    extended = session.extend(context, ahead, 32)
+    expected = LookaheadSession(LookaheadDrafter(), supposed(context, ahead)).propose(supposed(context, ahead), 32)
     assert extended is not None
     assert paths_of(extended) == pytest.approx(paths_of(expected))
     assert paths_of(extended, 1) == {}
-    after = list(drafter._thread.call.requests[0].links)
-    end = drafter._thread.call.requests[0].length
+    after = list(session.requests[0].links)
+    end = session.requests[0].length
     assert np.array_equal(state[0][: end + 1], after[0][: end + 1])
     assert np.array_equal(state[2], after[2]), "hash tables are as they were"
-    assert paths_of(drafter.propose(context, 32)) == paths_of(before)
+    assert paths_of(session.propose(context, 32)) == paths_of(before)
 
 
 def test_recycling_goes_on_with_the_leafs_own_list() -> None:
@@ -108,11 +107,11 @@ def test_recycling_goes_on_with_the_leafs_own_list() -> None:
     drafter.bind(tiny_model())
     assert drafter._table is not None
     drafter._table[5], drafter._table[6] = [6, 7], [8, 9]
-    drafter.start(context_of([3, 4]))
-    found = drafter.extend(context_of([3, 4], room=4), [path(1, 5)], 8)
+    session = drafter.start(context_of([3, 4]))
+    found = session.extend(context_of([3, 4], room=4), [path(1, 5)], 8)
     assert found is not None
     assert set(paths_of(found)) == {(6,), (7,), (6, 8), (6, 9)}
-    none = drafter.extend(context_of([3, 4]), [path()], 8)
+    none = session.extend(context_of([3, 4]), [path()], 8)
     assert none is not None
 
 
@@ -120,11 +119,15 @@ def test_recycling_goes_on_with_the_leafs_own_list() -> None:
 def test_same_tokens_with_continued_paths(do_sample: bool) -> None:
     extended = []
 
-    class Watching(LookaheadDrafter):
+    class WatchingSession(LookaheadSession):
         def extend(self, *args: Any) -> TokenTree | None:
             tree = super().extend(*args)
             extended.append(0 if tree is None else tree.num_nodes)
             return tree
+
+    class Watching(LookaheadDrafter):
+        def start(self, context: DraftContext) -> LookaheadSession:
+            return WatchingSession(self, context)
 
     def sources(answers: Any) -> Drafter:
         memory = Watching(shared_bytes=2**20, corpus_bytes=2**20)

@@ -83,9 +83,9 @@ def test_the_first_source_that_draws_is_alone(verifier: str) -> None:
     asked: list[int] = []
 
     class Late(LookaheadDrafter):
-        def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        def grow(self, *args: Any) -> int:
             asked.append(1)
-            return super().propose(context, max_nodes)
+            return super().grow(*args)
 
     drafter = MergedDrafter([draft, Late()])
     fast = specdec.accelerate(tiny_model(), drafter, verifier, strict=True, budget=Budget(8, fixed=True))

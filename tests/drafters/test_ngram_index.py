@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from specdec.drafters.ngrams.ngram_index import SEPARATOR, NgramIndex, find_matches, room_for_matches
-from specdec.drafters.ngrams.peer_outputs import PeerOutputs
+from specdec.drafters.ngrams.ngram_index import SEPARATOR, NgramIndex, PeerOutputs, find_matches, room_for_matches
 from specdec.drafters.ngrams.trie_growth import grow_tree
 
 ORDERS = (1, 2, 4, 8)
@@ -153,7 +152,6 @@ def test_growing_arrays_and_tables_lose_nothing() -> None:
     large = NgramIndex(ORDERS, capacity=10_000, slots=4096)
     text = np.random.default_rng(0).integers(0, 50, 3000, dtype=np.int32)
     large.add_document(text)
-    small.start_document()
     for start in range(0, 3000, 7):
         small.extend(text[start : start + 7].copy())
     assert small.length == large.length
@@ -253,8 +251,8 @@ def test_peers_grow_side_by_side_and_skip_their_own_region() -> None:
 
 
 def uncompiled(name: str) -> ModuleType:
-    """A second copy of a module of `specdec.drafters`, made while compilation is off."""
-    spec = importlib.util.find_spec(f"specdec.drafters.{name}")
+    """A second copy of a module of `specdec.drafters.ngrams`, made while compilation is off."""
+    spec = importlib.util.find_spec(f"specdec.drafters.ngrams.{name}")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

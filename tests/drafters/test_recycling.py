@@ -12,6 +12,8 @@ import torch
 import specdec
 from specdec.budget import Budget
 from specdec.drafters import DraftContext, RecyclingDrafter, Step
+from specdec.drafters.base import DraftSession
+from specdec.drafters.recycling import RecyclingSession
 from specdec.drafters.trees.recycled_lists import LAST, grow_recycled, keep_lists
 from specdec.drafting import RANKED_NODES, CallFacts, GuardedDrafter
 from specdec.kernels import largest
@@ -54,6 +56,23 @@ def chain(*tokens: int) -> TokenTree:
     return TokenTree.from_rows([tokens], [range(-1, len(tokens) - 1)])
 
 
+def observe(session: DraftSession, after: DraftContext, tree: TokenTree, accepted: list[int], tops: Any) -> None:
+    """Tells a session of a step whose new tokens are the last ones of the context."""
+    new_tokens = [ids[len(ids) - 1 - count :] for ids, count in zip(after.sequences, accepted, strict=True)]
+    session.observe(after, Step(after.rows, tree, accepted, tops, new_tokens=new_tokens))
+
+
+def opening(kind: type[RecyclingSession]) -> RecyclingDrafter:
+    """A drafter whose sessions are of some kind."""
+
+    class Opening(RecyclingDrafter):
+        def start(self, context: DraftContext) -> DraftSession:
+            assert self._table is not None
+            return kind(self, self._table)
+
+    return Opening()
+
+
 # --- exactness --------------------------------------------------------------------------------------------------------
 
 
@@ -94,10 +113,10 @@ def test_text_that_repeats_itself_is_proposed() -> None:
 
 def test_table_holds_the_targets_own_ranking_of_every_token_it_read() -> None:
     drafter = bound(top_k=3)
-    drafter.start(context_of([5, 6]))
+    session = drafter.start(context_of([5, 6]))
     tree = TokenTree.from_rows([[6, 7, 8, 9]], [[-1, 0, 0, -1]])  # 9 is padding
     tops = tops_of(tree, {6: [7, 10, 11], 7: [12, 13, 14], 8: [15, 16, 17], 9: [18, 19, 20]}, 3)
-    drafter.observe(context_of([5, 6, 7, 12]), Step([0], tree, [1], tops))
+    observe(session, context_of([5, 6, 7, 12]), tree, [1], tops)
     assert drafter._table is not None
     assert drafter._table[[6, 7, 8, 9]].tolist() == [[7, 10, 11], [12, 13, 14], [15, 16, 17], [-1, -1, -1]]
     assert drafter._table.shape == (VOCAB, 3)
@@ -106,22 +125,20 @@ def test_table_holds_the_targets_own_ranking_of_every_token_it_read() -> None:
 
 def test_of_two_nodes_of_one_token_the_accepted_one_is_kept() -> None:
     drafter = bound(top_k=2)
-    drafter.start(context_of([6]))
+    session = drafter.start(context_of([6]))
     tree = TokenTree.from_rows([[6, 7, 8, 7]], [[-1, 0, 0, 2]])
     tops = np.array([[[7, 1], [20, 21], [7, 2], [30, 31]]])
-    drafter.observe(context_of([6, 7, 20]), Step([0], tree, [1], tops))
+    observe(session, context_of([6, 7, 20]), tree, [1], tops)
     assert drafter._table is not None
     assert drafter._table[7].tolist() == [20, 21]
 
 
 def test_lists_are_proposed_along_paths_and_last_choices_behind_the_root() -> None:
     drafter = bound(top_k=2)
-    drafter.start(context_of([6]))
+    session = drafter.start(context_of([6]))
     tree = chain(6, 7, 8)
-    drafter.observe(
-        context_of([6, 7, 8, 6]), Step([0], tree, [2], tops_of(tree, {6: [7, 9], 7: [8, 3], 8: [6, 50]}, 2))
-    )
-    proposal = drafter.propose(context_of([6, 7, 8, 6]), 16)
+    observe(session, context_of([6, 7, 8, 6]), tree, [2], tops_of(tree, {6: [7, 9], 7: [8, 3], 8: [6, 50]}, 2))
+    proposal = session.propose(context_of([6, 7, 8, 6]), 16)
     tokens, parents = proposal.tokens[0].tolist(), proposal.parents[0].tolist()
     paths = {(): 0}
     for node in range(1, len(tokens)):
@@ -131,7 +148,7 @@ def test_lists_are_proposed_along_paths_and_last_choices_behind_the_root() -> No
     assert (50,) in paths, "what stood second where the root was picked"
     assert (6,) not in paths, "the root itself stood first there"
     drafter.last_list = False
-    proposal = drafter.propose(context_of([6, 7, 8, 6]), 16)
+    proposal = session.propose(context_of([6, 7, 8, 6]), 16)
     assert set(proposal.tokens[proposal.parents == 0].tolist()) == {7, 9}
 
 
@@ -167,34 +184,34 @@ def test_rates_follow_what_is_right_of_late() -> None:
     drafter = bound(top_k=4, memory=20.0)
     lists = {6: [40, 41, 7, 42], 7: [43, 6, 44, 45]}  # the third and the second are right, over and over
     sequence = [6]
-    drafter.start(context_of(sequence))
+    session = drafter.start(context_of(sequence))
     for _ in range(60):
         following = 7 if sequence[-1] == 6 else 6
         tree = chain(sequence[-1])
         sequence.append(following)
-        drafter.observe(context_of(sequence), Step([0], tree, [0], tops_of(tree, lists, 4)))
-    rates = (drafter._hit + drafter._prior) / (drafter._tried + drafter.prior_weight)
+        observe(session, context_of(sequence), tree, [0], tops_of(tree, lists, 4))
+    rates = drafter._counts.rates()
     assert rates[1, 1] > rates[1, 0]
     assert rates[1, 2] > rates[1, 3]
-    assert drafter.propose(context_of([6]), 2).tokens[0, 1] in (41, 7)
+    assert session.propose(context_of([6]), 2).tokens[0, 1] in (41, 7)
 
 
 def test_last_choices_are_counted_where_the_table_does_not_have_them() -> None:
     drafter = bound(top_k=2)
-    drafter.start(context_of([6]))
+    session = drafter.start(context_of([6]))
     for sequence in ([6, 7], [6, 7, 8]):
         tree = chain(sequence[-2])
-        drafter.observe(context_of(sequence), Step([0], tree, [0], tops_of(tree, {6: [7, 8], 7: [8, 30]}, 2)))
-    assert drafter._hit[LAST].tolist() == [0.0, 1.0], "8 stood second behind 6, and came behind 7"
+        observe(session, context_of(sequence), tree, [0], tops_of(tree, {6: [7, 8], 7: [8, 30]}, 2))
+    assert drafter._counts.hit[LAST].tolist() == [0.0, 1.0], "8 stood second behind 6, and came behind 7"
 
 
 def test_rows_have_their_own_last_choices_and_ends() -> None:
     drafter = bound(top_k=2)
-    drafter.start(context_of([6], [7], [8]))
+    session = drafter.start(context_of([6], [7], [8]))
     tree = TokenTree.from_rows([[6], [7], [8]], [[-1]] * 3)
     lists = {6: [1, 60], 7: [2, 70], 8: [3, 80]}
-    drafter.observe(context_of([6, 1], [7, 2], [8, 3]), Step([0, 1, 2], tree, [0] * 3, tops_of(tree, lists, 2)))
-    proposal = drafter.propose(context_of([6, 1], [8, 3], rows=[0, 2]), 8)
+    observe(session, context_of([6, 1], [7, 2], [8, 3]), tree, [0] * 3, tops_of(tree, lists, 2))
+    proposal = session.propose(context_of([6, 1], [8, 3], rows=[0, 2]), 8)
     assert [set(row) - {0} for row in proposal.tokens[:, 1:].tolist()] == [{60}, {80}]
 
 
@@ -223,8 +240,9 @@ def test_clear_forgets_everything() -> None:
     drafter.clear()
     assert drafter._table is not None
     assert (drafter._table == -1).all()
-    assert not drafter._tried.any()
-    assert drafter.propose(context_of([5, 6]), 16).num_nodes == 1
+    assert not drafter._counts.tried.any()
+    session = drafter.start(context_of([5, 6]))
+    assert session.propose(context_of([5, 6]), 16).num_nodes == 1
 
 
 def test_a_later_call_begins_with_what_an_earlier_one_learnt() -> None:
@@ -243,7 +261,7 @@ def test_settings_out_of_range_are_refused(setting: str) -> None:
 
 def test_it_must_be_bound() -> None:
     with pytest.raises(ValueError, match=r"bind\(model\) comes before"):
-        RecyclingDrafter().propose(context_of([5]), 8)
+        RecyclingDrafter().start(context_of([5]))
 
 
 def test_top_tokens_are_those_of_the_logits() -> None:
@@ -291,7 +309,7 @@ def test_loop_hands_over_top_tokens_of_every_node() -> None:
     """What the drafter is told of the nodes on the accepted path is what plain decoding ranks first there."""
     seen: dict[int, int] = {}
 
-    class Watching(RecyclingDrafter):
+    class Watching(RecyclingSession):
         def observe(self, context: DraftContext, step: Step) -> None:
             assert step.top_tokens is not None
             assert step.top_tokens.shape == (*step.tree.tokens.shape, 8)
@@ -300,7 +318,9 @@ def test_loop_hands_over_top_tokens_of_every_node() -> None:
             super().observe(context, step)
 
     expected = reference(tiny_model(), prompts(10), max_new_tokens=60, eos_token_id=None)
-    assert_identical(tiny_model(), Watching(), prompts(10), expected=expected, max_new_tokens=60, eos_token_id=None)
+    assert_identical(
+        tiny_model(), opening(Watching), prompts(10), expected=expected, max_new_tokens=60, eos_token_id=None
+    )
     ids = expected.ids[0].tolist()
     assert len(seen) > 10
     assert all(ids[position] == top for position, top in seen.items())
@@ -310,7 +330,7 @@ def test_steps_without_a_draft_are_observed_too() -> None:
     """While drafting pauses the drafter learns what it would have learned."""
     told: list[int] = []
 
-    class Watching(RecyclingDrafter):
+    class Watching(RecyclingSession):
         def observe(self, context: DraftContext, step: Step) -> None:
             told.append(step.tree.num_nodes)
             super().observe(context, step)
@@ -326,7 +346,7 @@ def test_steps_without_a_draft_are_observed_too() -> None:
 
     tables = []
     for rests in (True, False):
-        drafter, budget = Watching(), Resting(8, fixed=True)
+        drafter, budget = opening(Watching), Resting(8, fixed=True)
         budget.rests = rests
         told.clear()
         assert_identical(tiny_model(), drafter, prompts(9), budget=budget, max_new_tokens=90, eos_token_id=None)
@@ -336,5 +356,5 @@ def test_steps_without_a_draft_are_observed_too() -> None:
     assert np.array_equal(tables[0], tables[1])
     told.clear()
     budget = Resting(8, fixed=True)
-    assert_identical(tiny_model(), Watching(), prompts(9, 4), budget=budget, max_new_tokens=90, eos_token_id=20)
+    assert_identical(tiny_model(), opening(Watching), prompts(9, 4), budget=budget, max_new_tokens=90, eos_token_id=20)
     assert told, "rows that end in the middle of a rest do no harm"

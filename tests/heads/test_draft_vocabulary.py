@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import specdec
 from specdec.budget import Budget
-from specdec.drafters import DraftContext, MedusaDrafter
+from specdec.drafters import MedusaDrafter
 from specdec.heads import MedusaHeads
 from specdec.heads.output_embedding import OutputEmbedding
 from specdec.training.data import most_frequent
@@ -131,8 +131,8 @@ def test_bad_maps(token_map: Tensor, message: str, tmp_path: Path) -> None:
 class Watched(MedusaDrafter):
     """Keeps what it proposed."""
 
-    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        tree = super().propose(context, max_nodes)
+    def grow(self, *args: Any) -> TokenTree:
+        tree = super().grow(*args)
         self.proposed = getattr(self, "proposed", []) + tree.tokens[:, 1:][tree.parents[:, 1:] >= 0].tolist()
         return tree
 

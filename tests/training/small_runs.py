@@ -12,6 +12,7 @@ from rich.console import Console
 
 from specdec.heads import MedusaHeads
 from specdec.training import MedusaTrainingConfig, TrainingResult, medusa, train
+from specdec.training.evaluation import Evaluation
 from tests.tiny_models import new_model, tiny_tokenizer
 
 CYCLE = "abcdefghij"
@@ -57,11 +58,11 @@ def recorded_run(config: MedusaTrainingConfig) -> dict[str, Any]:
     curve: list[list[float]] = []
     log = medusa._Run._log
 
-    def record(self: Any, step: int, recent: list[Any], *args: Any) -> None:
+    def record(self: Any, step: int, recent: list[Any], *args: Any) -> str:
         (counts,) = recent
-        result = counts.reduced(self.accelerator).evaluated()
+        result = Evaluation.of(self.accelerator.reduce(counts, reduction="sum"))
         curve.append([*result.losses, result.own_loss])
-        log(self, step, recent, *args)
+        return log(self, step, recent, *args)
 
     medusa._Run._log = record  # type: ignore[method-assign]
     try:

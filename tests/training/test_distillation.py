@@ -123,7 +123,7 @@ def killed_at(number: int, original: Callable[..., Any]) -> Callable[..., Any]:
     [
         (distillation, "_answer", 1),
         (distillation, "_answer", 3),
-        (distillation, "_lines", 2),
+        (distillation, "_records", 2),
         (os, "replace", 1),
         (os, "replace", 2),
         (os, "replace", 4),

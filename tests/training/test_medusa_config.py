@@ -12,7 +12,6 @@ from specdec.cli import app
 from specdec.commands import train_medusa
 from specdec.training import MedusaTrainingConfig, medusa
 from specdec.training.config import WITHOUT_EFFECT, settings
-from specdec.training.schedules import heads_factor, learning_rate_factor
 
 
 def call(*args: object) -> Any:
@@ -98,12 +97,3 @@ def test_show_example(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "return x" in result.output
     assert train_medusa.run.__doc__
-
-
-def test_schedules() -> None:
-    rates = [learning_rate_factor("cosine", step, 10, 2) for step in range(11)]
-    assert rates[:2] == [1 / 3, 2 / 3] and rates[2] == 1 and rates[10] == pytest.approx(0)
-    assert learning_rate_factor("linear", 6, 10, 2) == 0.5
-    assert learning_rate_factor("constant", 9, 10, 2) == 1
-    assert heads_factor("constant", 0, 10) == 1
-    assert heads_factor("sine", 9, 10) == 1 and heads_factor("sine", 4, 10) == pytest.approx(2**-0.5)

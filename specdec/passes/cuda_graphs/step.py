@@ -37,8 +37,6 @@ def not_whole(step: Step) -> str | None:
     """Why verification must come after the captured target pass, instead of being captured with it; or None."""
     if type(step.verifier) is not ExactVerifier or not getattr(step.verifier, "capturable", True):
         return f"the verifier {step.verifier.name!r} is none of a fixed sequence of launches"
-    if step.near_ties is not None and step.near_ties.guards:
-        return "near-ties are guarded"
     if step.sampler.keep_scores:
         return "scores or logits are wanted"
     if others := [type(p).__name__ for p in step.sampler.processors if not _is_capturable(p)]:

@@ -1,12 +1,98 @@
-"""A trace as a page of its own."""
+"""A trace in the terminal, and as an HTML page."""
 
 from __future__ import annotations
 
+from collections import Counter
 from html import escape
 from typing import Any
 
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
 from specdec.inspection.trace import Sources, Trace, TracedPass, token_pieces
-from specdec.inspection.trace_text import OWN, TINTS, numbered, plural, summary, visible
+
+ANSI = [*(f"bright_{name}" for name in ("cyan", "yellow", "green", "magenta", "red", "blue", "white")), "white"]
+"""Behind black text in a terminal, which may not have more than 16 colours."""
+TINTS = ("#9BD3F5", "#FFCF70", "#8FDCC0", "#EBB4D2", "#F5A57A", "#F4EC7A", "#C9B8F0", "#C8C8C8")
+"""Behind black text: Okabe and Ito's colours, lighter, which can be told apart without red and green, and two more."""
+OWN = "the target's own"
+MAX_TEXT_BAR = 40
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+"""Control characters could steer a terminal; their pictures cannot."""
+
+
+def plural(count: int, noun: str) -> str:
+    """Such as "1 token" or "2 tokens"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def numbered(trace: Trace) -> dict[Sources, int]:
+    """The number of a colour for each combination of sources; the rarest ones share the last."""
+    return {sources: min(i, len(TINTS) - 1) for i, sources in enumerate(trace.sources)}
+
+
+def visible(piece: str) -> str:
+    """The text of a token, without characters that would not show, or do harm."""
+    return piece.translate(PICTURES)
+
+
+def summary(trace: Trace) -> str:
+    """One line on the whole call."""
+    tokens, passes = plural(trace.num_tokens, "token"), plural(len(trace.passes), "pass")
+    per_pass = trace.num_tokens / max(len(trace.passes), 1)
+    return f"{tokens} in {passes} of the target, {per_pass:.2f} per pass; drafter {trace.method}: {trace.guarantee}"
+
+
+def trace_text(trace: Trace, tokenizer: Any) -> Group:
+    """Summary, legend, the text of each row, and how many tokens the passes gave.
+
+    Args:
+        trace: Of a call.
+        tokenizer: The target's.
+    """
+    colours = {sources: ANSI[number] for sources, number in numbered(trace).items()}
+    rows = []
+    for row in range(len(trace.prompts)):
+        if len(trace.prompts) > 1:
+            rows.append(Text(f"\nrow {row + 1} of {len(trace.prompts)}", style="bold"))
+        rows.append(_row_text(trace, row, colours, tokenizer))
+    return Group(Text(summary(trace)), _legend(trace, colours), Text(), *rows, Text(), _tokens_by_pass(trace))
+
+
+def _row_text(trace: Trace, row: int, colours: dict[Sources, str], tokenizer: Any) -> Text:
+    shown, passes = _row_pieces(trace, row, tokenizer)
+    text = Text(visible(shown), style="dim")
+    for made, pieces in passes:
+        for piece, sources in zip(pieces, made.sources_by_token, strict=True):
+            text.append(visible(piece), style=f"not dim black on {colours[sources]}" if sources else "not dim")
+    return text
+
+
+def _row_pieces(trace: Trace, row: int, tokenizer: Any) -> tuple[str, list[tuple[TracedPass, list[str]]]]:
+    """The prompt's text, and each pass of a row with the text of its tokens."""
+    prompt, made = trace.prompts[row], trace.of_row(row)
+    pieces = token_pieces([*prompt, *(token for one in made for token in one.tokens)], tokenizer)
+    rest = iter(pieces[len(prompt) :])
+    return "".join(pieces[: len(prompt)]), [(one, [next(rest) for _ in one.tokens]) for one in made]
+
+
+def _legend(trace: Trace, colours: dict[Sources, str]) -> Text:
+    text = Text()
+    for sources, colour in colours.items():
+        text.append(f" {' + '.join(sources)} ", style=f"black on {colour}").append(f" {trace.count(sources)}   ")
+    own, each = trace.count(()), ", one per pass" if trace.count(()) == len(trace.passes) else ""
+    return text.append(f"{OWN} {own}{each}   ").append("prompt", style="dim")
+
+
+def _tokens_by_pass(trace: Trace) -> Table:
+    counts = Counter(len(made.tokens) for made in trace.passes)
+    table = Table("tokens", "passes", "", title="tokens per pass", title_justify="left", box=None, pad_edge=False)
+    for tokens in sorted(counts):
+        bar = "█" * max(1, round(MAX_TEXT_BAR * counts[tokens] / max(counts.values())))
+        table.add_row(str(tokens), str(counts[tokens]), bar)
+    return table
+
 
 UNDERLINES = ("dashed", "dotted", "double", "wavy", "solid")
 """In print, where colours may be lost."""
@@ -51,14 +137,14 @@ def trace_html(trace: Trace, tokenizer: Any) -> str:
         tokenizer: The target's.
     """
     classes = {sources: f"s{number}" for sources, number in numbered(trace).items()}
-    rows = [_row(trace, row, classes, tokenizer) for row in range(len(trace.prompts))]
+    rows = [_row_html(trace, row, classes, tokenizer) for row in range(len(trace.prompts))]
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>Where each token came from</title>\n<style>{_style()}</style>\n</head>\n<body>",
             f"<h1>Where each token came from</h1>\n<p>{escape(summary(trace))}</p>",
-            _legend(trace, classes),
+            _legend_html(trace, classes),
             *rows,
             "</body>\n</html>\n",
         ]
@@ -74,7 +160,7 @@ def _style() -> str:
     return f"{STYLE}{lines}}}\n{colours}"
 
 
-def _legend(trace: Trace, classes: dict[Sources, str]) -> str:
+def _legend_html(trace: Trace, classes: dict[Sources, str]) -> str:
     total = max(trace.num_tokens, 1)
     entries = [
         f'<li><span class="t {name}">&nbsp;{escape(" + ".join(sources))}&nbsp;</span> '
@@ -85,17 +171,15 @@ def _legend(trace: Trace, classes: dict[Sources, str]) -> str:
     return f'<ul class="legend">{"".join(entries)}{own}</ul>'
 
 
-def _row(trace: Trace, row: int, classes: dict[Sources, str], tokenizer: Any) -> str:
+def _row_html(trace: Trace, row: int, classes: dict[Sources, str], tokenizer: Any) -> str:
     """Bars and text of a row."""
-    prompt, made = trace.prompts[row], trace.of_row(row)
     title = f"<h2>Row {row + 1} of {len(trace.prompts)}</h2>\n" if len(trace.prompts) > 1 else ""
-    pieces = token_pieces([*prompt, *(token for one in made for token in one.tokens)], tokenizer)
-    rest = iter(pieces[len(prompt) :])
-    text = "".join(_pass(one, [next(rest) for _ in one.tokens], classes) for one in made)
-    return f"{title}{_bars(made, classes)}\n{_prompt(''.join(pieces[: len(prompt)]))}{text}</pre>"
+    shown, passes = _row_pieces(trace, row, tokenizer)
+    text = "".join(_pass_html(made, pieces, classes) for made, pieces in passes)
+    return f"{title}{_bars([made for made, _ in passes], classes)}\n{_prompt_html(shown)}{text}</pre>"
 
 
-def _prompt(text: str) -> str:
+def _prompt_html(text: str) -> str:
     """The prompt, folded away where it is long, and the beginning of the text."""
     shown = f'<span class="prompt">{_escaped(text)}</span>'
     if len(text) <= LONG_PROMPT:
@@ -104,7 +188,7 @@ def _prompt(text: str) -> str:
     return f'{folded}\n<pre dir="auto">'
 
 
-def _pass(made: TracedPass, pieces: list[str], classes: dict[Sources, str]) -> str:
+def _pass_html(made: TracedPass, pieces: list[str], classes: dict[Sources, str]) -> str:
     spans = []
     for depth, (piece, sources) in enumerate(zip(pieces, made.sources_by_token, strict=True), start=1):
         kind = f"t {classes[sources]}" if sources else "own"
