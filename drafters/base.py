@@ -107,8 +107,7 @@ class Needs(NamedTuple):
     Args:
         hidden_states: Whether contexts are to have `hidden_states`.
         top_tokens: How many of the target's likeliest tokens `Step.top_tokens` is to have per node; 0 for none.
-        layers: Whose states contexts are to have, at every committed position; see `DraftContext.new_states`. Sessions
-            then observe every step, those without a draft too.
+        layers: Whose states contexts are to have, at every committed position; see `DraftContext.new_states`.
     """
 
     hidden_states: bool

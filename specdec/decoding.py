@@ -81,8 +81,7 @@ class Decoder:
             self.drafter.finish(self.sequences)
         if self.error is not None:
             raise self.error
-        generated = [self.sequences.num_generated(row) for row in range(len(self.sequences))]
-        self.budget.end(len(generated), max(generated))
+        self.budget.end()
         self.streamer.end()
 
     def _last_prompt_tokens(self, input_ids: Tensor) -> TokenTree:
@@ -122,18 +121,10 @@ class Decoder:
         tree = self.drafter.propose(self.sequences, self.rows, nodes)
         spent = time.perf_counter() - started
         if tree is None and nodes > 1:
-            self.budget.pass_over(spent)
+            self.budget.record_empty_proposal(spent)
         if tree is not None:
-            trial = self._trial_pass if self.ranks is None else None
-            tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent, trial)
+            tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent)
         return tree
-
-    def _trial_pass(self, nodes: int) -> None:
-        """Runs a pass over so many nodes and rolls it back: real text, as experts are paid by how many are taken."""
-        with self.report.timed("calibrate"):
-            if self.target.lockstep:  # a chain is not run beyond the end
-                nodes = min(nodes, *(self.sequences.room(row) for row in self.rows))
-            self.target.trial_pass(self.sequences.latest(self.rows, nodes), nodes)
 
     def _commit(self, tree: TokenTree, outcome: Outcome, is_in_cache: bool = True) -> list[int]:
         """Keeps new tokens up to where their row ends; the cache gets all but the last, which is the next root.

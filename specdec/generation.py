@@ -19,7 +19,7 @@ from specdec.common.copies import new_locks
 from specdec.compat import decoding_method, pad_token, runs_in_step, runs_other_method, token_types
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
-from specdec.drafting import GuardedDrafter
+from specdec.drafting import CallFacts, GuardedDrafter
 from specdec.fallback import NO_CACHE, UnexpectedFallbackWarning, limit, obstacle, remedy, takes_drafts
 from specdec.fallback import FallbackWarning as FallbackWarning
 from specdec.inspection.trace import Trace
@@ -351,18 +351,15 @@ class Speculation:
         needs = NO_NEEDS if drafter is None else drafter.needs(*of_call)
         if layers := (*needs.layers, *((FINAL,) if needs.hidden_states else ())):
             target.hidden_states = HiddenStates(target.use_replica(), layers)
-        return GuardedDrafter(
-            drafter,
-            embedding_rows(target.model),
-            self.report,
-            self.settings.strict,
-            target.hidden_states,
-            sampler,
-            is_sampled_from,
-            self.budget,
-            needs.top_tokens,
-            bool(needs.layers),
+        facts = CallFacts(
+            vocab_size=embedding_rows(target.model),
+            strict=self.settings.strict,
+            num_top_tokens=needs.top_tokens,
+            hidden_states=target.hidden_states,
+            sampler=sampler,
+            is_sampled_from=is_sampled_from,
         )
+        return GuardedDrafter(drafter, self.report, facts, self.budget)
 
 
 def check_ids(model: CausalLM, input_ids: Tensor) -> None:

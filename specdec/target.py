@@ -186,21 +186,6 @@ class TargetModel(ABC):
     def _commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None) -> None:
         """Commits in the kv cache."""
 
-    def trial_pass(self, tokens: Tensor, nodes: int) -> None:
-        """Runs a pass of a given size to its end on the device, and rolls it back.
-
-        Args:
-            tokens: What to run, `[batch, nodes or more]`.
-            nodes: Width of the tree.
-        """
-        tokens = tokens[:, :nodes]
-        # Trees as a fan, one token deep: positions beyond the model's last one are not asked for.
-        parents = torch.arange(-1, nodes - 1) if self.lockstep else (torch.arange(nodes) > 0).long() - 1
-        logits = self.forward(TokenTree(tokens, parents.to(tokens.device).expand_as(tokens)))
-        self.commit([[]] * len(tokens))
-        if logits.device.type != "cpu":
-            torch.get_device_module(logits.device).synchronize(logits.device)
-
     def compile_passes(self, tokens: Tensor) -> None:
         """Does what compiled passes take longer for at first. `tokens` are run and rolled back, `[batch, 1]`."""
 
