@@ -108,7 +108,8 @@ class MergedDrafter(Drafter):
 
     def needs(self, device: torch.device, rows: int, is_sampled: bool) -> Needs:
         needs = [source.needs(device, rows, is_sampled) for source in self.sources]
-        return Needs(any(need.hidden_states for need in needs), max(need.top_tokens for need in needs))
+        layers = sorted({layer for need in needs for layer in need.layers})
+        return Needs(any(need.hidden_states for need in needs), max(need.top_tokens for need in needs), tuple(layers))
 
     def start(self, context: DraftContext) -> MergedSession:
         known = self._known[context.sampler is not None and context.sampler.noise is not None]
