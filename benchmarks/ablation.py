@@ -53,7 +53,7 @@ MODULES = (
     "drafters.merged",
     "drafters.ngrams.trie_growth",
     "drafters.lookahead",
-    "drafters.small_model.depth",
+    "drafters.small_model.calibration",
     "drafters.small_model.growth",
     "drafters.auto",
     "drafters.recycling",
@@ -67,10 +67,14 @@ NOT_SWITCHED = {
     "drafters.merging.growth.SCORE_BINS": FROZEN,
     "drafters.merging.growth.MOST_SURE": FROZEN,
     "drafters.merging.growth.LEAST_COUNTED": FROZEN,
-    "drafters.small_model.depth.SCORE_CLASSES": FROZEN,
+    "drafters.small_model.calibration.PROB_CLASSES": FROZEN,
+    "drafters.small_model.calibration.RANK_CLASSES": FROZEN,
+    "drafters.small_model.calibration.MAX_DEPTH": FROZEN,
     "drafters.recycling.DEPTH_CLASSES": FROZEN,
     "drafters.recycling.LEAST_LIKELY": FROZEN,
     "drafters.merged.MAX_SOURCES": "a limit that no run reaches",
+    "drafters.lookahead.SOURCES": FROZEN,
+    "drafters.lookahead.PEERS": FROZEN,
     "drafters.lookahead.MIN_BYTES": "a limit of memory that no run reaches",
     "drafters.lookahead.MAX_SLOTS": "a limit of memory that no run reaches",
 }
@@ -135,14 +139,12 @@ OFF: dict[str, float] = {
     "drafters.merging.worth.STEPS": 1,
     "drafters.merged.UNKNOWN_SCORE": 1.0,
     "drafters.lookahead.FIRST_SLOTS": 2**16,
-    "drafters.small_model.depth.MEMORY": 1.0,
-    "drafters.small_model.depth.WORTH_MEMORY": 1.0,
-    "drafters.small_model.depth.IDLE_GAIN": 0.0,
-    "drafters.small_model.depth.LOOK_AHEAD": 1,
+    "drafters.small_model.calibration.FIRST_HIT_RATE": 1.0,
+    "drafters.small_model.calibration.RECENT_LEVELS": 1,
 }
 """Constants, and the value that takes each out of play: no decay, no margin, no limit, no rest."""
 SETTINGS: dict[str, tuple[tuple[str, float | int | bool], ...]] = {
-    "drafters.auto.AutoDrafter": (("prior_weight", 0.01), ("benchmark.peak_memory", 1e9), ("chained", False)),
+    "drafters.auto.AutoDrafter": (("prior_weight", 0.01), ("memory", 1e9), ("chained", False)),
     "drafters.lookahead.LookaheadDrafter": (
         ("max_nodes", 16),
         ("max_depth", 16),
@@ -162,33 +164,30 @@ SETTINGS: dict[str, tuple[tuple[str, float | int | bool], ...]] = {
         ("top_k", 4),
         ("last_list", False),
         ("prior_weight", 0.01),
-        ("benchmark.peak_memory", 1e9),
+        ("memory", 1e9),
     ),
     "drafters.medusa.MedusaDrafter": (
         ("dynamic", False),
         ("top_k", 5),
         ("prior_weight", 0.01),
-        ("benchmark.peak_memory", 1e9),
+        ("memory", 1e9),
     ),
 }
 """Settings of drafters, and the value without the feature."""
 DRAFT_SETTINGS: tuple[tuple[str, Any], ...] = (
     ("growth", "chain"),
-    ("growth", "static"),
-    ("growth", "dynamic"),
     ("top_k", 3),
     ("beam", 4),
     ("coupled", False),
     ("min_confidence", 0.0),
     ("prior_weight", 0.01),
-    ("benchmark.peak_memory", 1e9),
+    ("memory", 1e9),
 )
 LEARNED = (
     ("budgeting.ledger", "LEARNED"),
     ("budget", "LEARNED"),
     ("budgeting.pass_times", "TIMES"),
     ("drafters.merging.known", "_KNOWN"),
-    ("drafters.small_model.learning", "_LEARNED"),
 )
 """Where the package keeps what runs with a model have taught it."""
 AUTO, DRAFT = "auto", "draft"
@@ -263,7 +262,7 @@ def constant_entries() -> Iterator[Ablation]:
         values = {"off": off, "half": kind(usual * 0.5), "double": kind(usual * 2)}
         if usual > 0.9 and usual < 1.0:  # a decay: its memory is halved and doubled
             values |= {"half": 1.0 - 2.0 * (1.0 - usual), "double": 1.0 - 0.5 * (1.0 - usual)}
-        on = DRAFT if path == "drafters.small_model.depth" else AUTO
+        on = DRAFT if path == "drafters.small_model.calibration" else AUTO
         for how, value in values.items():
             if how == "off" or (value != usual and value != off and value > 0):
                 yield Ablation(

@@ -25,20 +25,18 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.api import SpeculativeModel, accelerate
-from specdec.benchmark.baselines import HF_ASSISTED, HF_GENERATE, OFF, assisted_kwargs, encode_prompts, specdec_method
-from specdec.benchmark.compiled import COMPILED, CompiledGenerate
+from specdec.benchmark.display import measure_with_progress, summary_table
 from specdec.benchmark.measuring import EncodedPrompt, Measurement, Method, Settings
-from specdec.benchmark.progress import measure_with_progress as measure
+from specdec.benchmark.methods import HF_ASSISTED, HF_GENERATE, OFF, CompiledGenerate, Contender, assisted_kwargs
+from specdec.benchmark.prompts import read_benchmark_prompts
 from specdec.commands import options
-from specdec.commands.demo_display import summary_table
-from specdec.common.embedded import heldout_prompts, read_prompts
 from specdec.common.errors import UserError, with_short_errors
 from specdec.common.loading import EMBEDDED, load_model, own_draft_model, prepare_torch
 from specdec.common.provenance import circumstances, model_info, write_json
 from specdec.drafters.draft_model import DraftModelDrafter
 
 RESULTS = Path(__file__).parent / "results"
-GROWTHS = ("chain", "static", "dynamic", "auto")
+GROWTHS = ("chain", "dynamic")
 ASSISTED_TOKENS = (2, 3, 5, 8)
 ASSISTED_THRESHOLDS = (0.0, 0.4)
 BEST = f"{HF_ASSISTED}, best setting"
@@ -97,14 +95,15 @@ class Pair:
             for growth in self.compiled
         ]
         if is_sampled:
-            methods += [self.ours(f"{growth}, uncoupled", growth=growth, coupled=False) for growth in ("chain", "auto")]
+            methods += [self.ours(f"{growth}, uncoupled", growth=growth, coupled=False) for growth in GROWTHS]
         return methods
 
     def distribution_methods(self) -> list[Method]:
         """Drawn drafts, chains by block and trees by traversal verification: the same distribution, other tokens."""
-        chain = self.ours("chain, block", "block", growth="chain")
-        trees = [self.ours(f"{growth}, traversal", "traversal", growth=growth) for growth in GROWTHS[1:]]
-        return [chain, *trees]
+        return [
+            self.ours("chain, block", "block", growth="chain"),
+            self.ours("dynamic, traversal", "traversal", growth="dynamic"),
+        ]
 
     def best_assisted(self, prompts: Sequence[EncodedPrompt], settings: Settings) -> tuple[Method, Measurement]:
         """The fastest of HF's settings in a short run, and that run."""
@@ -114,7 +113,7 @@ class Pair:
             for threshold in ASSISTED_THRESHOLDS
         }
         methods = [self.hf_assisted(name, *setting) for name, setting in tried.items()]
-        result = measure("HF's settings", [self.plain(), *methods], prompts, self.target, settings, 1)
+        result = measure_with_progress("HF's settings", [self.plain(), *methods], prompts, self.target, settings, 1)
         rows = [row for row in result.rows() if row.method in tried]
         if not rows:
             raise UserError(f"HF's assisted generation cannot run with this pair: {result.failed}")
@@ -200,15 +199,15 @@ def run_part(
     title = f"{settings.arguments['max_new_tokens']} tokens, batch 1, {len(prompts) - 1} prompts"
     best, tried = pair.best_assisted([*tuning, prompts[-1]], settings)
     pair.runs.clear()
-    off = specdec_method(OFF, pair.target, lambda: None)
+    off = Contender(OFF, lambda: None).method(pair.target)
     exact = [pair.hf_assisted(), best, off, *pair.exact_methods(is_sampled)]
     if pair.compiled:
         longest = max(prompt.input_ids.shape[1] for prompt in prompts)
         fastest = CompiledGenerate(pair.target, 1, longest, dict(settings.arguments))
-        compiled_off = specdec_method(f"{OFF}, compiled", pair.target, lambda: None, compiled=True)
-        exact[0:0] = [Method(COMPILED, fastest.prepare, optional=True), compiled_off]
+        compiled_off = Contender(f"{OFF}, compiled", lambda: None, compiled=True).method(pair.target)
+        exact[0:0] = [fastest.method(), compiled_off]
     loose = pair.distribution_methods() if is_sampled else []
-    result = measure(part, [pair.plain(), *exact, *loose], prompts, pair.target, settings, repeats)
+    result = measure_with_progress(part, [pair.plain(), *exact, *loose], prompts, pair.target, settings, repeats)
     parts = {part: only(result, exact)} | ({"distribution": only(result, loose)} if loose else {})
     for name, of_part in parts.items():
         console.print(summary_table(of_part, f"{name}, {title}"))
@@ -258,19 +257,19 @@ def main(
 ) -> None:
     """Measure and write benchmarks/results/NAME.json."""
     count = prompts + tuning_prompts + 1
-    chosen = read_prompts(prompt_file)[:count] if prompt_file else heldout_prompts(count)
     draft_name = draft_model or own_draft_model(model)
-    if draft_name is None or len(chosen) < count:
-        raise UserError(
-            f"a draft model (--draft-model) and {count} prompts are needed, there are {len(chosen)} prompts"
-        )
+    if draft_name is None:
+        raise UserError("a draft model is needed; name one with --draft-model")
     prepare_torch(threads)
     target, tokenizer = load_model(model, dtype, device)
+    chosen = read_benchmark_prompts(str(prompt_file or "embedded"), tokenizer, count)
+    if len(chosen) < count:
+        raise UserError(f"{count} prompts are needed, there are {len(chosen)}; lower --prompts or --tuning-prompts")
     draft, draft_tokenizer = load_model(draft_name, dtype, device)
-    encoded = encode_prompts(chosen, tokenizer, target.device)
+    encoded = [replace(prompt, input_ids=prompt.input_ids.to(target.device)) for prompt in chosen]
     tuning = [encoded[i * len(encoded) // tuning_prompts] for i in range(tuning_prompts)]
     measured = [prompt for prompt in encoded if prompt.id not in {p.id for p in tuning}]
-    pair = Pair(target, draft, assisted_kwargs(tokenizer, draft_tokenizer), ("chain", "auto") if compiled else ())
+    pair = Pair(target, draft, assisted_kwargs(tokenizer, draft_tokenizer), GROWTHS if compiled else ())
     figures: dict[str, Any] = defaultdict(dict)
     for part, settings in {
         "greedy": Settings.of(tokens),

@@ -10,7 +10,7 @@ shape. So drafts of any acceptance can be scripted. Parts:
 
     off       drafting off, HF generate as it is, and HF with a static cache and compiled, in turn, per context,
               against the measured copy bandwidth
-    step      steps of 1 to 64 nodes per context, the time outside the target pass, and where it goes
+    step      steps of 1 to 64 nodes per context, their target passes, and where the time goes
     accept    tokens per second at 2, 3 and 4.5 tokens per pass, 64 nodes each
     batches   the same at 3 tokens per pass for several batch sizes, with a budget that may choose
 """
@@ -32,9 +32,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
-from specdec.benchmark.roofline.costs import step_costs
-from specdec.benchmark.roofline.limits import DeviceLimits, device_limits, synchronize
-from specdec.benchmark.roofline.measure import measure_roofline
+from specdec.benchmark.measuring import synchronize
+from specdec.benchmark.roofline import DeviceLimits, device_limits, measure_roofline, step_costs
 from specdec.budget import Budget
 from specdec.common.errors import with_short_errors
 from specdec.common.provenance import circumstances, model_info, write_json
@@ -310,7 +309,7 @@ def main(
     mode: Any = {"auto": "auto", "eager": "eager", "off": False}[cuda_graphs]
     model = counting_model(chosen, torch.device(device))
     limits = device_limits(model.device, chosen.dtype)
-    results: dict[str, Any] = circumstances() | {"model": model_info(preset, model), "limits": limits.to_dict()}
+    results: dict[str, Any] = circumstances() | {"model": model_info(preset, model), "limits": vars(limits)}
     file = output / f"gpu_step_{name or preset}.json"
     for wanted in part or PARTS:
         if wanted == "step":

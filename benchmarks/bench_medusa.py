@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +22,11 @@ import torch
 import typer
 from rich.console import Console
 
-from specdec.benchmark.baselines import HF_GENERATE, OFF, encode_prompts, specdec_method
+from specdec.benchmark.display import measure_with_progress, summary_table
 from specdec.benchmark.measuring import EncodedPrompt, Method, Settings
-from specdec.benchmark.progress import measure_with_progress as measure
+from specdec.benchmark.methods import HF_GENERATE, OFF, Contender
+from specdec.benchmark.prompts import read_benchmark_prompts
 from specdec.commands import options
-from specdec.commands.demo_display import summary_table
-from specdec.common.embedded import heldout_prompts, read_prompts
 from specdec.common.errors import with_short_errors
 from specdec.common.loading import EMBEDDED, load_model, prepare_torch
 from specdec.common.provenance import circumstances, model_info, write_json
@@ -107,8 +106,8 @@ def main(
     prepare_torch(threads)
     target, tokenizer = load_model(model, dtype, device)
     loaded = MedusaHeads.from_pretrained(heads or str(Path(target.config.name_or_path) / "medusa"))
-    chosen = read_prompts(prompt_file)[: prompts + 1] if prompt_file else heldout_prompts(prompts + 1)
-    encoded = encode_prompts(chosen, tokenizer, target.device)
+    chosen = read_benchmark_prompts(str(prompt_file or "embedded"), tokenizer, prompts + 1)
+    encoded = [replace(prompt, input_ids=prompt.input_ids.to(target.device)) for prompt in chosen]
     own_output: dict[str, float] | None = None
     if adapter is not None:
         from peft import PeftModel
@@ -117,15 +116,15 @@ def main(
         own_output = moved(adapted, encoded)
         target = adapted.merge_and_unload()
         print("the target's own output on the prompts:", own_output)
-    methods = [Method(HF_GENERATE, lambda: target), specdec_method(OFF, target, lambda: None)]
+    methods = [Method(HF_GENERATE, lambda: target), Contender(OFF, lambda: None).method(target)]
     for variant, make in variants(loaded).items():
-        methods.append(specdec_method(f"medusa, {variant}", target, make, whole=whole))
+        methods.append(Contender(f"medusa, {variant}", make, whole=whole).method(target))
     console, results = Console(), {}
     for part, settings in {
         "greedy": Settings.of(tokens),
         "sampled": Settings.of(tokens, do_sample=True, temperature=1.0, seed=seed),
     }.items():
-        result = measure(part, methods, encoded, target, settings, repeats)
+        result = measure_with_progress(part, methods, encoded, target, settings, repeats)
         console.print(summary_table(result, f"{part}, {tokens} tokens, batch 1, {len(encoded) - 1} prompts"))
         results[part] = result.to_dict()
     figures: dict[str, Any] = {"models": {"target": model_info(model, target)}, "parts": results}

@@ -16,12 +16,11 @@ import torch
 from specdec.api import accelerate
 from specdec.benchmark.measuring import EncodedPrompt, Method, Settings, run_once
 from specdec.budget import Budget
-from specdec.drafters import draft_model
 from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.drafters.small_model import call as draft_call
-from specdec.drafters.small_model.depth import Pace
+from specdec.drafters.small_model import session
 from specdec.drafters.small_model.lists import DraftLists
 from specdec.drafters.small_model.passes import ChainPasses, TreePasses
+from specdec.drafters.small_model.session import DraftModelSession
 from specdec.passes.compiled.passes import CompiledPasses
 
 FORWARDS = "forwards"
@@ -31,9 +30,9 @@ PARTS: dict[str, list[tuple[Any, Sequence[str]]]] = {
         for passes in (TreePasses, ChainPasses)
     ],
     "lists": [(DraftLists, ("make", "probs_of"))],
-    "tree": [(draft_call, ("add_children", "choose_level", "follow")), (draft_model, ("write_trees",))],
-    "depth": [(Pace, ("is_worth_it", "width", "observe_level", "observe_step"))],
-    "rest": [(DraftModelDrafter, ("propose", "observe"))],
+    "tree": [(session, ("add_children", "choose_level", "follow", "write_trees"))],
+    "depth": [(session, ("is_worth_a_level",))],
+    "rest": [(DraftModelSession, ("propose", "observe"))],
     "prompt": [(DraftModelDrafter, ("start",))],
 }
 """Functions by the part that their time counts for, less the time of those listed before that they call. "rest" also
@@ -128,8 +127,7 @@ def profile(
     forwards: tuple[Any, str] = (twin, "forward")
     if drafter.compiled:  # wrappers inside would be compiled too
         forwards = (CompiledPasses, "__call__")
-    # Only "auto" decides by itself how much to draft; the others draft at each step, whether it pays or not.
-    fast = accelerate(target, drafter, budget=Budget(fixed=drafter.growth != "auto"))
+    fast = accelerate(target, drafter, budget=Budget(fixed=True))  # drafts at each step, whether it pays or not
     method = Method("profile", lambda: fast)
     run_once(method, fast, prompts[-1], target, settings)
     split.seconds.clear()

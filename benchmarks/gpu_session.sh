@@ -11,7 +11,7 @@
 #   smoke     120   a tiny model through all of bench_gpu_step.py: what is broken at all
 #   kernels   150   the attention backends (but for Flex) and the commit kernel against their definitions
 #   off       300   drafting off against HF generate, as it is and compiled, and the copy bandwidth
-#   step      240   steps of 1 to 64 nodes, the time outside the target pass, and where it goes
+#   step      240   steps of 1 to 64 nodes, their target passes, and where the time goes
 #   tests     300   the other tests marked gpu: identity in float32, captured and not; near-ties in bfloat16
 #   accept    300   tokens per second at 2, 3 and 4.5 tokens per pass
 #   batches   240   1, 4, 16 and 64 rows, and what the budget chooses

@@ -6,6 +6,7 @@ if not __name__.startswith("specdec."):
 from specdec.drafters.auto import AutoDrafter
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.merged import MergedDrafter
@@ -16,6 +17,7 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "auto": AutoDrafter,
     "lookahead": LookaheadDrafter,
     "medusa": MedusaDrafter,
+    "eagle3": Eagle3Drafter,
     "recycling": RecyclingDrafter,
     "draft-model": DraftModelDrafter,
     "spec-reason": SpecReasonDrafter,
@@ -28,6 +30,7 @@ __all__ = [
     "DraftContext",
     "DraftModelDrafter",
     "Drafter",
+    "Eagle3Drafter",
     "LookaheadDrafter",
     "MedusaDrafter",
     "MergedDrafter",

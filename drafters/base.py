@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specdec.reasoning import Verdict
 from specdec.tree import TokenTree
 
 if TYPE_CHECKING:
     from specdec.kernels import Floats, Ints
+    from specdec.passes.hidden_states import HiddenStates
     from specdec.sampling import Sampler
 
 
@@ -38,6 +38,7 @@ class DraftContext:
         device: Where the target runs.
         hidden_states: Per active row what the target's output embedding was given when the row's last token was picked,
             `[rows, hidden]`; None unless the drafter `needs_hidden_states`.
+        target_states: The target's states at the layers that the drafter `needs_layers` of; see `new_states`.
         sampler: How the target's tokens are picked in this call: its processors, and its noise under sampling. To be
             read only. None where nothing is generated, as in a replay.
         is_sampled_from: The verifier compares the target's distribution with the one that drafts were drawn from:
@@ -45,9 +46,6 @@ class DraftContext:
         step_seconds: Node counts and seconds of the target's passes at this batch size, ascending, `[sizes]` each;
             None while they are not measured, and unless the drafter `needs_step_seconds`.
         strict: Errors are to be raised: a drafter that could go on without a part that fails must not.
-        is_judged: The verifier judges steps as a whole: trees may hold `steps`, wider than what is asked for.
-        asks_target: A question about the step, to be answered by a digit, is to follow each.
-        end_tokens: Tokens that end a row.
     """
 
     rows: list[int]
@@ -56,13 +54,28 @@ class DraftContext:
     max_depth: list[int]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     hidden_states: torch.Tensor | None = None
+    target_states: HiddenStates | None = None
     sampler: Sampler | None = None
     is_sampled_from: bool = False
     step_seconds: tuple[Ints, Floats] | None = None
     strict: bool = False
-    is_judged: bool = False
-    asks_target: bool = False
-    end_tokens: frozenset[int] = frozenset()
+
+    def new_states(self, layers: Sequence[int]) -> list[torch.Tensor]:
+        """The target's states at the positions that the last pass committed: the prompt's at `start`, then the path's.
+
+        Args:
+            layers: In the numbering of `hidden_states`; among those that the drafter `needs_layers` of.
+
+        Returns:
+            Per active row, `[positions, layers * hidden]`; the last position is that of the sequence's last token but
+            one, as the last one has not been through the target yet.
+        """
+        assert self.target_states is not None, "the drafter has not said that it needs states of layers"
+        of_rows = self.target_states.of_rows(layers)
+        return [
+            states[1 - len(ids) :] if len(ids) > 1 else states[:0]
+            for ids, states in zip(self.sequences, of_rows, strict=True)
+        ]
 
 
 @dataclass
@@ -77,7 +90,6 @@ class Step:
         top_tokens: What the target holds likeliest behind each node, best first, `[rows, nodes, num_top_tokens]` (fewer
             where the vocabulary is smaller); of no meaning at padding, and -1 at unlikely nodes where that would take
             its time. None unless the drafter asks for it.
-        verdicts: Per row what was said of its step, None where there was none to judge; None for no row.
         new_tokens: Per row, the tokens that were committed: accepted draft tokens, then the target's own next token
             (fewer where the row ended), int32. The context's sequences end with them.
     """
@@ -86,7 +98,6 @@ class Step:
     tree: TokenTree
     accepted: Sequence[int]
     top_tokens: Ints | None = None
-    verdicts: Sequence[Verdict | None] | None = None
     new_tokens: Sequence[NDArray[np.int32]] = ()
 
 
@@ -96,10 +107,12 @@ class Needs(NamedTuple):
     Args:
         hidden_states: Whether contexts are to have `hidden_states`.
         top_tokens: How many of the target's likeliest tokens `Step.top_tokens` is to have per node; 0 for none.
+        layers: Whose states contexts are to have, at every committed position; see `DraftContext.new_states`.
     """
 
     hidden_states: bool
     top_tokens: int
+    layers: tuple[int, ...] = ()
 
 
 NO_NEEDS = Needs(False, 0)
@@ -174,6 +187,7 @@ class Drafter(DraftSession):
 
     name: str = "drafter"
     needs_hidden_states: bool = False
+    needs_layers: tuple[int, ...] = ()
     needs_step_seconds: bool = False
     is_stateless: bool = False
     """Proposals depend on the context alone: `propose` may be asked about a context that will never come to be."""
@@ -209,7 +223,7 @@ class Drafter(DraftSession):
             rows: Of the batch.
             is_sampled: Whether the target's tokens are drawn.
         """
-        return Needs(self.needs_hidden_states, self.num_top_tokens)
+        return Needs(self.needs_hidden_states, self.num_top_tokens, self.needs_layers)
 
     def start(self, context: DraftContext) -> DraftSession:
         """Called once per `generate()` call, when the prompt is known; returns the call's session."""
@@ -222,6 +236,15 @@ class Drafter(DraftSession):
     def extend(self, context: DraftContext, paths: Sequence[NDArray[np.int32]], max_nodes: int) -> TokenTree | None:
         """See `DraftSession.extend`."""
         return self.propose(supposed(context, paths), max_nodes) if self.is_stateless else None
+
+    def generate_steps(self, speculation: Any, call: Any) -> Any:
+        """Runs a whole call where the verifier judges steps; only for drafters that `fit` such a verifier.
+
+        Args:
+            speculation: The decoding method, whose settings and report it uses.
+            call: What `generate` has prepared.
+        """
+        raise NotImplementedError(f"drafter {self.name!r} writes no steps")
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned of the bound model and is worth keeping for a new process; JSON types, no texts."""
@@ -271,8 +294,7 @@ def check_proposal(tree: TokenTree, context: DraftContext, max_nodes: int, vocab
     """
     if not isinstance(tree, TokenTree):
         raise TypeError(f"propose() returned a {type(tree).__name__}, a TokenTree is needed")
-    is_too_wide = tree.num_nodes > max_nodes and not (context.is_judged and tree.steps is not None)
-    if len(tree.tokens) != len(context.rows) or is_too_wide:
+    if len(tree.tokens) != len(context.rows) or tree.num_nodes > max_nodes:
         raise ValueError(
             f"propose() returned a tree of {list(tree.tokens.shape)}, "
             f"at most [{len(context.rows)}, {max_nodes}] was asked for"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from specdec.drafters import DRAFTERS, AutoDrafter, DraftModelDrafter, MergedDrafter
 from specdec.drafters.base import Drafter
+from specdec.drafters.published import published_drafter
 
 DrafterLike = str | Drafter | PreTrainedModel | Sequence[str | Drafter | PreTrainedModel] | None
 
@@ -25,10 +27,15 @@ def resolve_drafter(drafter: Any) -> Drafter | None:
     if isinstance(drafter, PreTrainedModel):
         return DraftModelDrafter(drafter)
     if isinstance(drafter, str):
-        if drafter not in DRAFTERS:
-            known = ", ".join(map(repr, DRAFTERS))
-            raise ValueError(f"drafter={drafter!r} is not known; use one of {known}, a Drafter, or None for none")
-        return DRAFTERS[drafter]()
+        if drafter in DRAFTERS:
+            return DRAFTERS[drafter]()
+        if "/" in drafter or Path(drafter).is_dir():
+            return published_drafter(drafter)
+        known = ", ".join(map(repr, DRAFTERS))
+        raise ValueError(
+            f"drafter={drafter!r} is not known; use one of {known}, the folder or hub name of a draft checkpoint, a "
+            "Drafter, or None for none"
+        )
     if isinstance(drafter, Sequence):
         return _merged(drafter)
     if isinstance(drafter, type) and issubclass(drafter, Drafter):

@@ -127,13 +127,9 @@ class LookaheadDrafter(Drafter):
         weights = (self.request_weight, self.request_weight, self.shared_weight, self.shared_weight, self.corpus_weight)
         self._weights = np.array(weights, np.float64)
         self._nothing = NgramIndex(self.orders, capacity=2, slots=1).links
-        lengths = np.arange(self.max_match + 1, dtype=np.float64)
-        self._by_length = np.stack(
-            [
-                self.growth ** np.minimum(lengths, self.full_match),
-                self.discount * np.exp(-lengths / self.discount_length),
-            ]
-        )
+        lengths = np.arange(self.max_match + 1.0)
+        weight, discount = self.growth ** lengths.clip(max=self.full_match), np.exp(-lengths / self.discount_length)
+        self._by_length = np.stack([weight, self.discount * discount])
         self._lock = threading.Lock()  # of all indexes and the predicted outputs
         self._indexes = {"shared": self._new_index(self.shared_bytes), "corpus": self._new_index(self.corpus_bytes)}
 
@@ -247,16 +243,7 @@ class LookaheadDrafter(Drafter):
     def grow(
         self, session: LookaheadSession, row: int, max_depth: int, tokens: Ints, parents: Ints, scores: ScoreArray
     ) -> int:
-        """Writes one row's tree after its root; returns its number of nodes.
-
-        Args:
-            session: Holds the indexes of the call.
-            row: Index in the batch.
-            max_depth: Largest depth of a node.
-            tokens: Written, `[nodes]`.
-            parents: Written, `[nodes]`.
-            scores: Written, `[nodes]`.
-        """
+        """Writes one row's tree, `[nodes]` each, after its root; returns its number of nodes."""
         end = session.requests[row].length
         with self._lock:
             found = session.predicted, session.peers, *self._indexes.values()
@@ -279,7 +266,7 @@ class LookaheadDrafter(Drafter):
             )
 
     def _new_index(self, budget: int) -> NgramIndex:
-        """An empty index that stays within so many bytes, hash tables included."""
+        """An empty index that stays within `budget` bytes, hash tables included."""
         per_token = 4 + 4 * len(self.orders)
         slots = min(power_of_two(budget // per_token // 8 + 1), MAX_SLOTS)
         tables = 4 * len(self.orders) * slots
@@ -381,9 +368,11 @@ class LookaheadSession(DraftSession):
                 continue
             if self.peers is not None:
                 self.skipped[PEERS] = self.peers.region(row)
-            self.requests[row].extend(path)
+            if len(path):
+                self.requests[row].extend(path)
             used = max(used, self.drafter.grow(self, row, depth, tokens[i], parents[i], scores[i]))
-            self.requests[row].retract(len(path))
+            if len(path):
+                self.requests[row].retract(len(path))
         return TokenTree.of_arrays(tokens[:, :used], parents[:, :used], scores[:, :used])
 
 
@@ -399,24 +388,6 @@ def _check_scope(scope: str) -> None:
 
 @functools.cache
 def _compile_kernels() -> None:
-    """Compiles what `propose` runs, or loads it from Numba's cache, so that no draft has to wait for it."""
-    index = NgramIndex((1,), capacity=8, slots=1)
-    index.add_document(np.zeros(4, np.int32))
-    index.retract(1)
-    ids = np.zeros((2, 2), np.int64)
-    draft_row(
-        (index.links,) * 5,
-        np.zeros((5, 2), np.int64),
-        np.ones(5),
-        3,
-        5,
-        1,
-        1.0,
-        room_for_matches(5),
-        np.ones((2, 2)),
-        1.0,
-        1,
-        ids[0],
-        ids[1],
-        np.zeros(2, np.float32),
-    )
+    """Compiles the kernels, or loads them from Numba's cache, before a step of a generation needs them."""
+    context = DraftContext([0], [np.zeros(4, np.int32)], [4], [2])
+    LookaheadSession(LookaheadDrafter(), context).extend(context, [np.zeros(1, np.int32)], 2)

@@ -135,7 +135,7 @@ class MedusaDrafter(Drafter):
         return TokenTree.of_arrays(tokens[:, :used], parents[:, :used], scores[:, :used])
 
     def learn(self, lists: HeadLists, new_tokens: Sequence[NDArray[np.int32]]) -> None:
-        """Counts at which ranks of the lists each row's new tokens stand."""
+        """Counts the ranks of each row's new tokens in the lists."""
         known = np.zeros_like(lists.tokens[:, :, 0])  # [rows, heads]
         for i, tokens in enumerate(new_tokens):
             known[i, : len(tokens)] = tokens[: known.shape[1]]

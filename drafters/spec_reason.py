@@ -8,11 +8,16 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 from weakref import ref
 
-from specdec.drafters.base import DraftContext, Drafter, DraftSession, Step
+import torch
+
+from specdec.call import Call
+from specdec.drafters.base import DraftContext, Drafter, DraftSession, Needs
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.merged import MergedDrafter
 from specdec.drafters.reasoning.bounds import StepMarks, TextBytes
-from specdec.drafters.reasoning.call import StepCall, StepSettings
 from specdec.drafters.reasoning.judge_prompts import make_question
+from specdec.drafters.reasoning.loop import StepCall
+from specdec.drafters.reasoning.settings import StepSettings
 from specdec.drafters.small_model.loading import (
     SELF,
     capability_of,
@@ -21,11 +26,9 @@ from specdec.drafters.small_model.loading import (
     longest_sequence,
     tokenizer_of,
 )
-from specdec.drafters.small_model.passes import warmed_up
 from specdec.drafters.tokenizers.draft_vocabulary import Use
 from specdec.drafters.tokenizers.token_text import token_text
 from specdec.target import embedding_rows
-from specdec.tree import TokenTree
 
 DRAFT_MODEL = DraftModelDrafter.name
 
@@ -42,7 +45,8 @@ class SpecReasonDrafter(Drafter):
       tokens. The output is approximate. Once the reasoning has ended, the target writes the answer, exactly.
     - `"exact"` takes the step for a long draft of tokens, and the output is that of the target alone.
 
-    Rows of a batch are at steps of their own. The report's `audit` lists who wrote which step, and why.
+    With `StepVerifier`, rows of a batch are written one after another, and the report's `audit` lists who wrote which
+    step, and why.
 
     Args:
         draft_model: A causal LM, its folder or hub name, or `"self"`, a quarter of the target's own layers.
@@ -87,16 +91,15 @@ class SpecReasonDrafter(Drafter):
     def __post_init__(self) -> None:
         self._check_settings()
         self._lock = threading.Lock()
-        self._thread = threading.local()
         self._target: Callable[[], Any] = lambda: None
         self._model: Any = None
         self._settings: StepSettings | None = None
         self._shared: list[DraftModelDrafter] = []
+        self._chain = self._shared_drafter(growth="chain", min_confidence=self.min_confidence)
         self._inner = self._resolved(self.drafter)
-        if self._inner is not None:
-            self.needs_hidden_states = self._inner.needs_hidden_states
-            self.needs_step_seconds = self._inner.needs_step_seconds
-            self.num_top_tokens = self._inner.num_top_tokens
+        self._exact = self._with_chain(self._inner)
+        self.needs_hidden_states, self.num_top_tokens = self._exact.needs_hidden_states, self._exact.num_top_tokens
+        self.needs_step_seconds = self._exact.needs_step_seconds
 
     def fresh(self) -> SpecReasonDrafter:
         """Not available.
@@ -138,18 +141,16 @@ class SpecReasonDrafter(Drafter):
                 "target_tokenizer=None, and no tokenizer lies beside the target's weights: steps end where their text "
                 "does; pass target_tokenizer=..., a tokenizer, its folder or hub name"
             )
+        capability_of(draft_model)  # probes it
         use: Use = "shared" if self.draft_model == SELF else self.vocabulary
-        vocabularies = load_vocabularies(draft_model, model, use, self.tokenizer, self.target_tokenizer, is_named)
-        capability = capability_of(draft_model)
-        text, end = TextBytes(token_text(tokenizer)), self.thinking_end
+        end = self.thinking_end
         forced = self.budget_text or (f"\n{end}\n\n" if end is not None else "")
         self._settings = StepSettings(
             model=draft_model,
-            capability=capability,
-            vocabularies=vocabularies,
+            vocabularies=load_vocabularies(draft_model, model, use, self.tokenizer, self.target_tokenizer, is_named),
             draft_ends=_end_tokens(draft_model),
             draft_longest=longest_sequence(draft_model),
-            target_text=text,
+            target_text=TextBytes(token_text(tokenizer)),
             target_size=embedding_rows(model),
             target_longest=longest_sequence(model),
             question=None,
@@ -158,12 +159,10 @@ class SpecReasonDrafter(Drafter):
             token_budget=self.token_budget,
             forced_end=tuple(tokenizer(forced, add_special_tokens=False)["input_ids"]) if forced else (),
             max_entropy=self.max_entropy,
-            min_confidence=self.min_confidence,
-            has_inner=self._inner is not None,
-            compiled=warmed_up(draft_model, capability) if self.compiled else None,
+            compiled=self.compiled,
         )
         self._tokenizer, self._model, self._target = tokenizer, draft_model, ref(model)
-        for drafter in self._shared:
+        for drafter in self._shared if self.draft_model != SELF else ():
             drafter.draft_model = draft_model
 
     def fit(self, verifier: Any) -> None:
@@ -178,65 +177,26 @@ class SpecReasonDrafter(Drafter):
                 "forbids: its output is the target's own; use StepVerifier(), or leave token_budget out"
             )
         assert self._settings is not None
-        if verifier.asks_target and self._settings.question is None:
+        if not verifier.judges_steps:
+            self._exact.bind(self._target())
+        elif verifier.asks_target and self._settings.question is None:
             text = self._settings.target_text.text
             question = make_question(self._tokenizer, text, self.judge_prompt, self.thinking_end)
             self._settings = replace(self._settings, question=question)
 
     # --- a call ---
 
+    def generate_steps(self, speculation: Any, call: Call) -> Any:
+        assert self._settings is not None
+        return StepCall(speculation, self._settings, self._inner, call).run()
+
+    def needs(self, device: torch.device, rows: int, is_sampled: bool) -> Needs:
+        return self._exact.needs(device, rows, is_sampled)
+
     def start(self, context: DraftContext) -> DraftSession:
         if self._settings is None:
             raise ValueError("bind(model) comes before anything is drafted; specdec.accelerate does so")
-        self._thread.call = StepCall(self._settings, context)
-        if self._inner is not None:
-            self._thread.inner = self._inner.start(context)
-        return self
-
-    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        call = self._of_thread(context)
-        proposals = call.propose(context, max_nodes)
-        inner, depths = None, call.depths(context, proposals)
-        if self._inner is not None and max_nodes > 1 and max(depths) > 0:
-            # All rows are named, so that none counts as ended; where a step is drafted nothing more is wanted.
-            inner = self._thread.inner.propose(replace(context, max_depth=depths, is_judged=False), max_nodes)
-            inner = inner.up_to_depth(depths)
-        return call.tree(context, proposals, inner, max_nodes)
-
-    def observe(self, context: DraftContext, step: Step) -> None:
-        call = self._of_thread(context)
-        has_draft = [bool(row in call.proposals and call.proposals[row].tokens) for row in context.rows]
-        call.observe(context, step)
-        if self._inner is not None:
-            self._thread.inner.observe(
-                replace(context, is_judged=False), _without_steps(step, has_draft, self.num_top_tokens > 0)
-            )
-
-    def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
-        call: StepCall | None = getattr(self._thread, "call", None)
-        proposals = [] if call is None else list(call.proposals.values())
-        is_inner = self._inner is not None and row < len(proposals) and not proposals[row].tokens
-        names = self._thread.inner.sources_of(row, path) if self._inner is not None and is_inner else None
-        return names or [(self.name,)] * len(path)
-
-    def figures(self, context: DraftContext) -> dict[str, Any]:
-        call = self._of_thread(context)
-        call.finish(context)
-        inner = self._thread.inner.figures(context) if self._inner is not None else {}
-        return call.figures() | inner
-
-    def finish(self, context: DraftContext) -> None:
-        self._thread.call = None
-        if self._inner is not None:
-            self._thread.inner.finish(context)
-
-    def _of_thread(self, context: DraftContext) -> StepCall:
-        call: StepCall | None = getattr(self._thread, "call", None)
-        if call is None:
-            self.start(context)
-            call = self._thread.call
-        assert call is not None
-        return call
+        return self._exact.start(context)
 
     # --- settings ---
 
@@ -253,16 +213,19 @@ class SpecReasonDrafter(Drafter):
             raise ValueError("drafter: a SpecReasonDrafter cannot draft for another; pass a drafter of tokens, or None")
         return inner
 
-    def _shared_drafter(self) -> DraftModelDrafter:
-        drafter = DraftModelDrafter(
-            self.draft_model,
-            tokenizer=self.tokenizer,
-            target_tokenizer=self.target_tokenizer,
-            vocabulary=self.vocabulary,
-            compiled=self.compiled,
-        )
-        self._shared.append(drafter)
-        return drafter
+    def _with_chain(self, inner: Drafter | None) -> Drafter:
+        """What drafts with the verifier `"exact"`."""
+        if inner is None or len(self._shared) > 1:  # a draft model that drafts tokens anyway
+            return inner or self._chain
+        sources = inner.sources if type(inner) is MergedDrafter else [inner]
+        return MergedDrafter([self._chain, *sources])
+
+    def _shared_drafter(self, **settings: Any) -> DraftModelDrafter:
+        """One that drafts tokens by the same draft model."""
+        for name in ("tokenizer", "target_tokenizer", "vocabulary", "compiled"):
+            settings[name] = getattr(self, name)
+        self._shared.append(DraftModelDrafter(self.draft_model, **settings))
+        return self._shared[-1]
 
     def _check_settings(self) -> None:
         """Raises a ValueError for a setting out of range."""
@@ -295,23 +258,3 @@ def _end_tokens(model: Any) -> frozenset[int]:
     """Tokens with which a model ends a text, by its generation settings."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
-
-
-def _without_steps(step: Step, has_draft: Sequence[bool], is_shown: bool) -> Step:
-    """A step as the drafter of the target's own steps is to see it: rows with a draft of another's have none.
-
-    Args:
-        step: As it was.
-        has_draft: Of another drafter, per row.
-        is_shown: It looks at the target's top tokens, which are of use behind the nodes of others too.
-    """
-    if not any(has_draft):
-        return step
-    tree = step.tree.without_questions()
-    top_tokens = None if step.top_tokens is None else step.top_tokens[:, : tree.num_nodes]
-    if is_shown:
-        return replace(step, tree=tree, top_tokens=top_tokens, verdicts=None)
-    parents = tree.parents.clone()
-    parents[list(has_draft)] = -1
-    accepted = [0 if hidden else count for hidden, count in zip(has_draft, step.accepted, strict=True)]
-    return Step(step.rows, replace(tree, parents=parents), accepted, new_tokens=step.new_tokens)

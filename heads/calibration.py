@@ -77,7 +77,7 @@ class HeadCalibration:
                     f"{len(path)}"
                 )
             if path[:-1] not in known:
-                raise ValueError(f"tree: path {list(path)} stands without, or before, the path {list(path[:-1])}")
+                raise ValueError(f"tree: path {list(path)} comes without, or before, the path {list(path[:-1])}")
             known.add(path)
 
     def save(self, folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of Medusa heads, read: Medusa's own layouts and vLLM's."""
+"""Checkpoints of Medusa heads, read and written: Medusa's own layouts and vLLM's."""
 
 from __future__ import annotations
 
@@ -8,85 +8,84 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdec.heads import calibration
 from specdec.heads.calibration import HeadCalibration
 from specdec.heads.config import MedusaConfig, check_token_map
 
+if TYPE_CHECKING:
+    from specdec.heads.medusa import MedusaHeads
+
 CONFIG_FILE = "config.json"
 MEDUSA_FILE = "medusa_lm_head.safetensors"
 PICKLED_FILE = "medusa_lm_head.pt"
 VLLM_FILE = "model.safetensors"
 WEIGHT_FILES = (MEDUSA_FILE, PICKLED_FILE, VLLM_FILE)
-
-MEDUSA_NAME = re.compile(r"(?P<head>\d+)\.(?P<layer>\d+)\.(?P<kind>linear\.weight|linear\.bias|weight)")
-VLLM_NAME = re.compile(r"blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<kind>weight|bias)")
-VLLM_PROJECTION = re.compile(r"lm_heads\.(?P<head>\d+)\.weight")
+LAYOUTS = ("1", "2", "vllm")
 TOKEN_MAP = "token_map"
 """The tokens that heads with a small vocabulary can name: vLLM's, here also in Medusa's layouts."""
 PREFIX = re.compile(r"^medusa_heads?\.")
 
+Place = tuple[str, int, int]
+"""A tensor's kind (a field of `Names`), head and layer; a projection counts as the layer after the last."""
 
-@dataclass
-class Checkpoint:
+
+class Names(NamedTuple):
+    """Names of tensors in a layout, with places for the numbers of head and layer."""
+
+    weights: str
+    biases: str
+    projections: str
+
+    def of(self, num_heads: int, num_layers: int, biases: bool = True, projections: bool = True) -> dict[Place, str]:
+        """The names of a whole set of heads."""
+        names: dict[Place, str] = {}
+        for head in range(num_heads):
+            for layer in range(num_layers):
+                names["weights", head, layer] = self.weights.format(head=head, layer=layer)
+                if biases:
+                    names["biases", head, layer] = self.biases.format(head=head, layer=layer)
+            if projections:
+                names["projections", head, num_layers] = self.projections.format(head=head, layer=num_layers)
+        return names
+
+    def place(self, name: str) -> Place | None:
+        """Where a tensor of this name belongs; None if nowhere."""
+        for kind, template in self._asdict().items():
+            pattern = (
+                re.escape(template).replace(r"\{head\}", r"(?P<head>\d+)").replace(r"\{layer\}", r"(?P<layer>\d+)")
+            )
+            if match := re.fullmatch(pattern, name):
+                return kind, int(match["head"]), int(match.groupdict().get("layer", 0))
+        return None
+
+
+MEDUSA = Names("{head}.{layer}.linear.weight", "{head}.{layer}.linear.bias", "{head}.{layer}.weight")
+VLLM = Names("blocks.{head}.layers.{layer}.weight", "blocks.{head}.layers.{layer}.bias", "lm_heads.{head}.weight")
+
+
+class Checkpoint(NamedTuple):
     """Heads as read.
 
     Args:
         config: Sizes, from the tensors.
         tensors: By their names in `MedusaHeads`.
-        calibration: Where the folder holds one.
+        calibration: The folder's, if it holds one.
     """
 
     config: MedusaConfig
     tensors: dict[str, Tensor]
     calibration: HeadCalibration | None
-
-
-Place = tuple[str, int, int]
-"""Where a tensor belongs: `"weights"` or `"biases"`, head, layer; or `"projections"`, head, 0."""
-
-
-@dataclass
-class NamedTensors:
-    """Tensors of a checkpoint in the order of the layout's names.
-
-    Args:
-        places: Where each tensor belongs, by its name in the file.
-        tensors: By their names in the file.
-        unknown: Names for which the layout has no use.
-        layout: `"medusa"` or `"vllm"`.
-    """
-
-    places: dict[str, Place]
-    tensors: dict[str, Tensor]
-    unknown: list[str]
-    layout: str
-
-    def name(self, place: Place) -> str:
-        """What the layout calls a tensor."""
-        kind, head, layer = place
-        if self.layout == "vllm":
-            if kind == "projections":
-                return f"lm_heads.{head}.weight"
-            return f"blocks.{head}.layers.{layer}.{'weight' if kind == 'weights' else 'bias'}"
-        if kind == "projections":
-            return f"{head}.{layer}.weight"
-        return f"{head}.{layer}.linear.{'weight' if kind == 'weights' else 'bias'}"
-
-    def of_kind(self, kind: str) -> list[Place]:
-        """Places of one kind that the file fills."""
-        return [place for place in self.places.values() if place[0] == kind]
 
 
 def read_checkpoint(source: str | Path, revision: str | None = None, token: str | bool | None = None) -> Checkpoint:
@@ -99,19 +98,14 @@ def read_checkpoint(source: str | Path, revision: str | None = None, token: str 
         )
     config_path = _fetch(source, CONFIG_FILE, revision, token)
     config = _read_config(config_path) if config_path else {}
-    named = _named(_read_tensors(weights), config)
-    if not named.of_kind("weights"):
-        raise ValueError(
-            f"{weights} holds no Medusa heads: no tensor is named like {named.name(('weights', 0, 0))!r}; "
-            f"its tensors are {_listed(named.unknown)}"
-        )
+    tensors = _read_tensors(weights)
     try:
-        sizes, tensors = _assemble(named, config)
+        sizes, assembled = _assemble(tensors, config)
     except ValueError as error:
         raise ValueError(f"{weights}: {error}") from error
     _warn_of_wrong_config(config, sizes, str(config_path))
     calibrated = _fetch(source, calibration.FILE_NAME, revision, token)
-    return Checkpoint(sizes, tensors, _read_calibration(calibrated, sizes.num_heads) if calibrated else None)
+    return Checkpoint(sizes, assembled, _read_calibration(calibrated, sizes.num_heads) if calibrated else None)
 
 
 def _fetch(source: str | Path, name: str, revision: str | None, token: str | bool | None) -> Path | None:
@@ -150,7 +144,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"the heads' state_dict() as {MEDUSA_FILE}"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} can not be read, it may be cut short: {error}") from error
+        raise ValueError(f"{path} cannot be read, it may be cut short: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of tensors; save the heads' state_dict() as {MEDUSA_FILE}")
     return {PREFIX.sub("", str(name)): tensor for name, tensor in tensors.items()}
@@ -165,115 +159,73 @@ def _read_calibration(path: Path, num_heads: int) -> HeadCalibration:
     return found
 
 
-def _named(tensors: dict[str, Tensor], config: dict[str, Any]) -> NamedTensors:
-    """Sorts tensors by their names."""
-    is_vllm = any(VLLM_NAME.fullmatch(name) for name in tensors)
-    places = {}
-    ignored: set[str] = set()
-    if is_vllm:
-        places = {name: place for name in tensors if (place := _vllm_place(name))}
-        if config.get("original_lm_head"):
-            # The one projection, under either name, is a copy of the target's output embedding.
-            ignored = {name for name in tensors if name == "lm_head.weight" or VLLM_PROJECTION.fullmatch(name)}
-            places = {name: place for name, place in places.items() if name not in ignored}
-    else:
-        places = {name: place for name in tensors if (place := _medusa_place(name))}
-    ignored.add(TOKEN_MAP)
-    unknown = [name for name in tensors if name not in places and name not in ignored]
-    return NamedTensors(places, tensors, unknown, "vllm" if is_vllm else "medusa")
-
-
-def _medusa_place(name: str) -> Place | None:
-    match = MEDUSA_NAME.fullmatch(name)
-    if match is None:
-        return None
-    kind = {"linear.weight": "weights", "linear.bias": "biases", "weight": "projections"}[match["kind"]]
-    return kind, int(match["head"]), int(match["layer"])
-
-
-def _vllm_place(name: str) -> Place | None:
-    if match := VLLM_NAME.fullmatch(name):
-        return "weights" if match["kind"] == "weight" else "biases", int(match["head"]), int(match["layer"])
-    if match := VLLM_PROJECTION.fullmatch(name):
-        return "projections", int(match["head"]), 0
-    return None
-
-
-def _assemble(named: NamedTensors, config: dict[str, Any]) -> tuple[MedusaConfig, dict[str, Tensor]]:
-    """Sizes from the tensors, and the tensors stacked; every one that does not fit is named in one error."""
-    sizes, projected = _sizes(named, config)
-    has_biases = named.layout == "medusa" or bool(named.of_kind("biases"))
-    after = sizes.num_layers if named.layout == "medusa" else 0
-    wanted: dict[Place, tuple[int, ...]] = {}
-    for head in range(sizes.num_heads):
-        for layer in range(sizes.num_layers):
-            wanted["weights", head, layer] = (sizes.hidden_size, sizes.hidden_size)
-            if has_biases:
-                wanted["biases", head, layer] = (sizes.hidden_size,)
-        if sizes.version == "1":
-            wanted["projections", head, after] = (projected, sizes.hidden_size)
-    _check(named, wanted)
-    found = {place: named.tensors[name] for name, place in named.places.items()}
-    token_map, rows = _token_map(named, sizes, projected)
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in found.values()))
+def _assemble(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[MedusaConfig, dict[str, Tensor]]:
+    """Sizes from the tensors, and the tensors stacked; one error names every tensor that does not fit."""
+    is_vllm = any((place := VLLM.place(name)) and place[0] != "projections" for name in tensors)
+    names = VLLM if is_vllm else MEDUSA
+    token_map = tensors.get(TOKEN_MAP)
+    tensors = {name: tensor for name, tensor in tensors.items() if name != TOKEN_MAP}
+    if is_vllm and config.get("original_lm_head"):
+        # The one projection, under either name, is a copy of the target's output embedding.
+        tensors = {name: t for name, t in tensors.items() if not re.fullmatch(r"lm_head(s\.\d+)?\.weight", name)}
+    places = {name: place for name in tensors if (place := names.place(name))}
+    if not any(kind == "weights" for kind, _, _ in places.values()):
+        raise ValueError(
+            f"holds no Medusa heads: no tensor is named like {MEDUSA.weights.format(head=0, layer=0)!r}; "
+            f"its tensors are {_listed(list(tensors))}"
+        )
+    sizes, projected = _sizes(tensors, places, token_map, config)
+    has_biases = not is_vllm or any(kind == "biases" for kind, _, _ in places.values())
+    wanted = names.of(sizes.num_heads, sizes.num_layers, has_biases, sizes.version == "1")
+    hidden = sizes.hidden_size
+    shapes = {"weights": (hidden, hidden), "biases": (hidden,), "projections": (projected, hidden)}
+    _check(tensors, {name: shapes[kind] for (kind, _, _), name in wanted.items()})
+    dtype = reduce(torch.promote_types, (tensors[name].dtype for name in wanted.values()))
 
     def stacked(kind: str, layer: int) -> Tensor:
-        return torch.stack([found[kind, head, layer].to(dtype) for head in range(sizes.num_heads)])
+        return torch.stack([tensors[wanted[kind, head, layer]].to(dtype) for head in range(sizes.num_heads)])
 
-    no_biases = torch.zeros(sizes.num_heads, sizes.hidden_size, dtype=dtype)
-    tensors = {f"weights.{layer}": stacked("weights", layer) for layer in range(sizes.num_layers)}
+    assembled = {f"weights.{layer}": stacked("weights", layer) for layer in range(sizes.num_layers)}
     for layer in range(sizes.num_layers):
-        tensors[f"biases.{layer}"] = stacked("biases", layer) if has_biases else no_biases.clone()
+        zeros = torch.zeros(sizes.num_heads, hidden, dtype=dtype)
+        assembled[f"biases.{layer}"] = stacked("biases", layer) if has_biases else zeros
     if sizes.version == "1":
-        tensors["projections"] = stacked("projections", after)
-        if rows is not None:
-            tensors["projections"] = tensors["projections"][:, rows]
+        assembled["projections"] = stacked("projections", sizes.num_layers)
     if token_map is not None:
-        tensors[TOKEN_MAP] = token_map
-    return sizes, tensors
+        assembled[TOKEN_MAP], order = token_map.sort()
+        check_token_map(assembled[TOKEN_MAP], sizes.vocab_size)
+        assembled[TOKEN_MAP] = assembled[TOKEN_MAP].long()
+        if sizes.version == "1":  # of the tokens that can be named, in the order of the map, or of all
+            if projected not in (len(token_map), sizes.vocab_size):
+                raise ValueError(f"{TOKEN_MAP} lists {len(token_map)} tokens, but projections cover {projected}")
+            rows = order if projected == len(token_map) else assembled[TOKEN_MAP]
+            assembled["projections"] = assembled["projections"][:, rows]
+    return sizes, assembled
 
 
-def _token_map(named: NamedTensors, sizes: MedusaConfig, projected: int) -> tuple[Tensor | None, Tensor | None]:
-    """The tokens that the heads can name, ascending, and which rows of a projection are theirs.
-
-    Args:
-        named: Of the file.
-        sizes: Of the heads.
-        projected: Rows of a projection in the file: of the tokens that can be named, or of all.
-    """
-    if sizes.draft_vocab_size is None:
-        return None, None
-    tokens = named.tensors[TOKEN_MAP]
-    ascending, order = tokens.sort()
-    check_token_map(ascending, sizes.vocab_size)
-    ascending = ascending.long()
-    if sizes.version == "1" and projected not in (len(tokens), sizes.vocab_size):
-        raise ValueError(f"{TOKEN_MAP} lists {len(tokens)} tokens, but projections cover {projected}")
-    return ascending, order if projected == len(tokens) else ascending
-
-
-def _sizes(named: NamedTensors, config: dict[str, Any]) -> tuple[MedusaConfig, int]:
+def _sizes(
+    tensors: dict[str, Tensor], places: dict[str, Place], token_map: Tensor | None, config: dict[str, Any]
+) -> tuple[MedusaConfig, int]:
     """What most tensors say, and how many rows projections have.
 
     Raises:
         ValueError: Projections cover a part of the vocabulary, and no map tells which.
     """
-    shapes = {name: named.tensors[name].shape for name in named.places}
-    projections = [shapes[name][:1] for name, place in named.places.items() if place[0] == "projections"]
+    shapes = {name: tensors[name].shape for name in places}
+    projections = [shapes[name][:1] for name, place in places.items() if place[0] == "projections"]
     projected = _most_common(projections) if projections else 0
-    token_map = named.tensors.get(TOKEN_MAP)
     said = config.get("vocab_size")
     if projections and token_map is None and said not in (None, projected):
         raise ValueError(
-            f"projections cover {projected} tokens, {CONFIG_FILE} says {said} (vLLM's truncated_vocab_size?), and "
-            f"there is no {TOKEN_MAP} that tells which; without it heads must cover the whole vocabulary"
+            f"projections cover {projected} tokens, {CONFIG_FILE} says {said} (vLLM's "
+            f"truncated_vocab_size?), and there is no {TOKEN_MAP} that tells which; without it heads must cover the "
+            "whole vocabulary"
         )
     sizes = MedusaConfig(
-        hidden_size=_most_common(shapes[name][-1:] for name, place in named.places.items() if place[0] != "biases"),
+        hidden_size=_most_common(shapes[name][-1:] for name, place in places.items() if place[0] != "biases"),
         vocab_size=projected if projections and token_map is None else said,
-        num_heads=1 + max(head for _, head, _ in named.places.values()),
-        # In Medusa's names a projection is numbered like the layer after the last.
-        num_layers=max(layer + (kind != "projections") for kind, _, layer in named.places.values()),
+        num_heads=1 + max(head for _, head, _ in places.values()),
+        num_layers=max(layer + (kind != "projections") for kind, _, layer in places.values()),
         version="1" if projections else "2",
         base_model_name_or_path=config.get("base_model_name_or_path"),
         draft_vocab_size=None if token_map is None else token_map.numel(),
@@ -288,16 +240,18 @@ def _most_common(shapes: Iterable[torch.Size]) -> int:
     return counts.most_common(1)[0][0]
 
 
-def _check(named: NamedTensors, wanted: dict[Place, tuple[int, ...]]) -> None:
-    missing = [named.name(place) for place in wanted if place not in set(named.places.values())]
-    extra = named.unknown + [name for name, place in named.places.items() if place not in wanted]
-    misshapen = [
-        f"{name} {tuple(named.tensors[name].shape)} instead of {wanted[place]}"
-        for name, place in named.places.items()
-        if place in wanted and tuple(named.tensors[name].shape) != wanted[place]
-    ]
-    not_float = [name for name in named.places if not named.tensors[name].is_floating_point()]
-    faults = {"missing": missing, "unexpected": extra, "of the wrong shape": misshapen, "not of floats": not_float}
+def _check(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
+    known = {name: tensor for name, tensor in tensors.items() if name in wanted}
+    faults = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [name for name in tensors if name not in wanted],
+        "of the wrong shape": [
+            f"{name} {tuple(tensor.shape)} instead of {wanted[name]}"
+            for name, tensor in known.items()
+            if tuple(tensor.shape) != wanted[name]
+        ],
+        "not of floats": [name for name, tensor in known.items() if not tensor.is_floating_point()],
+    }
     if any(faults.values()):
         listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
         raise ValueError(f"tensors do not make a set of heads: {listed}")
@@ -322,3 +276,104 @@ def _warn_of_wrong_config(config: dict[str, Any], sizes: MedusaConfig, path: str
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:8])
     return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown or "none"
+
+
+def write_checkpoint(heads: MedusaHeads, folder: Path, layout: str | None = None) -> None:
+    """Saves heads; see `MedusaHeads.save_pretrained`."""
+    layout = heads.config.version if layout is None else layout
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is not one of {', '.join(map(repr, LAYOUTS))}")
+    file_name = VLLM_FILE if layout == "vllm" else MEDUSA_FILE
+    _check_folder(folder, file_name)
+    tensors = _tensors(heads, layout)
+    config = _vllm_config(heads) if layout == "vllm" else _medusa_config(heads, layout)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / file_name, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if heads.calibration is not None:
+        heads.calibration.save(folder)
+    else:
+        (folder / calibration.FILE_NAME).unlink(missing_ok=True)
+
+
+def _check_folder(folder: Path, file_name: str) -> None:
+    """Heads must not replace a model's files, nor lie beside other heads that would be read instead of them."""
+    if others := [name for name in WEIGHT_FILES if name != file_name and (folder / name).exists()]:
+        raise ValueError(f"{folder} holds {', '.join(others)} already, which is not of this layout; use another folder")
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or not ("medusa_num_heads" in config or config.get("model_type") == "medusa"):
+        raise ValueError(f"{path} belongs to something else than heads; use another folder")
+
+
+def _medusa_config(heads: MedusaHeads, layout: str) -> dict[str, Any]:
+    config = heads.config
+    return {
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "medusa_num_heads": config.num_heads,
+        "medusa_num_layers": config.num_layers,
+        "version": layout,
+        "hidden_size": config.hidden_size,
+    } | ({"vocab_size": config.vocab_size} if config.vocab_size is not None else {})
+
+
+def _vllm_config(heads: MedusaHeads) -> dict[str, Any]:
+    config = heads.config
+    return {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "truncated_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "num_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "medusa_fc_bias": True,
+        "original_lm_head": config.version == "2",
+        "dtype": str(heads.dtype).removeprefix("torch."),
+    }
+
+
+def _tensors(heads: MedusaHeads, layout: str) -> dict[str, Tensor]:
+    """All tensors by their names in the layout."""
+    if layout == "2":
+        _check_projections_are_shared(heads)
+    sizes, tensors = heads.config, {}
+    names = VLLM if layout == "vllm" else MEDUSA
+    for (kind, head, layer), name in names.of(sizes.num_heads, sizes.num_layers, projections=layout != "2").items():
+        if kind != "projections":
+            tensors[name] = getattr(heads, kind)[layer][head]
+        elif layout == "1" or sizes.version == "1" or head == 0:  # vLLM reads a shared projection from the file, once
+            tensors[name] = _shared_projection(heads) if heads.projections is None else heads.projections[head]
+    if heads.token_map is not None:
+        tensors[TOKEN_MAP] = heads.token_map
+    # Copies even where none seems needed: safetensors refuses tensors that share memory.
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _shared_projection(heads: MedusaHeads) -> Tensor:
+    weight = heads.output_embedding.weight()
+    return weight if heads.token_map is None else weight[heads.token_map.to(weight.device)]
+
+
+def _check_projections_are_shared(heads: MedusaHeads) -> None:
+    if heads.projections is None:
+        return
+    shared = _shared_projection(heads).to(heads.device, torch.float32)
+    different = {
+        head: difference
+        for head, projection in enumerate(heads.projections.detach(), 1)
+        if (difference := float((projection.float() - shared).abs().max())) > 0
+    }
+    if different:
+        listed = ", ".join(f"{head} (by up to {difference:.3g})" for head, difference in different.items())
+        raise ValueError(
+            f"layout='2' has no projections, and those of heads {listed} differ from the model's output embedding, "
+            "which version 2 heads share; save them as layout='1' or 'vllm'"
+        )

@@ -127,9 +127,9 @@ class MedusaHeads(nn.Module):
                 projections to be the model's output embedding still.
 
         Raises:
-            ValueError: The heads can not be said in this layout, or the folder holds something else.
+            ValueError: The layout cannot express the heads, or the folder holds something else.
         """
-        from specdec.heads.export import write_checkpoint
+        from specdec.heads.checkpoints import write_checkpoint
 
         write_checkpoint(self, Path(folder), layout)
 

@@ -62,7 +62,7 @@ def expected_tokens(accuracies: Sequence[Sequence[float]], paths: Paths) -> floa
 
 
 def measured_tokens(ranks: ArrayLike, paths: Paths) -> float:
-    """Tokens per target pass over a tree on measured positions: heads that are right together are told from chance.
+    """Tokens per target pass over a tree on measured positions: correlations between heads count.
 
     Args:
         ranks: Per position, per head: rank of the target's token in the head's list, -1 where it is not there,

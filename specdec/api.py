@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from specdec.budget import Budget
@@ -23,7 +26,8 @@ from specdec.passes.capability import Capability
 from specdec.passes.compiled.passes import CompileMode
 from specdec.passes.cuda_graphs.store import GraphMode
 from specdec.report import SpeculationReport
-from specdec.settings import Settings
+from specdec.session import Session, Tokens
+from specdec.settings import Memory, Settings
 from specdec.target import unwrapped
 from specdec.verifiers.base import Verifier
 from specdec.verifiers.by_name import resolve_verifier
@@ -45,6 +49,7 @@ def accelerate(
     cuda_graphs: GraphMode = "auto",
     compiled: CompileMode = False,
     deterministic: bool = False,
+    memory: Memory = "process",
 ) -> SpeculativeModel:
     """Wraps a causal LM so that `generate()` gives the same tokens sooner.
 
@@ -66,6 +71,9 @@ def accelerate(
         deterministic: Choose drafts and tree sizes by the call's own text alone, not by the clock nor by what earlier
             calls taught: the same call gives the same tokens in every process, in bfloat16 and float16 too; see
             docs/exactness.md.
+        memory: How long drafters remember outputs: `"process"`, for later calls of this wrapper, whoever makes them
+            (Lookahead keeps up to 256 MiB), or `"call"`, so that no call is told of another one's text. Wrappers never
+            share what they remember, unless they are given the same `Drafter`.
 
     Returns:
         A stand-in for `model`, with `generate`, `report`, `capability`, `drafter` and `verifier`.
@@ -86,8 +94,9 @@ def accelerate(
         cuda_graphs=cuda_graphs,
         compiled=compiled,
         deterministic=deterministic,
+        memory=memory,
     )
-    fast = SpeculativeModel(model, Speculation(settings))
+    fast = _stand_in(type(model).__name__)(model, Speculation(settings))
     fast.speculation.bind(unwrapped(model))
     warm_up()
     return fast
@@ -132,6 +141,12 @@ def _settings(
     return Settings(resolve_drafter(drafter), resolve_verifier(verifier), strict, budget or Budget(max_nodes), **others)
 
 
+@functools.cache
+def _stand_in(name: str) -> type[SpeculativeModel]:
+    """The class of stand-ins for models whose class has this name: programs look models up by that."""
+    return type(name, (SpeculativeModel,), {"__module__": SpeculativeModel.__module__})
+
+
 def _check_model(model: Any) -> None:
     if isinstance(model, SpeculativeModel):
         raise TypeError("this model is accelerated already; pass its .model to wrap it another way")
@@ -139,11 +154,23 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model={model!r} is a name; load it first: AutoModelForCausalLM.from_pretrained({model!r})")
     if not hasattr(model, "generate") or not hasattr(model, "config"):
         raise TypeError(f"model must be a transformers causal LM, not {type(model).__name__}")
-    can_generate = getattr(model, "can_generate", lambda: True)
+    inner = unwrapped(model)
+    can_generate = getattr(inner, "can_generate", lambda: True)
     if not can_generate():
         raise ValueError(
             f"{type(model).__name__} cannot generate text; load a causal LM, "
             "for instance with AutoModelForCausalLM.from_pretrained(...)"
+        )
+    if not isinstance(inner, GenerationMixin):
+        raise TypeError(
+            f"model is a {type(model).__name__}, whose generate() is not that of transformers; pass the transformers "
+            "model inside it"
+        )
+    parameters = inspect.signature(model.generate).parameters
+    if "custom_generate" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(
+            f"generate() of {type(model).__name__} takes {', '.join(parameters)} only, so that no decoding method can "
+            f"be handed to it; pass the {type(inner).__name__} inside it"
         )
 
 
@@ -157,20 +184,30 @@ class SpeculativeModel:
 
     model: Any
     speculation: Speculation
+    _thread: threading.local
 
     def __init__(self, model: Any, speculation: Speculation) -> None:
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "speculation", speculation)
+        object.__setattr__(self, "_thread", threading.local())
 
     @property
     def drafter(self) -> Drafter | None:
-        """What guesses; None when drafting is off."""
+        """What guesses; None when drafting is off. May be set, to whatever `accelerate` takes."""
         return self.speculation.drafter
+
+    @drafter.setter
+    def drafter(self, drafter: DrafterLike) -> None:
+        self.speculation.change(unwrapped(self.model), drafter=resolve_drafter(drafter))
 
     @property
     def verifier(self) -> Verifier:
-        """What accepts."""
+        """What accepts. May be set, to whatever `accelerate` takes."""
         return self.speculation.verifier
+
+    @verifier.setter
+    def verifier(self, verifier: str | Verifier) -> None:
+        self.speculation.change(unwrapped(self.model), verifier=resolve_verifier(verifier))
 
     @property
     def report(self) -> SpeculationReport:
@@ -226,7 +263,10 @@ class SpeculativeModel:
             trace: Note in `report.trace` which pass and which source each token came from.
             kwargs: Those of `model.generate`.
         """
-        if "custom_generate" in kwargs:
+        is_custom = "custom_generate" in kwargs
+        if (patched := self._patched()) is not None and (is_custom or getattr(self._thread, "depth", 0) > 0):
+            return type(patched).generate(patched, *args, **kwargs)
+        if is_custom:
             raise ValueError("custom_generate cannot be combined with specdec.accelerate; call .model.generate instead")
         if len(args) > 1:  # generate(inputs, generation_config, ...)
             names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
@@ -234,10 +274,44 @@ class SpeculativeModel:
         reason = before_generate(self.model, kwargs)
         if reason is not None:
             self.speculation.begin_fallback(reason)
+            return self._generate_of_model(*args, **kwargs)
+        # `generate` sends a custom method no streamer, tokenizer or synced_gpus, so they are brought in from here.
+        synced_gpus = bool(kwargs.get("synced_gpus"))
+        decode = partial(self.speculation, synced_gpus=synced_gpus, streamer=kwargs.get("streamer"), trace=trace)
+        report = self.speculation.report
+        output = self._generate_of_model(*args, custom_generate=decode, **self._with_stop_strings(kwargs))
+        if self.speculation.report is report:
+            self.speculation.begin_fallback(f"generate() of {type(self.model).__name__} decodes in a way of its own")
+        return output
+
+    def _patched(self) -> Any:
+        """The model, or the one inside it, whose `generate` is this stand-in's: `model.generate = fast.generate`."""
+        models = self.model, unwrapped(self.model)
+        return next((m for m in models if getattr(vars(m).get("generate"), "__self__", None) is self), None)
+
+    def _generate_of_model(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`; where this stand-in's is in its place, that comes back here and goes beneath."""
+        self._thread.depth = getattr(self._thread, "depth", 0) + 1
+        try:
             return self.model.generate(*args, **kwargs)
-        # `generate` sends a custom method neither streamer nor tokenizer, so both are brought in from here.
-        decode = partial(self.speculation, streamer=kwargs.get("streamer"), trace=trace)
-        return self.model.generate(*args, custom_generate=decode, **self._with_stop_strings(kwargs))
+        finally:
+            self._thread.depth -= 1
+
+    def session(self, input_ids: Tokens, attention_mask: Tensor | None = None, **generate_kwargs: Any) -> Session:
+        """A text on a live kv cache, to generate, feed, score and roll back; see docs/session.md.
+
+        Args:
+            input_ids: The prompts, left-padded, `[batch, prompt]`, or one row's list of ids.
+            attention_mask: Zero at padding.
+            generate_kwargs: Arguments of every `generate` of the session; `tokenizer=...` for stop strings.
+
+        Returns:
+            A context manager that frees the cache at its end.
+        """
+        verifier, drafter = self.speculation.verifier, self.drafter
+        report = SpeculationReport(drafter.name if drafter else "none", verifier.name, verifier.guarantee)
+        arguments = input_ids, attention_mask, None, report
+        return Session(self.model, self.generate, lambda: self.report, *arguments, **generate_kwargs)
 
     def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Turns stop strings into the criterion that `generate` would make of them."""
@@ -267,7 +341,22 @@ class SpeculativeModel:
         return call
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.model, name, value)
+        if name in ("model", "speculation"):
+            raise AttributeError(f"{name} cannot be replaced; call specdec.accelerate again")
+        own = hasattr(SpeculativeModel, name)  # such attributes never reach the model
+        (object.__setattr__ if own else setattr)(self if own else self.model, name, value)
+
+    def __copy__(self) -> SpeculativeModel:
+        return type(self)(self.model, self.speculation)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpeculativeModel:
+        """Copies the model, the settings and what was learned; caches start empty."""
+        fast = type(self)(copy.deepcopy(self.model, memo), copy.deepcopy(self.speculation, memo))
+        fast.speculation.bind(unwrapped(fast.model))
+        return fast
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a SpeculativeModel cannot be pickled; pickle its .model, and call specdec.accelerate on that")
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self.model)})

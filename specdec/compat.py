@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import fsdp
 from transformers import GenerationConfig
 from transformers import cache_utils as caches
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 Model: TypeAlias = Any
 
@@ -36,6 +39,14 @@ CACHE = (
 
 DummyLayer: type[Any] = getattr(caches, "DummyLayer", None) or caches.LinearAttentionLayer
 """A cache layer that holds nothing. Before transformers 5.23 an empty `LinearAttentionLayer` serves as one."""
+
+PREFILL_ONLY = frozenset(
+    {"mm_encoder_outputs", *getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ())}
+)
+"""Arguments of a forward, pictures for one, that `generate` hands to the prefill alone."""
+
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+"""Arguments of the model's forward with one id per token, which tells text from pictures."""
 
 _MARKS_CACHES = "_is_user_defined" in getattr(
     getattr(getattr(GenerationMixin, "_prepare_cache_for_generation", None), "__code__", None), "co_names", ()
@@ -98,6 +109,19 @@ def has_default_cache(model: Model) -> bool:
     return not getattr(model, "_is_stateful", False) and (supports is None or bool(supports()))
 
 
+def token_types(model_kwargs: dict[str, Any]) -> dict[str, int] | None:
+    """The type of every generated token, by argument; None where it differs from row to row."""
+    found = {}
+    for name in TOKEN_TYPES:
+        given = model_kwargs.get(name)
+        if isinstance(given, Tensor):
+            last = [0] if name == "mm_token_type_ids" else given[..., -1].unique().tolist()
+            if len(last) > 1:
+                return None
+            found[name] = int(last[0])
+    return found
+
+
 def prefill(model: Model, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
     """Runs a prompt as `generate` does, and returns the model's output.
 
@@ -150,6 +174,27 @@ def decoding_method(model: Model, mode: GenerationMode) -> Any:
     """The function that decodes in a mode, to be called with the model first."""
     names = getattr(generation_utils, "GENERATION_MODES_MAPPING", _METHODS)
     return getattr(type(model), names.get(mode, "_sample"), GenerationMixin._sample)
+
+
+def runs_in_step(model: Model) -> bool:
+    """Whether several processes must run the same number of passes, as each holds a part of the weights.
+
+    By the model's own state: `generate` tells a custom method nothing of it, and does not see `fully_shard` itself.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    kinds = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
+    return is_deepspeed_zero3_enabled() or any(isinstance(module, kinds) for module in model.modules())
+
+
+def has_own_loop(model: Model) -> bool:
+    """Whether a model's class has a sampling loop of its own in place of that of transformers."""
+    return type(model)._sample is not GenerationMixin._sample
+
+
+def runs_other_method(mode: GenerationMode) -> bool:
+    """Whether a decoding method is none of the model's own: it was moved to a repository, and is loaded from there."""
+    return "/" in getattr(generation_utils, "GENERATION_MODES_MAPPING", {}).get(mode, "")
 
 
 def pad_token(config: GenerationConfig) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -36,8 +38,9 @@ class Decoder:
     report: SpeculationReport
     ranks: Ranks | None = None
     rows: list[int] = field(default_factory=list)
-    kept_scores: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
     num_new: Sequence[int] = ()
+    error: BaseException | None = None
+    """Raised where the other processes of a tensor-parallel model hear of it."""
 
     def run(self, input_ids: Tensor) -> None:
         """Generates until every row is finished; the tokens are then in `sequences`.
@@ -49,7 +52,6 @@ class Decoder:
             input_ids: The prompts as `generate` prepared them, `[batch, prompt]`.
         """
         self.rows = list(range(len(self.sequences)))
-        self.kept_scores = [[] for _ in self.rows]
         with self.report.timed("prefill"):
             logits = self.target.prefill(input_ids)  # [B, 1, V]
         self.report.count_pass([0] * len(self.rows))
@@ -61,7 +63,7 @@ class Decoder:
             with self.report.timed("compile"):
                 self.target.compile_passes(self.sequences.roots(self.rows)[:, None])
         try:
-            self.drafter.start(self.sequences, self.rows)
+            self._tell(self.drafter.start, self.sequences, self.rows)
             while unfinished:
                 self._end_rows(unfinished)
                 with self.report.timed("draft"):
@@ -72,14 +74,14 @@ class Decoder:
                     unfinished = self._commit(tree, outcome, is_in_cache=False)
                     is_exact = self.report.guarantee == "token-identical"
                     self.budget.observe(tree, outcome.accepted, outcome.tokens if is_exact else None)
-                    of_tree = outcome.accepted, self.num_new, outcome.top_tokens, outcome.verdicts
-                    self.drafter.observe(self.sequences, self.rows, tree, *of_tree)
-                if tree.steps is None:  # a judge takes its time, and steps may be longer than any other tree
-                    self.budget.record(tree.num_nodes, time.perf_counter() - started)
+                    of_tree = outcome.accepted, self.num_new, outcome.top_tokens
+                    self._tell(self.drafter.observe, self.sequences, self.rows, tree, *of_tree)
+                self.budget.record(tree.num_nodes, time.perf_counter() - started)
         finally:
             self.drafter.finish(self.sequences)
-        generated = [self.sequences.num_generated(row) for row in range(len(self.sequences))]
-        self.budget.end(len(generated), max(generated))
+        if self.error is not None:
+            raise self.error
+        self.budget.end()
         self.streamer.end()
 
     def _last_prompt_tokens(self, input_ids: Tensor) -> TokenTree:
@@ -98,23 +100,31 @@ class Decoder:
 
     def _draft(self) -> TokenTree | None:
         """The drafter's tree, cut to what is worth verifying; None when there is no draft."""
+        if self.ranks is None:
+            return self._chosen()
+        return self.ranks.share(self._chosen, len(self.rows), self.budget.max_nodes)
+
+    def _tell(self, method: Callable[..., None], *args: Any) -> None:
+        """Tells the drafter of something; with several processes an error waits until all of them can be told."""
+        try:
+            method(*args)
+        except BaseException as error:
+            if self.ranks is None:
+                raise
+            self.error = error
+
+    def _chosen(self) -> TokenTree | None:
+        if self.error is not None:
+            raise self.error
         self.budget.set_size(len(self.rows), max(self.sequences.lengths[row] for row in self.rows))
         nodes, started = self.budget.nodes_to_draft(), time.perf_counter()
         tree = self.drafter.propose(self.sequences, self.rows, nodes)
         spent = time.perf_counter() - started
         if tree is None and nodes > 1:
-            self.budget.pass_over(spent)
+            self.budget.record_empty_proposal(spent)
         if tree is not None:
-            trial = self._trial_pass if self.ranks is None else None
-            tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent, trial)
-        return tree if self.ranks is None else self.ranks.share(tree, len(self.rows), self.budget.max_nodes)
-
-    def _trial_pass(self, nodes: int) -> None:
-        """Runs a pass over so many nodes and rolls it back: real text, as experts are paid by how many are taken."""
-        with self.report.timed("calibrate"):
-            if self.target.lockstep:  # a chain is not run beyond the end
-                nodes = min(nodes, *(self.sequences.room(row) for row in self.rows))
-            self.target.trial_pass(self.sequences.latest(self.rows, nodes), nodes)
+            tree = self.budget.choose(tree.first_chain() if self.target.lockstep else tree, spent)
+        return tree
 
     def _commit(self, tree: TokenTree, outcome: Outcome, is_in_cache: bool = True) -> list[int]:
         """Keeps new tokens up to where their row ends; the cache gets all but the last, which is the next root.
@@ -122,9 +132,7 @@ class Decoder:
         Returns:
             Which rows go on, as indices into `rows`.
         """
-        counts, is_done = zip(
-            *(self.stop.count(row, tokens) for row, tokens in zip(self.rows, outcome.tokens, strict=True)), strict=True
-        )
+        counts, is_done = zip(*(self._count(i, row, outcome) for i, row in enumerate(self.rows)), strict=True)
         unfinished = [i for i, done in enumerate(is_done) if not done]
         if self.target.lockstep and unfinished:
             shortest = min(counts[i] for i in unfinished)
@@ -133,8 +141,7 @@ class Decoder:
         for i, row in enumerate(self.rows):
             self.sequences.append(row, outcome.tokens[i][: counts[i]])
             paths.append([0, *outcome.accepted[i]][: counts[i]])
-            if self.sampler.keep_scores:
-                self.kept_scores[row] += self.sampler.kept(i, paths[i])
+            self.sampler.commit(i, row, paths[i])
         if outcome.near_ties is not None:
             self.report.count_near_ties([row[:count] for row, count in zip(outcome.near_ties, counts, strict=True)])
         if not is_in_cache:
@@ -143,12 +150,16 @@ class Decoder:
             self.target.commit(paths, unfinished)
         if self.report.trace is not None:
             kept = [tokens[:count] for tokens, count in zip(outcome.tokens, counts, strict=True)]
-            owns = [0 if verdict and verdict.accepted else 1 for verdict in outcome.verdicts or [None] * len(kept)]
-            drafted = [tokens[: len(tokens) - own] for tokens, own in zip(kept, owns, strict=True)]
-            sources = [self.drafter.sources_of(i, tokens) for i, tokens in enumerate(drafted)]
+            sources = [self.drafter.sources_of(i, tokens[:-1]) for i, tokens in enumerate(kept)]
             self.report.trace.add_pass(self.rows, kept, sources, tree.num_drafted)
         self.streamer.feed([self.rows[i] for i in unfinished])
         return unfinished
+
+    def _count(self, i: int, row: int, outcome: Outcome) -> tuple[int, bool]:
+        """How many of a row's new tokens are kept, and whether it is finished with them."""
+        path = [0, *outcome.accepted[i]]
+        scores = partial(self.sampler.scores_after, i, row, path) if self.sampler.keep_scores else None
+        return self.stop.count(row, outcome.tokens[i], scores)
 
     def _end_rows(self, unfinished: list[int]) -> None:
         """Takes finished rows out of the computation and frees what no row needs any more."""

@@ -4,93 +4,85 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.budget import Budget
 from specdec.drafters.base import DraftContext, Drafter, DrafterSwitchedOffWarning, DraftSession, Step, check_proposal
-from specdec.kernels import Floats, Ints, host_array, largest_at
+from specdec.kernels import Ints, host_array, largest_at
 from specdec.passes.hidden_states import HiddenStates
-from specdec.reasoning import Verdict
 from specdec.report import SpeculationReport
 from specdec.rows.sequences import Sequences
 from specdec.sampling import Sampler
 from specdec.tree import TokenTree
 
-__all__ = ["DrafterSwitchedOffWarning", "GuardedDrafter"]
+__all__ = ["CallFacts", "DrafterSwitchedOffWarning", "GuardedDrafter"]
 
 RANKED_NODES = 16
-"""Nodes of a tree, best first, behind which a drafter is told the target's likeliest tokens whatever comes of them."""
-MOST_RESTED = 64
-"""Steps without drafting of which the drafter is told at once."""
+"""First nodes of a tree whose top tokens are looked up on a CPU even where they are not accepted; raise it for drafters
+to learn from more nodes, at the cost of a pass over the vocabulary for each."""
 
 
-class GuardedDrafter:
-    """Calls a drafter, and goes on without it after an error.
+@dataclass(frozen=True)
+class CallFacts:
+    """What a drafter may know of a call, the same for all its steps.
 
     Args:
-        drafter: None for drafting off.
         vocab_size: Draft tokens must be below.
-        report: Takes the error.
-        strict: Raise a drafter's errors instead.
+        strict: Raise a drafter's errors.
+        num_top_tokens: How many of the target's likeliest tokens the drafter wants to know per node.
         hidden_states: The target's, for a drafter that needs them.
         sampler: How the target's tokens are picked.
         is_sampled_from: See `DraftContext`.
+    """
+
+    vocab_size: int
+    strict: bool = False
+    num_top_tokens: int = 0
+    hidden_states: HiddenStates | None = None
+    sampler: Sampler | None = None
+    is_sampled_from: bool = False
+
+
+class GuardedDrafter:
+    """Calls a drafter, and continues without it after an error.
+
+    Args:
+        drafter: None for drafting off.
+        report: Takes the error.
+        facts: What the drafter may know of the call.
         budget: Knows how long a target pass takes.
-        is_judged: See `DraftContext`.
-        asks_target: See `DraftContext`.
-        end_tokens: See `DraftContext`.
-        num_top_tokens: How many of the target's likeliest tokens the drafter wants to know per node.
     """
 
     def __init__(
-        self,
-        drafter: Drafter | None,
-        vocab_size: int,
-        report: SpeculationReport,
-        strict: bool,
-        hidden_states: HiddenStates | None = None,
-        sampler: Sampler | None = None,
-        is_sampled_from: bool = False,
-        budget: Budget | None = None,
-        is_judged: bool = False,
-        asks_target: bool = False,
-        end_tokens: frozenset[int] = frozenset(),
-        num_top_tokens: int = 0,
+        self, drafter: Drafter | None, report: SpeculationReport, facts: CallFacts, budget: Budget | None = None
     ) -> None:
-        self._num_top_tokens = num_top_tokens
         self.drafter = drafter
-        self.vocab_size = vocab_size
         self.report = report
-        self.strict = strict
-        self.hidden_states = hidden_states
-        self.sampler = sampler
-        self.is_sampled_from = is_sampled_from
+        self.facts = facts
         self.budget = budget
-        self.is_judged = is_judged
-        self.asks_target = asks_target
-        self.end_tokens = end_tokens
         self.session: DraftSession | None = None
-        self._rested: list[tuple[list[int], Ints]] = []
         self._is_resting = False
+        self._has_odd_tokens = False
 
     def kind(self) -> tuple[Hashable, ...]:
         """See `Drafter.kind`; nothing where there is no drafter."""
         return self._call("kind") or ()
 
     def start(self, sequences: Sequences, rows: Sequence[int]) -> None:
-        """Tells the drafter that a call begins."""
+        """Opens the drafter's session of this call."""
+        known = self.facts.vocab_size
+        self._has_odd_tokens = any(int(sequences.real(row).max(initial=0)) >= known for row in rows)
         self.session = self._call("start", self._context(sequences, rows))
 
     def propose(self, sequences: Sequences, rows: Sequence[int], max_nodes: int) -> TokenTree | None:
         """The drafter's tree, or None when there is no draft token in it."""
-        self._is_resting = max_nodes == 1 and not self.is_judged
+        self._is_resting = max_nodes == 1
         if self.drafter is None or self._is_resting:
             return None
-        self._tell_of_rest(sequences, rows)
         context = self._context(sequences, rows)
         if max(context.max_depth) < 1:
             return None
@@ -102,7 +94,7 @@ class GuardedDrafter:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is a drafter, and it has not failed."""
+        """Whether there is a drafter that has not failed."""
         return self.drafter is not None
 
     @property
@@ -113,7 +105,7 @@ class GuardedDrafter:
     @property
     def num_top_tokens(self) -> int:
         """How many of the target's likeliest tokens the drafter wants to know per node."""
-        return self._num_top_tokens if self.drafter is not None else 0
+        return self.facts.num_top_tokens if self.drafter is not None else 0
 
     def top_tokens(self, logits: Tensor, accepted: Tensor) -> Tensor | None:
         """What the target holds likeliest, as far as the drafter wants to know it.
@@ -141,7 +133,6 @@ class GuardedDrafter:
         accepted: list[list[int]],
         num_new: Sequence[int],
         top_tokens: Ints | None = None,
-        verdicts: Sequence[Verdict | None] | None = None,
     ) -> None:
         """Tells the drafter what became of a tree.
 
@@ -152,18 +143,11 @@ class GuardedDrafter:
             accepted: Per row the accepted draft nodes.
             num_new: Per row how many tokens were committed.
             top_tokens: See `Step`.
-            verdicts: See `Step`.
         """
-        if self._is_resting:
-            if top_tokens is not None and top_tokens.shape[-1]:
-                self._rested.append((list(rows), top_tokens))
-            if len(self._rested) >= MOST_RESTED:
-                self._tell_of_rest(sequences, rows)
-            return
         if self.session is not None and type(self.session).observe not in (DraftSession.observe, Drafter.observe):
-            ids = [sequences.real(row) for row in rows]
-            new_tokens = [tokens[len(tokens) - count :] for tokens, count in zip(ids, num_new, strict=True)]
-            step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens, verdicts, new_tokens)
+            texts = [sequences.real(row) for row in rows]
+            new_tokens = [ids[len(ids) - count :] for ids, count in zip(texts, num_new, strict=True)]
+            step = Step(list(rows), tree, [len(nodes) for nodes in accepted], top_tokens, new_tokens)
             self._call("observe", self._context(sequences, rows), step)
 
     def sources_of(self, row: int, path: Sequence[int]) -> list[tuple[str, ...]]:
@@ -172,50 +156,38 @@ class GuardedDrafter:
             return [(self.report.drafter,)] * len(path)
         return self._call("sources_of", row, path) or [(self.report.drafter,)] * len(path)
 
-    def _tell_of_rest(self, sequences: Sequences, rows: Sequence[int]) -> None:
-        """Tells the drafter of all the steps in which drafting rested, as if one tree had held their tokens."""
-        rested, self._rested = self._rested, []
-        if not rested:
-            return
-        count = len(rested)
-        top_tokens = np.concatenate([parts[[of.index(row) for row in rows]] for of, parts in rested], 1)
-        tokens = np.stack([sequences.real(row)[-count - 1 : -1] for row in rows]).astype(np.int64)
-        new_tokens = [sequences.real(row)[-count:] for row in rows]
-        parents = np.tile(np.arange(-1, count - 1), (len(rows), 1))
-        tree = TokenTree.of_arrays(tokens, parents, np.zeros(tokens.shape, np.float32))
-        step = Step(list(rows), tree, [count - 1] * len(rows), top_tokens, None, new_tokens)
-        self._call("observe", self._context(sequences, rows), step)
-
     def finish(self, sequences: Sequences) -> None:
         """Tells the drafter that the call is over."""
-        if self._is_resting and self._rested:
-            self._tell_of_rest(sequences, self._rested[-1][0])
-        self.hidden_states = None  # rows that ended have none
-        context = self._context(sequences, range(len(sequences)))
+        # Rows that ended have no hidden states.
+        context = self._context(sequences, range(len(sequences)), has_ended=True)
         self.report.drafter_figures = self._call("figures", context) or {}
         self._call("finish", context)
 
-    def _context(self, sequences: Sequences, rows: Sequence[int]) -> DraftContext:
+    def _without_odd_tokens(self, tree: Any) -> Any:
+        """A tree without draft tokens of a meaning of their own, such as pictures of the prompt."""
+        if not self._has_odd_tokens or not isinstance(tree, TokenTree):
+            return tree
+        is_odd = tree.tokens >= self.facts.vocab_size
+        is_odd[:, 0] = False
+        behind = (tree.ancestor_mask & is_odd[:, None]).any(-1)
+        return TokenTree(tree.tokens.masked_fill(is_odd, 0), tree.parents.masked_fill(behind, -1), tree.scores)
+
+    def _context(self, sequences: Sequences, rows: Sequence[int], has_ended: bool = False) -> DraftContext:
+        facts, hidden = self.facts, self.facts.hidden_states
+        needs_seconds = self.budget is not None and self.drafter is not None and self.drafter.needs_step_seconds
         return DraftContext(
             rows=list(rows),
             sequences=[sequences.real(row) for row in rows],
             prompt_lengths=[sequences.prompt - sequences.padding[row] for row in rows],
             max_depth=[sequences.room(row) - 1 for row in rows],
             device=sequences.device,
-            hidden_states=self.hidden_states.of_rows if self.hidden_states is not None else None,
-            sampler=self.sampler,
-            is_sampled_from=self.is_sampled_from,
-            step_seconds=self._step_seconds(),
-            strict=self.strict,
-            is_judged=self.is_judged,
-            asks_target=self.asks_target,
-            end_tokens=self.end_tokens,
+            hidden_states=hidden.last() if hidden is not None and not has_ended else None,
+            target_states=hidden,
+            sampler=facts.sampler,
+            is_sampled_from=facts.is_sampled_from,
+            step_seconds=self.budget.step_seconds if self.budget is not None and needs_seconds else None,
+            strict=facts.strict,
         )
-
-    def _step_seconds(self) -> tuple[Ints, Floats] | None:
-        if self.budget is None or self.drafter is None or not self.drafter.needs_step_seconds:
-            return None
-        return self.budget.step_seconds
 
     def _call(self, method: str, *args: Any) -> Any:
         if self.drafter is None or (self.session is None and method not in ("kind", "start")):
@@ -225,10 +197,11 @@ class GuardedDrafter:
             result = getattr(of, method)(*args)
             if method == "propose":
                 context, max_nodes = args
-                check_proposal(result, context, max_nodes, self.vocab_size)
+                result = self._without_odd_tokens(result)
+                check_proposal(result, context, max_nodes, self.facts.vocab_size)
             return result
         except Exception as error:
-            if self.strict:
+            if self.facts.strict:
                 raise
             self.report.drafter_error = f"{type(error).__name__}: {error}"
             warnings.warn(

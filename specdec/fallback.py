@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 from specdec import kv_cache, sampling
 from specdec.call import Call
 from specdec.common.provenance import versions
-from specdec.compat import CACHE, TESTED, has_default_cache
+from specdec.compat import (
+    CACHE,
+    PREFILL_ONLY,
+    TESTED,
+    TOKEN_TYPES,
+    has_default_cache,
+    has_own_loop,
+    is_handed_in,
+    token_types,
+)
 from specdec.kv_cache import ATTENTION_LAYER_TYPES
 from specdec.passes.capability import Capability
+from specdec.passes.cuda_graphs.fingerprint import out_of_sight
 from specdec.passes.tensor_parallel import is_sharded
 from specdec.rows import stopping
-from specdec.target import DECODE_KWARGS_HANDLED, CausalLM, cache_layer_types
+from specdec.target import DECODE_KWARGS_HANDLED, CausalLM, cache_layer_types, unwrapped
 
 if TYPE_CHECKING:  # drafters ask for the length limits of their models, and settings know drafters
     from specdec.settings import Settings
@@ -48,8 +60,17 @@ def before_generate(model: Any, kwargs: dict[str, Any]) -> str | None:
     for name in ("assistant_model", "prompt_lookup_num_tokens", "token_healing"):
         if kwargs.get(name) or getattr(kwargs.get("generation_config"), name, None):
             return f"{name} is given"
+    model = unwrapped(model)
     if getattr(model.config, "is_encoder_decoder", False):
         return "the model is an encoder-decoder"
+    config = copy.copy(model.generation_config)
+    for name in vars(config):  # as `generate` merges them
+        given = kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)
+        setattr(config, name, next((value for value in given if value is not None), getattr(config, name)))
+    if reason := _of_mode(config):
+        return reason
+    if has_own_loop(model):
+        return f"{type(model).__name__} has a sampling loop of its own"
     if getattr(model.generation_config, "stop_strings", None) and not stop_strings(kwargs):
         return "stop_strings are set in the model's generation_config; pass them to generate()"
     return None
@@ -58,6 +79,13 @@ def before_generate(model: Any, kwargs: dict[str, Any]) -> str | None:
 def stop_strings(kwargs: dict[str, Any]) -> Any:
     """Stop strings among the arguments of `generate`."""
     return kwargs.get("stop_strings") or getattr(kwargs.get("generation_config"), "stop_strings", None)
+
+
+def _of_mode(config: GenerationConfig) -> str | None:
+    mode = config.get_generation_mode()
+    if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return None
+    return f"the decoding method is {mode.value.replace('_', ' ')}"
 
 
 # --- of the prepared call ---------------------------------------------------------------------------------------------
@@ -71,6 +99,7 @@ def obstacle(call: Call, settings: Settings) -> str | None:
         _of_inputs(call)
         or _of_outputs(call)
         or _of_batch(call)
+        or _of_steps(call, settings)
         or of_processes(call.model, _needs_more(call, settings))
     )
 
@@ -80,9 +109,10 @@ def _of_inputs(call: Call) -> str | None:
     if prepare is not None and getattr(prepare, "__self__", None) is not call.model:
         # Prompt-learning adapters do: virtual tokens come in that nobody is told of.
         return "the model's inputs are prepared by something else, such as an adapter with virtual tokens"
-    mode = call.config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        return f"the decoding method is {mode.value.replace('_', ' ')}"
+    if reason := _of_mode(call.config):
+        return reason
+    if has_own_loop(call.model):
+        return f"{type(call.model).__name__} has a sampling loop of its own"
     if not call.model_kwargs.get("use_cache", True):
         return "use_cache is False"
     past = call.model_kwargs.get(CACHE)
@@ -93,10 +123,12 @@ def _of_inputs(call: Call) -> str | None:
     tensors = [
         name
         for name, value in call.model_kwargs.items()
-        if isinstance(value, Tensor) and name not in DECODE_KWARGS_HANDLED
+        if isinstance(value, Tensor) and name not in DECODE_KWARGS_HANDLED | PREFILL_ONLY | {*TOKEN_TYPES}
     ]
     if tensors:
         return f"the model is given {', '.join(tensors)}"
+    if token_types(call.model_kwargs) is None:
+        return "the model is given token types that differ from row to row"
     if call.input_ids.ndim != 2:
         return f"input_ids have {call.input_ids.ndim} dimensions"
     return None
@@ -116,6 +148,12 @@ def _of_batch(call: Call) -> str | None:
         return "rows that stop would go on generating until all have stopped, because there is no end-of-sequence token"
     if names := sampling.not_row_wise(call.processors) + stopping.not_row_wise(call.criteria):
         return f"{', '.join(names)} may look at the whole batch, whose rows are at different positions"
+    return None
+
+
+def _of_steps(call: Call, settings: Settings) -> str | None:
+    if settings.verifier.judges_steps and call.batch > 1 and is_handed_in(call.model_kwargs.get(CACHE)):
+        return "steps are written row after row, which a kv cache of several rows does not allow"
     return None
 
 
@@ -155,8 +193,8 @@ def limit(call: Call, settings: Settings, capability: Capability) -> str | None:
         return capability.reason
     if call.batch > 1 and call.keeps_cache:
         return "the kv cache of a batch is wanted back, and rows leave it as they end"
-    if call.batch > 1 and settings.verifier.judges_steps:
-        return "rows keep the same number of tokens per step, and steps are judged by row"
+    if call.batch > 1 and (what := out_of_sight(call.model)):
+        return f"{what} may treat rows differently, and on chains rows leave the batch as they end"
     return None
 
 

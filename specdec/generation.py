@@ -12,28 +12,31 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.budget import Budget
 from specdec.call import Call
-from specdec.compat import CACHE, decoding_method, eos_tokens, pad_token
+from specdec.common.copies import new_locks
+from specdec.compat import decoding_method, pad_token, runs_in_step, runs_other_method, token_types
 from specdec.decoding import Decoder
 from specdec.drafters.base import NO_NEEDS, Drafter
-from specdec.drafting import GuardedDrafter
+from specdec.drafting import CallFacts, GuardedDrafter
 from specdec.fallback import NO_CACHE, UnexpectedFallbackWarning, limit, obstacle, remedy, takes_drafts
 from specdec.fallback import FallbackWarning as FallbackWarning
 from specdec.inspection.trace import Trace
 from specdec.passes.capability import Capability, probe
 from specdec.passes.chain_target import ChainTarget
 from specdec.passes.compiled.auto import begin_passes, describe_compiled
+from specdec.passes.cuda_graphs.fingerprint import out_of_sight
 from specdec.passes.cuda_graphs.step import step_for
-from specdec.passes.cuda_graphs.store import acquire, check_demand, describe
+from specdec.passes.cuda_graphs.store import StaticStore, acquire, check_demand, describe
 from specdec.passes.cuda_graphs.target import StaticTarget
-from specdec.passes.hidden_states import HiddenStates
+from specdec.passes.hidden_states import FINAL, HiddenStates
 from specdec.passes.near_ties import HALF, NearTies, gap_of
 from specdec.passes.tensor_parallel import Ranks
+from specdec.passes.whole_batch import WholeBatchTarget
 from specdec.report import SpeculationReport
 from specdec.rows.draws import NoiseQueue
+from specdec.rows.output import output_of
 from specdec.rows.sequences import Sequences
 from specdec.rows.stopping import StopRule
 from specdec.rows.streaming import StreamFeeder
@@ -60,6 +63,7 @@ class Speculation:
         self.streamer = streamer
         self.is_traced = trace
         self.report = self._new_report()
+        self.warns = True
         self._warned: set[str] = set()
 
     @property
@@ -92,11 +96,29 @@ class Speculation:
                 "drafter=SpecReasonDrafter(draft_model) with it, or verifier='exact'"
             )
 
+    def change(self, model: CausalLM, **settings: Any) -> None:
+        """Replaces settings, if they go together and fit the model.
+
+        Raises:
+            ValueError: They do not; nothing has changed then.
+        """
+        new = copy.copy(self)
+        new.settings = replace(self.settings, **settings)
+        new.bind(model)
+        self.settings = new.settings
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Speculation:
+        new_locks(self.settings, memo)
+        new = Speculation(copy.deepcopy(self.settings, memo), self.streamer, self.is_traced)
+        new._warned = set(self._warned)
+        return new
+
     def _fresh(self) -> Speculation:
-        """Decodes one call by nothing that is measured, and nothing that earlier calls taught."""
+        """Decodes one call by nothing that drafters remember; a deterministic one by nothing that is measured, too."""
         one = copy.copy(self)
         drafter = None if self.drafter is None else self.drafter.fresh()
-        one.settings = replace(self.settings, drafter=drafter, budget=self.budget.fresh())
+        budget = self.budget.fresh() if self.settings.deterministic else self.budget
+        one.settings = replace(self.settings, drafter=drafter, budget=budget)
         return one
 
     def _new_report(self) -> SpeculationReport:
@@ -119,7 +141,7 @@ class Speculation:
         """
         self.report = self._new_report()
         self.report.fallback, self.report.capability = reason, "plain"
-        if reason not in self._warned:
+        if self.warns and reason not in self._warned:
             self._warned.add(reason)
             text, category = f"generating without speculation: {reason}. The result is the same.", FallbackWarning
             if unexpected_of is not None and takes_drafts(unexpected_of):
@@ -142,11 +164,12 @@ class Speculation:
         """The decoding method; arguments as `generate` passes them to its own sampling loop, and `trace`."""
         streamer = streamer if streamer is not None else self.streamer
         prepared = model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
-        call = Call(*prepared, synced_gpus, streamer, trace or self.is_traced)
+        call = Call(*prepared, synced_gpus or runs_in_step(model), streamer, trace or self.is_traced)
         self.bind(model)
-        if not self.settings.deterministic:
+        if not self.settings.deterministic and self.settings.memory == "process":
             return self._run(call)
         one = self._fresh()
+        one.bind(model)
         try:
             return one._run(call)
         finally:
@@ -154,15 +177,20 @@ class Speculation:
 
     def _run(self, call: Call) -> Any:
         """Speculates if that is possible, else leaves the call to the model."""
-        _check_ids(call.model, call.input_ids)
+        if call.input_ids.device.type != "cpu" and "inputs_embeds" not in call.model_kwargs:
+            check_ids(call.model, call.input_ids)
         capability, is_unexpected = self._capability_for(call)
         if capability.mode == "plain":
             return self._plain(call, capability.reason, is_unexpected)
+        if self.verifier.judges_steps:
+            assert self.drafter is not None
+            self.report = self._new_report()
+            self.report.capability = capability.mode
+            return self.drafter.generate_steps(self, call)
         self.report = self._new_report()
         self.report.capability = capability.mode
-        target = self.target_for(
-            call.model, call.config, call.model_kwargs, capability, call.keeps_cache, call.input_ids.device
-        )
+        prepared = call.model, call.config, call.model_kwargs, capability
+        target = self.target_for(*prepared, call.keeps_cache, call.input_ids.device, call.batch > 1)
         try:
             return self._speculate(target, call)
         except CacheNotFilledError as error:
@@ -191,6 +219,7 @@ class Speculation:
         capability: Capability,
         keep_cache: bool,
         device: torch.device,
+        is_batch: bool = False,
     ) -> TargetModel:
         """The model as this call runs it: on trees, captured if possible, or on chains."""
         if capability.mask_format is None:
@@ -198,15 +227,21 @@ class Speculation:
             check_demand(self.settings.cuda_graphs, f"it runs on chains, because {capability.reason}")
             return ChainTarget(model, config, model_kwargs)
         nodes = self.budget.max_nodes if self.drafter else 1
-        compiled = begin_passes(model, capability, self.settings.compiled)
+        compiled = None if token_types(model_kwargs) else begin_passes(model, capability, self.settings.compiled)
         attention = None if compiled is not None else capability.backend()
         arguments = model, config, model_kwargs, capability.mask_format, keep_cache, nodes, attention
-        store = acquire(model, self.settings.cuda_graphs, device)
+        hidden = out_of_sight(model) if is_batch else None
+        if token_types(model_kwargs) or hidden:
+            reason = f"{hidden} may treat rows differently" if hidden else "the model is given token types"
+            check_demand(self.settings.cuda_graphs, reason)
+            store: StaticStore | str = reason
+        else:
+            store = acquire(model, self.settings.cuda_graphs, device)
         target: TreeTarget
         if isinstance(store, str):
             if (self.settings.cuda_graphs, device.type) != ("auto", "cpu"):  # where nobody expects them nothing is said
                 self.report.cuda_graphs = f"none, because {store}"
-            target = TreeTarget(*arguments)
+            target = (WholeBatchTarget if hidden else TreeTarget)(*arguments)
         else:
             target = StaticTarget(*arguments, store)
         target.compiled = compiled
@@ -215,8 +250,14 @@ class Speculation:
 
     def _plain(self, call: Call, reason: str, is_unexpected: bool) -> Any:
         """The model's own decoding method."""
+        mode = call.config.get_generation_mode()
+        if runs_other_method(mode):
+            raise ValueError(
+                f"{mode.value.replace('_', ' ')} cannot be combined with custom_generate, which takes its place; call "
+                "generate() without custom_generate, or without the arguments that ask for this decoding method"
+            )
         self.begin_fallback(reason, call.model if is_unexpected else None)
-        method = decoding_method(call.model, call.config.get_generation_mode())
+        method = decoding_method(call.model, mode)
         extra = {"streamer": call.streamer} if call.streamer is not None else {}
         output = method(
             call.model,
@@ -238,13 +279,14 @@ class Speculation:
         """Runs the loop and wraps up its result as `generate` would."""
         sequences = Sequences(call.input_ids, call.model_kwargs.get("attention_mask"), call.config.max_length)
         noise = NoiseQueue(call.batch, call.input_ids.device) if call.config.do_sample else None
-        sampler = Sampler(call.processors, call.config.do_sample, sequences, noise, call.keeps_scores)
+        stop = StopRule(call.criteria, sequences)
+        sampler = Sampler(call.processors, call.config.do_sample, sequences, noise, call.keeps_scores, stop)
         is_sampled_from = self.verifier.guarantee == "distribution" and call.config.do_sample
         report = self.report
         if call.is_traced:
             prompts = [sequences.real(row).tolist() for row in range(len(sequences))]
             report.trace = Trace(prompts, f"{report.drafter}, verifier {report.verifier}", report.guarantee)
-        decoder = self._decoder(target, call, sequences, sampler, is_sampled_from)
+        decoder = self._decoder(target, call, sequences, sampler, stop, is_sampled_from)
         try:
             with target.hidden_states.taken() if target.hidden_states else nullcontext():
                 decoder.run(call.input_ids)
@@ -257,10 +299,18 @@ class Speculation:
                 report.cuda_graphs = target.store.describe()
             if noise is not None and not is_sampled_from:  # else the next call would repeat draws of the verifier
                 noise.restore(max(generated))
-        return _output(target, call, decoder)
+        pad = pad_token(call.config)
+        past = target.finish(sequences, pad)
+        return output_of(call, sequences, sampler, past, getattr(target, "padding_logits", {}), pad)
 
     def _decoder(
-        self, target: TargetModel, call: Call, sequences: Sequences, sampler: Sampler, is_sampled_from: bool
+        self,
+        target: TargetModel,
+        call: Call,
+        sequences: Sequences,
+        sampler: Sampler,
+        stop: StopRule,
+        is_sampled_from: bool,
     ) -> Decoder:
         """The loop of one call."""
         near_ties = self._near_ties(target)
@@ -274,7 +324,7 @@ class Speculation:
             drafter=drafter,
             step=step_for(target, self.verifier, sampler, drafter, self.report, near_ties),
             sampler=sampler,
-            stop=StopRule(call.criteria, sequences),
+            stop=stop,
             budget=self.budget,
             sequences=sequences,
             streamer=StreamFeeder(call.streamer, sequences, pad_token(call.config)),
@@ -299,52 +349,31 @@ class Speculation:
         """The drafter, with what it may know of the target."""
         of_call = sampler.sequences.device, len(sampler.sequences), sampler.noise is not None
         needs = NO_NEEDS if drafter is None else drafter.needs(*of_call)
-        if needs.hidden_states:
-            target.hidden_states = HiddenStates(target.use_replica())
-        return GuardedDrafter(
-            drafter,
-            embedding_rows(target.model),
-            self.report,
-            self.settings.strict,
-            target.hidden_states,
-            sampler,
-            is_sampled_from,
-            self.budget,
-            self.verifier.judges_steps,
-            self.verifier.asks_target,
-            frozenset(eos_tokens(target.generation_config)),
-            needs.top_tokens,
+        if layers := (*needs.layers, *((FINAL,) if needs.hidden_states else ())):
+            target.hidden_states = HiddenStates(target.use_replica(), layers)
+        facts = CallFacts(
+            vocab_size=embedding_rows(target.model),
+            strict=self.settings.strict,
+            num_top_tokens=needs.top_tokens,
+            hidden_states=target.hidden_states,
+            sampler=sampler,
+            is_sampled_from=is_sampled_from,
         )
+        return GuardedDrafter(drafter, self.report, facts, self.budget)
 
 
-def _check_ids(model: CausalLM, input_ids: Tensor) -> None:
-    """Token ids out of range end a CUDA process without a word of the cause."""
-    known = embedding_rows(model)
-    if input_ids.numel() and (int(input_ids.min()) < 0 or int(input_ids.max()) >= known):
-        raise ValueError(
+def check_ids(model: CausalLM, input_ids: Tensor) -> None:
+    """Names token ids that no embedding is known for: on a CPU the model raises, elsewhere they end the process.
+
+    Raises:
+        IndexError: There are such ids, and the model's config gives them no meaning of their own, as of pictures.
+    """
+    known, config = embedding_rows(model), model.config
+    values = {**vars(config), **vars(config.get_text_config())}.items()
+    own = {value for name, value in values if "token" in name and isinstance(value, int)}
+    odd = set(input_ids[(input_ids < 0) | (input_ids >= known)].tolist()) - own
+    if odd:
+        raise IndexError(
             f"input_ids hold token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
             f"0 to {known - 1}; were they made by another model's tokenizer?"
         )
-
-
-def _output(target: TargetModel, call: Call, decoder: Decoder) -> Any:
-    """What `generate` returns."""
-    pad = pad_token(call.config)
-    past = target.finish(decoder.sequences, pad)
-    output = decoder.sequences.output(pad)
-    if not call.config.return_dict_in_generate:
-        return output
-    fields: dict[str, Any] = {"sequences": output, CACHE: past}
-    if call.keeps_scores:
-        scores, logits = _by_position(decoder.kept_scores)
-        fields |= {"scores": scores if call.config.output_scores else None}
-        fields |= {"logits": logits if call.config.output_logits else None}
-    return GenerateDecoderOnlyOutput(**fields)
-
-
-def _by_position(rows: list[list[tuple[Tensor, Tensor]]]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Scores and logits per generated position, `[batch, vocab]` each; zeros where a row had ended."""
-    empty = (torch.zeros_like(rows[0][0][0]), torch.zeros_like(rows[0][0][1]))
-    positions = [[row[t] if t < len(row) else empty for row in rows] for t in range(max(map(len, rows)))]
-    scores, logits = (tuple(torch.stack([row[i] for row in rows]) for rows in positions) for i in (0, 1))
-    return scores, logits

@@ -6,7 +6,8 @@ import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console
@@ -114,6 +115,20 @@ class SpeculationReport:
     def count_near_ties(self, rows: list[list[bool]]) -> None:
         """Counts the near-ties among the tokens that rows have kept."""
         self.num_near_ties = (self.num_near_ties or 0) + sum(map(sum, rows))
+
+    def add(self, other: SpeculationReport) -> None:
+        """Adds the counts and times of another call; what describes how it ran is taken over from it."""
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.name in ("drafter", "verifier", "guarantee", "trace") or theirs is None:
+                continue
+            if f.name.startswith("num_") and isinstance(theirs, int):
+                theirs += mine or 0
+            elif isinstance(theirs, list):
+                theirs = [sum(pair) for pair in zip_longest(mine, theirs, fillvalue=0)]
+            elif f.name == "seconds":
+                theirs = {phase: spent + theirs[phase] for phase, spent in mine.items()}
+            setattr(self, f.name, theirs)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but the trace, and derived figures, ready for JSON."""

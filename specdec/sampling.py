@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from specdec.kernels import child_with
 from specdec.rows.draws import NoiseQueue
 from specdec.rows.sequences import Sequences
+from specdec.rows.stopping import StopRule
 from specdec.tree import TokenTree
 
 SCORE_ONLY = frozenset(
@@ -81,6 +83,10 @@ def for_rows(processors: LogitsProcessorList, rows: Sequence[int], batch: int) -
     return out
 
 
+Scored = tuple[Tensor, Tensor]
+"""Processed scores and logits at one position, `[vocab]` each."""
+
+
 class Sampler:
     """Applies the logits processors along each node's own path and picks the target's token there.
 
@@ -90,6 +96,7 @@ class Sampler:
         sequences: The tokens so far.
         noise: The random draws; needed when `do_sample`.
         keep_scores: Keep scores and logits of the nodes for `output_scores` / `output_logits`.
+        stop: Where rows end: no processor is asked what comes after. None: nowhere.
     """
 
     def __init__(
@@ -99,16 +106,21 @@ class Sampler:
         sequences: Sequences,
         noise: NoiseQueue | None = None,
         keep_scores: bool = False,
+        stop: StopRule | None = None,
     ) -> None:
         self.processors: Any = processors
         self.sequences = sequences
         self.noise = noise if do_sample else None
         self.keep_scores = keep_scores
+        self.kept_scores: list[list[Scored]] = [[] for _ in sequences.lengths]
+        """Per row of the batch processed scores and logits of each committed position, if `keep_scores`."""
+        self.stop = stop
         self.is_score_only = {type(p) for p in processors} <= SCORE_ONLY
         # On a CPU it is cheaper to look at few nodes; a device that is not waited for takes all of them at once.
         self.is_flat = self.is_score_only and sequences.device.type != "cpu"
         self.scores: Tensor | None = None  # [B, N, V] of the last call, rows of unvisited nodes undefined
         self.logits: Tensor | None = None
+        self._walked: list[list[Scored]] | None = None  # per row of the last walk, in order
         self.keeps_margins = False
         self._margins: Tensor | None = None  # [B, N] of the last call, or what to make them of:
         self._values: Tensor | None = None  # [B, N, V], of which the highest was picked
@@ -142,17 +154,12 @@ class Sampler:
         """
         logits = self._begin(logits)
         self._values = None
-        if self.is_flat or self.keep_scores:  # else only the nodes on the path are converted
-            logits = logits.float()
-        if self.is_flat:
-            scores = self.process_flat(tree, logits)
-            picks = self.select(scores, tree, rows)
-        else:
-            scores = logits.clone() if self.keep_scores else logits
-            picks = self._walk(tree, logits, scores, rows)
-        if self.keep_scores:
-            self.logits, self.scores = logits, scores
-        return picks
+        if not self.is_flat:  # only the nodes on the path are converted
+            return self._walk(tree, logits, rows)
+        logits = logits.float()
+        scores = self.process_flat(tree, logits)
+        self._keep(scores, logits)
+        return self.select(scores, tree, rows)
 
     def process(self, tree: TokenTree, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """Processed scores at every node, each on its own prefix, for rules that look at the target's probabilities.
@@ -167,9 +174,13 @@ class Sampler:
         """
         logits = self._begin(logits).float()
         scores = self.process_flat(tree, logits) if self.is_score_only else self._process_levels(tree, logits, rows)
+        self._keep(scores, logits)
+        return scores
+
+    def _keep(self, scores: Tensor, logits: Tensor) -> None:
+        self._walked = None
         if self.keep_scores:
             self.logits, self.scores = logits, scores
-        return scores
 
     def select(self, scores: Tensor, tree: TokenTree, rows: Sequence[int]) -> Tensor:
         """The target's token at every node by its processed scores `[batch, nodes, vocab]`."""
@@ -187,8 +198,32 @@ class Sampler:
         self._values = probs if self.keeps_margins else None
         return picks
 
-    def kept(self, i: int, path: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Processed scores and raw logits, `[vocab]` each, at the nodes of row `i`'s path in the last tree."""
+    def commit(self, i: int, row: int, path: Sequence[int]) -> None:
+        """Keeps scores and logits of the nodes of row `i`'s path in the last tree, if they are wanted."""
+        if self.keep_scores:
+            self.kept_scores[row] += self._scored(i, path)
+
+    def pad(self, row: int, logits: Tensor, pad_token: int) -> None:
+        """Keeps scores and logits of the padding that plain decoding feeds a row that has ended.
+
+        Args:
+            row: Of the batch; finished.
+            logits: Behind its last token and behind each padding token but the last, `[missing, vocab]`.
+            pad_token: The padding.
+        """
+        processors = for_rows(self.processors, [row], len(self.sequences))
+        for count, given in enumerate(logits.to(torch.float32, copy=True).split(1)):
+            ids = self.sequences.prefixes([row], [[pad_token] * count])
+            self.kept_scores[row].append((processors(ids, given)[0], given[0]))
+
+    def scores_after(self, i: int, row: int, path: Sequence[int], count: int) -> tuple[Tensor, ...]:
+        """What a stopping criterion is given: scores up to the `count`-th node of a path of the last tree."""
+        scored = [*self.kept_scores[row], *self._scored(i, path[:count])]
+        return tuple(scores[None] for scores, _ in scored)
+
+    def _scored(self, i: int, path: Sequence[int]) -> list[Scored]:
+        if self._walked is not None:
+            return self._walked[i][: len(path)]
         assert self.scores is not None and self.logits is not None
         return list(zip(self.scores[i, path], self.logits[i, path], strict=True))
 
@@ -225,39 +260,58 @@ class Sampler:
             scores[at, nodes] = processors(ids, logits[at, nodes])
         return scores
 
-    def _walk(self, tree: TokenTree, logits: Tensor, scores: Tensor, rows: Sequence[int]) -> Tensor:
-        """Picks from the root down the target's own path, one node per row and depth."""
+    def _walk(self, tree: TokenTree, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """Picks from the root down the target's own path, one node per row and depth, up to where a row ends."""
         picks = np.full(tree.tokens.shape, -1)
         self._margins = torch.full(picks.shape, torch.inf, device=logits.device) if self.keeps_margins else None
+        self._walked = [[] for _ in rows]
         node = dict.fromkeys(range(len(rows)), 0)
         paths: dict[int, list[int]] = {i: [] for i in node}
         while node:
             for group in [list(node)] if self.is_score_only else self._same_length(rows, paths, node):
                 nodes = [node[i] for i in group]
-                processed = self._processed(_at(logits, group, nodes).float(), rows, group, paths)
-                if self.keep_scores:
-                    scores[group, nodes] = processed
-                values = self._values_of(processed, rows, group, paths)
+                values = self._values_at(logits, nodes, rows, group, paths)
                 if self._margins is not None:
                     self._margins[group, nodes] = margins(values, self.noise is not None)
                 for i, at, token in zip(group, nodes, _argmax(values), strict=True):
                     picks[i, at] = token
+                    paths[i].append(token)
                     child = child_with(tree.host_tokens[i], tree.host_parents[i], at, token)
-                    if child < 0:
+                    if self._ends(i, rows[i], paths[i]) or child < 0:
                         del node[i]
                     else:
                         node[i] = child
-                        paths[i].append(token)
         return torch.from_numpy(picks).to(tree.tokens.device)
 
-    def _processed(self, logits: Tensor, rows: Sequence[int], group: list[int], paths: dict[int, list[int]]) -> Tensor:
-        """Processed scores of one node in each row of a group, `[group, vocab]`."""
-        if not self.processors:
-            return logits
-        of_batch = [rows[i] for i in group]
-        ids = None if self.is_score_only else self.sequences.prefixes(of_batch, [paths[i] for i in group])
-        processed: Tensor = for_rows(self.processors, of_batch, len(self.sequences))(ids, logits.clone())
-        return processed
+    def _ends(self, i: int, row: int, path: list[int]) -> bool:
+        """Whether a row is finished with the last token of a path that was picked."""
+        if self.stop is None:
+            return False
+        scores = partial(self.scores_after, i, row, range(len(path))) if self.keep_scores else None
+        return self.stop.ends(row, path, scores)
+
+    def _values_at(
+        self, logits: Tensor, nodes: list[int], rows: Sequence[int], group: list[int], paths: dict[int, list[int]]
+    ) -> Tensor:
+        """What the highest is picked of at one node in each row of a group, `[group, vocab]`, float32."""
+        # A processor may write into its copy; the logits that are returned are then changed too, as plain ones are.
+        given = _at(logits, group, nodes).to(torch.float32, copy=bool(self.processors) or self.keep_scores)
+        scores = given
+        if self.processors:
+            of_batch = [rows[i] for i in group]
+            ids = None if self.is_score_only else self.sequences.prefixes(of_batch, [paths[i] for i in group])
+            scores = for_rows(self.processors, of_batch, len(self.sequences))(ids, given)
+        if self.keep_scores:
+            assert self._walked is not None
+            for i, scored in zip(group, zip(scores, given, strict=True), strict=True):
+                self._walked[i].append(scored)
+        if self.noise is None:
+            return scores.float()
+        probs = torch.softmax(scores, dim=-1)  # of the scores' own type, as plain decoding has it
+        positions = [self.sequences.num_generated(rows[i]) + len(paths[i]) for i in group]
+        _check_probs(probs)
+        noise = [self.noise.at(at, rows[i], probs.dtype) for at, i in zip(positions, group, strict=True)]
+        return (probs / (noise[0] if len(noise) == 1 else torch.stack(noise))).float()
 
     def _same_length(self, rows: Sequence[int], paths: dict[int, list[int]], node: dict[int, int]) -> list[list[int]]:
         """Rows whose prefixes have the same length: processors need a rectangle of ids."""
@@ -266,13 +320,12 @@ class Sampler:
             groups[self.sequences.lengths[rows[i]] + len(paths[i])].append(i)
         return list(groups.values())
 
-    def _values_of(self, scores: Tensor, rows: Sequence[int], group: list[int], paths: dict[int, list[int]]) -> Tensor:
-        """What the highest is picked of, one per row of a group, `[group, vocab]`, from `scores` of that shape."""
-        if self.noise is None:
-            return scores
-        positions = [self.sequences.num_generated(rows[i]) + len(paths[i]) for i in group]
-        noise = [self.noise.at(at, rows[i]) for at, i in zip(positions, group, strict=True)]
-        return torch.softmax(scores, dim=-1) / (noise[0] if len(noise) == 1 else torch.stack(noise))
+
+def _check_probs(probs: Tensor) -> None:
+    """Raises what `torch.multinomial` raises where no token is left to sample; one value per row tells."""
+    if probs.is_cpu and bool(probs[:, 0].isnan().any()):  # one NaN makes all of a softmax NaN
+        with torch.random.fork_rng(devices=[]):
+            torch.multinomial(probs, 1)
 
 
 def _at(logits: Tensor, group: list[int], nodes: list[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from specdec.budget import Budget
 from specdec.drafters.base import Drafter
@@ -11,6 +12,9 @@ from specdec.passes.capability import check_mode
 from specdec.passes.compiled.passes import CompileMode, check_compile_mode
 from specdec.passes.cuda_graphs.store import GraphMode, check_graph_mode
 from specdec.verifiers.base import Verifier
+
+Memory = Literal["process", "call"]
+"""How long drafters remember texts."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,15 @@ class Settings:
     cuda_graphs: GraphMode = "auto"
     compiled: CompileMode = False
     deterministic: bool = False
+    memory: Memory = "process"
 
     def __post_init__(self) -> None:
         check_mode(self.capability)
         check_attention(self.attention)
         check_graph_mode(self.cuda_graphs)
         check_compile_mode(self.compiled)
+        if self.memory not in get_args(Memory):
+            raise ValueError(f"memory={self.memory!r} is not known; use 'process' or 'call'")
         if self.deterministic and self.compiled == "auto":
             raise ValueError(
                 "compiled='auto' cannot be used with deterministic=True: passes round differently once they are "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from specdec.drafting import GuardedDrafter
 from specdec.kernels import Ints
 from specdec.passes.near_ties import NearTies
-from specdec.reasoning import Verdict
 from specdec.report import SpeculationReport
 from specdec.sampling import Sampler
 from specdec.target import TargetModel
@@ -27,14 +26,12 @@ class Outcome:
         accepted: Per row the accepted draft nodes, from the root's child down.
         tokens: Per row the accepted tokens and then the next one.
         top_tokens: What the target holds likeliest behind each node, `[rows, nodes, count]`; see `Drafter`.
-        verdicts: Per row what was said of its step, None where there was none to judge; None for no row.
         near_ties: Per row and token whether it was a near-tie; None where they are not looked for.
     """
 
     accepted: list[list[int]]
     tokens: list[list[int]]
     top_tokens: Ints
-    verdicts: Sequence[Verdict | None] | None = None
     near_ties: list[list[bool]] | None = None
 
 
@@ -88,8 +85,7 @@ class Step:
         if self.near_ties is not None:
             parts.append(self.near_ties.find(self.sampler, acceptance))
         packed: Ints = torch.cat([part.to(acceptance.nodes.device) for part in parts], 1).cpu().numpy()
-        outcome = unpack(packed, acceptance.nodes.shape[1], tree.num_nodes, num_nodes, self.near_ties is not None)
-        return replace(outcome, verdicts=acceptance.verdicts) if acceptance.verdicts is not None else outcome
+        return unpack(packed, acceptance.nodes.shape[1], tree.num_nodes, num_nodes, self.near_ties is not None)
 
 
 def unpack(packed: Ints, depth: int, width: int, num_nodes: int | None = None, has_near_ties: bool = False) -> Outcome:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 
-from specdec.compat import CACHE, cache_layers, prefill
+from specdec.compat import CACHE, PREFILL_ONLY, cache_layers, prefill, token_types
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.passes.attention.base import TreeAttention
 from specdec.passes.attention.plan import TreePlan
 from specdec.passes.attention.switch import switched_attention
-from specdec.passes.hidden_states import HiddenStates
+from specdec.passes.hidden_states import FINAL, HiddenStates
 from specdec.passes.masks import MaskFormat
 from specdec.passes.moe import ExpertsSwitch
 from specdec.passes.replica import replica_of
@@ -40,6 +41,9 @@ DECODE_KWARGS_HANDLED = frozenset(
     {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
 )
 """Arguments of the model's forward that a pass sets itself or that belong to the prefill."""
+
+INNER_MODELS = ("pretrained_model", "model", "module")
+"""Where wrappers whose `generate` delegates keep the transformers model: value heads, control vectors."""
 
 
 def cache_layer_types(model: CausalLM) -> list[str]:
@@ -76,8 +80,13 @@ def embedding_rows(model: CausalLM) -> int:
 
 
 def unwrapped(model: Any) -> CausalLM:
-    """The transformers model inside a PEFT model; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside a PEFT model or another wrapper that generates by it; any other model itself."""
+    if hasattr(model, "get_base_model"):
+        return unwrapped(model.get_base_model())
+    if isinstance(model, GenerationMixin):
+        return model
+    inner = (getattr(model, name, None) for name in INNER_MODELS)
+    return next((unwrapped(part) for part in inner if hasattr(part, "generate")), model)
 
 
 class CacheNotFilledError(RuntimeError):
@@ -109,8 +118,9 @@ class TargetModel(ABC):
         self.extra = {
             name: value
             for name, value in model_kwargs.items()
-            if name not in DECODE_KWARGS_HANDLED and not isinstance(value, Tensor)
+            if name not in DECODE_KWARGS_HANDLED | PREFILL_ONLY and not isinstance(value, Tensor)
         }
+        self.token_types = token_types(model_kwargs) or {}
 
     def use_replica(self) -> CausalLM:
         """Makes the passes of this call run a replica of the model, whose config and hooks are the call's own."""
@@ -132,7 +142,7 @@ class TargetModel(ABC):
         logits = prefill(self.runner, input_ids, self.generation_config, kwargs).logits[:, -1:]
         self._end_prefill(input_ids)
         if self.hidden_states is not None:
-            self.hidden_states.keep_last()
+            self.hidden_states.keep_prompt()
         return logits
 
     @abstractmethod
@@ -175,21 +185,6 @@ class TargetModel(ABC):
     @abstractmethod
     def _commit(self, paths: Sequence[Sequence[int]], unfinished: Sequence[int] | None) -> None:
         """Commits in the kv cache."""
-
-    def trial_pass(self, tokens: Tensor, nodes: int) -> None:
-        """Runs a pass of a given size to its end on the device, and rolls it back.
-
-        Args:
-            tokens: What to run, `[batch, nodes or more]`.
-            nodes: Width of the tree.
-        """
-        tokens = tokens[:, :nodes]
-        # Trees as a fan, one token deep: positions beyond the model's last one are not asked for.
-        parents = torch.arange(-1, nodes - 1) if self.lockstep else (torch.arange(nodes) > 0).long() - 1
-        logits = self.forward(TokenTree(tokens, parents.to(tokens.device).expand_as(tokens)))
-        self.commit([[]] * len(tokens))
-        if logits.device.type != "cpu":
-            torch.get_device_module(logits.device).synchronize(logits.device)
 
     def compile_passes(self, tokens: Tensor) -> None:
         """Does what compiled passes take longer for at first. `tokens` are run and rolled back, `[batch, 1]`."""
@@ -247,6 +242,8 @@ class TreeTarget(TargetModel):
         self.keep_cache = keep_cache
         self.max_nodes = max_nodes
         self.ended: dict[int, Any] = {}
+        self.padding_logits: dict[int, Tensor] = {}
+        """Of rows that ended before the last one: logits of what follows them, `[missing, vocab]`, after `finish`."""
         self.experts = ExpertsSwitch(model, input_device(model))
         if attention is not None or self.experts.names:
             self.use_replica()
@@ -320,13 +317,14 @@ class TreeTarget(TargetModel):
         self.experts.use_for(self.runner, tokens.shape[1])
         inputs: dict[str, Any] = {"attention_mask": mask} if mask is not None else {}
         inputs |= {"position_ids": positions} if positions is not None else {}
+        inputs |= {name: torch.full_like(tokens, value) for name, value in self.token_types.items()}
         inputs |= {"input_ids": tokens, CACHE: self.cache, "use_cache": True, "return_dict": True}
 
         def as_it_is() -> tuple[Tensor, Tensor | None]:
             logits: Tensor = self.runner(**inputs, **self.extra).logits
             return logits, None if self.hidden_states is None else self.hidden_states.last_pass
 
-        if self.compiled is None:
+        if self.compiled is None or (self.hidden_states is not None and self.hidden_states.layers != (FINAL,)):
             return as_it_is()[0]
         logits, hidden = self.compiled(self.model, self.cache, tokens, positions, mask, self.extra, as_it_is)
         if self.hidden_states is not None:
@@ -390,16 +388,19 @@ class TreeTarget(TargetModel):
         store([self.ended[row] for row in sorted(self.ended)], self.past)
         return self.past
 
-    def _decode_padding(self, rows: list[int], sequences: Sequences, longest: int, pad_token: int) -> None:
+    def _decode_padding(self, rows: Sequence[int], sequences: Sequences, longest: int, pad_token: int) -> None:
         """Runs what plain decoding feeds a row that has ended: its last token, then padding until the last row ends."""
         self.cache = TreeCache.of_rows(cache_layer_types(self.model), [self.ended[row] for row in rows], longest)
         self._select(rows)
         missing = [longest - sequences.lengths[row] for row in rows]
         tokens = [
-            [int(sequences.ids[row, sequences.lengths[row] - 1])] + [pad_token] * (max(missing) - 1) for row in rows
+            [int(sequences.ids[row, sequences.lengths[row] - 1])] + [pad_token] * (count - 1)
+            for row, count in zip(rows, missing, strict=True)
         ]
-        chain = TokenTree.from_rows(tokens, [range(-1, max(missing) - 1)] * len(rows))
-        self.forward(chain.to(sequences.device))
+        chain = TokenTree.from_rows(tokens, [range(-1, len(row) - 1) for row in tokens])
+        logits = self.forward(chain.to(sequences.device))
         self.cache.commit([range(count) for count in missing])
         for i, row in enumerate(rows):
             self.ended[row] = self.cache.row(i)
+            if missing[i]:
+                self.padding_logits[row] = logits[i, : missing[i]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.kernels import Ints, ancestors_and_depths, host_array, is_valid
-from specdec.reasoning import DraftedSteps
 
 NODE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Node counts a target pass may have, so that shapes are few and a step can be captured."""
@@ -45,14 +44,12 @@ class TokenTree:
         scores: The drafter's estimate of P(accepted | parent accepted), `[batch, nodes]`, float32, or None.
         draft_probs: Distribution each node's children were drawn from, `[batch, nodes, vocab]`, or None when the draft
             tokens are a deterministic function of the past (or the drafter does not tell).
-        steps: Which rows hold a step that is to be judged as a whole; None for no row.
     """
 
     tokens: Tensor
     parents: Tensor
     scores: Tensor | None = None
     draft_probs: Tensor | None = None
-    steps: DraftedSteps | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.tokens.shape != self.parents.shape:
@@ -211,20 +208,9 @@ class TokenTree:
 
     @property
     def num_drafted(self) -> list[int]:
-        """Draft tokens per row, `[batch]`: padding and questions about steps left out. Waits for the device."""
-        counts = (self.host_parents[:, 1:] >= 0).sum(1).tolist()
-        if self.steps is None:
-            return counts
-        return [count - question for count, question in zip(counts, self.steps.questions, strict=True)]
-
-    def without_questions(self) -> TokenTree:
-        """The tree with padding in place of the questions about its steps, no wider than needed."""
-        if self.steps is None:
-            return self
-        ends = [1 + n if n else self.num_nodes for n in self.steps.lengths]
-        is_behind = torch.arange(self.num_nodes) >= torch.tensor(ends)[:, None]
-        tree = replace(self, parents=self.parents.masked_fill(is_behind.to(self.parents.device), -1), steps=None)
-        return tree.first(max(ends))
+        """Draft tokens per row, padding left out, `[batch]`. Waits for the device."""
+        counts: list[int] = (self.host_parents[:, 1:] >= 0).sum(1).tolist()
+        return counts
 
     def first(self, nodes: int) -> TokenTree:
         """The tree of the first `nodes` nodes (all of it when it has no more)."""
@@ -242,12 +228,7 @@ class TokenTree:
         )
 
     def up_to_depth(self, limits: Sequence[int]) -> TokenTree:
-        """The tree with padding in place of the nodes deeper than each row's limit, `[batch]`. Waits for the device.
-
-        Steps that are to be judged stay whole: they are no longer than may be, and the questions are not kept.
-        """
-        if self.steps is not None:
-            limits = [self.num_nodes if n else most for n, most in zip(self.steps.lengths, limits, strict=True)]
+        """The tree with padding in place of the nodes deeper than each row's limit, `[batch]`. Waits for the device."""
         if self.num_nodes <= min(limits) + 1:  # not even a chain would be deeper
             return self
         is_deeper = self.depths > torch.tensor(limits, device=self.tokens.device)[:, None]
@@ -274,7 +255,6 @@ class TokenTree:
             torch.tensor(parents, device=self.tokens.device),
             None if self.scores is None else self.scores.gather(1, index),
             None if self.draft_probs is None else self.draft_probs[torch.arange(len(index))[:, None], index],
-            steps=self.steps,
         )
 
     def validate(self, vocab_size: int) -> None:
@@ -304,7 +284,6 @@ class TokenTree:
             pad(self.parents, (0, more), value=-1),
             None if self.scores is None else pad(self.scores, (0, more)),
             None if self.draft_probs is None else pad(self.draft_probs, (0, 0, 0, more)),
-            steps=self.steps,
         )
 
     def to(self, device: torch.device) -> TokenTree:
@@ -316,7 +295,6 @@ class TokenTree:
             self.parents.to(device, non_blocking=True),
             None if self.scores is None else self.scores.to(device, non_blocking=True),
             None if self.draft_probs is None else self.draft_probs.to(device, non_blocking=True),
-            steps=self.steps,
         )
         tree.__dict__["deepest"] = self.deepest  # read here, where it is known without waiting
         tree.__dict__.update(host_tokens=self.host_tokens, host_parents=self.host_parents, host_scores=self.host_scores)

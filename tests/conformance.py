@@ -18,6 +18,7 @@ from specdec.drafters import (
     DraftContext,
     Drafter,
     DraftModelDrafter,
+    Eagle3Drafter,
     LookaheadDrafter,
     MedusaDrafter,
     SpecReasonDrafter,
@@ -25,7 +26,7 @@ from specdec.drafters import (
 )
 from specdec.drafters.base import DraftSession
 from specdec.drafters.medusa import HeadLists, MedusaSession
-from specdec.heads import MedusaHeads
+from specdec.heads import Eagle3Head, MedusaHeads
 from specdec.passes.attention.choice import AttentionLike
 from specdec.report import SpeculationReport
 from specdec.tree import TokenTree
@@ -243,6 +244,51 @@ class TaughtMedusaSession(MedusaSession):
         return lists
 
 
+def random_eagle3(model: Any, draft_tokens: Any = None) -> Eagle3Head:
+    """An untrained EAGLE-3 head."""
+    torch.manual_seed(0)
+    return Eagle3Head.for_model(model, draft_tokens)
+
+
+class RandomEagle3Drafter(Eagle3Drafter):
+    """An untrained head, made for the model that the drafter is bound to."""
+
+    def bind(self, model: Any) -> None:
+        if self._head is None:
+            self.head = random_eagle3(model)
+        super().bind(model)
+
+
+@dataclass(eq=False)
+class TaughtEagle3Drafter(RandomEagle3Drafter):
+    """An untrained head whose trees have the right token put in at some nodes."""
+
+    answers: Answers = field(default_factory=list)
+
+    def start(self, context: DraftContext) -> DraftSession:
+        return _Taught(super().start(context), self.answers)
+
+
+class _Taught(DraftSession):
+    def __init__(self, inner: DraftSession, answers: Answers) -> None:
+        self.inner, self.answers, self.random = inner, answers, np.random.default_rng(0)
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        tree = self.inner.propose(context, max_nodes)
+        tokens = tree.tokens.clone()
+        for row, answer in enumerate(next_answers(self.answers, context)):
+            taken = {-1}
+            for node in range(1, tree.num_nodes):
+                parent, depth = int(tree.parents[row, node]), int(tree.depths[row, node])
+                if parent not in taken and 0 < depth <= len(answer) and self.random.random() < 0.7:
+                    tokens[row, node] = answer[depth - 1]
+                    taken.add(parent)
+        return TokenTree(tokens, tree.parents, tree.scores)
+
+    def observe(self, context: DraftContext, step: Step) -> None:
+        self.inner.observe(context, step)
+
+
 @cache
 def draft_of(name: str, noise: float = 0.1) -> Any:
     """A draft model that is right now and then: the tiny model with noise on its weights. It must not be changed."""
@@ -269,14 +315,10 @@ def spec_reason(**settings: Any) -> Drafter:
 DRAFT_MODELS: dict[str, Callable[[Answers], Drafter | None]] = {
     "draft-model": draft_model(),
     "draft-chain": draft_model(growth="chain", max_nodes=8),
-    "draft-static": draft_model(growth="static", max_depth=4),
-    "draft-dynamic": draft_model(growth="dynamic", max_depth=4),
     "draft-paced": draft_model(growth="paced", max_depth=4),
     "draft-self": draft_model(draft_model="self", layers=1, max_depth=4),
     "draft-model-uncoupled": draft_model(coupled=False),
     "draft-chain-uncoupled": draft_model(growth="chain", max_nodes=8, coupled=False),
-    "draft-static-uncoupled": draft_model(growth="static", max_depth=4, coupled=False),
-    "draft-dynamic-uncoupled": draft_model(growth="dynamic", max_depth=4, coupled=False),
     "draft-paced-uncoupled": draft_model(growth="paced", max_depth=4, coupled=False),
     "spec-reason": lambda answers: spec_reason(),
     "spec-reason-lookahead": lambda answers: spec_reason(drafter=lookahead(answers)),
@@ -291,6 +333,10 @@ DRAFTERS: dict[str, Callable[[Answers], Drafter | None]] = {
     "medusa": lambda answers: RandomMedusaDrafter(max_nodes=16),
     "medusa-taught": lambda answers: TaughtMedusaDrafter(max_nodes=16, answers=answers),
     "medusa-ranks": lambda answers: TaughtMedusaDrafter(max_nodes=16, dynamic=False, answers=answers),
+    "eagle3": lambda answers: RandomEagle3Drafter(max_nodes=16, top_k=3, max_depth=4),
+    "eagle3-taught": lambda answers: TaughtEagle3Drafter(
+        max_nodes=16, top_k=3, max_depth=4, least_probability=0.0, answers=answers
+    ),
     "oracle": OracleDrafter,
     "always-wrong": AlwaysWrongDrafter,
     "random-tree": RandomTreeDrafter,

@@ -20,7 +20,6 @@ import transformers
 from specdec.budgeting.ledger import LEARNED
 from specdec.budgeting.pass_times import TIMES
 from specdec.drafters.merging.known import _KNOWN
-from specdec.drafters.small_model.learning import _LEARNED
 
 _NUMBERS = itertools.count()
 torch.set_num_threads(1)
@@ -30,7 +29,7 @@ transformers.logging.set_verbosity_error()
 @pytest.fixture(autouse=True)
 def nothing_learned() -> None:
     """Tests share tiny models; what earlier ones have taught budgets and drafters about these must not decide."""
-    for known in (LEARNED, TIMES, _KNOWN, _LEARNED):
+    for known in (LEARNED, TIMES, _KNOWN):
         known.clear()
 
 

@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from specdec.benchmark.measuring import EncodedPrompt, Settings
-from specdec.drafters import DraftModelDrafter
 from specdec.drafters.small_model.lists import DraftLists
+from specdec.drafters.small_model.session import DraftModelSession
 from tests.compiled.builders import built_by, uncompiled
 from tests.conformance import draft_of
 from tests.test_cli import PROMPT, save_model
@@ -39,21 +39,20 @@ def without_a_compiler() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("growth", ["chain", "static", "dynamic", "auto"])
+@pytest.mark.parametrize("growth", ["chain", "dynamic"])
 def test_split_of_the_drafting_time(benchmark_module: ModuleType, growth: str, compiled: bool) -> None:
     draft = draft_of("llama")
-    untouched = (DraftModelDrafter.propose, DraftLists.make, vars(draft).get("forward"))
+    untouched = (DraftModelSession.propose, DraftLists.make, vars(draft).get("forward"))
     encoded = [EncodedPrompt(str(i), prompts(9, seed=i)["input_ids"]) for i in range(2)]
     split = benchmark_module.profile(
         benchmark_module.growing(growth, compiled), draft, tiny_model(), encoded, Settings.of(16, do_sample=True)
     )
-    assert (DraftModelDrafter.propose, DraftLists.make, vars(draft).get("forward")) == untouched
+    assert (DraftModelSession.propose, DraftLists.make, vars(draft).get("forward")) == untouched
     assert sum(split["share"].values()) == pytest.approx(1.0)
     assert split["share_outside_forwards"] == pytest.approx(1.0 - split["share"]["forwards"])
     assert split["prompt_ms_per_call"] > 0
-    if growth != "auto":  # which may well not draft
-        assert split["num_forwards"] >= split["num_drafts"] > 0
-        assert all(split["share"][part] > 0 for part in ("forwards", "masks and cache", "lists", "tree", "rest"))
+    assert split["num_forwards"] >= split["num_drafts"] > 0
+    assert all(split["share"][part] > 0 for part in ("forwards", "masks and cache", "lists", "tree", "rest"))
 
 
 def test_time_of_inner_parts_counts_once(benchmark_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,18 +88,16 @@ def test_benchmark_writes_all_its_tables(
     written = json.loads((tmp_path / "draft_model.json").read_text())
     assert set(written["parts"]) == {"greedy", "sampled", "distribution"}
     rows = {part: {row["method"]: row for row in figures["methods"]} for part, figures in written["parts"].items()}
-    exact = {"draft model, chain", "draft model, static", "draft model, dynamic", "draft model, auto"}
-    compiled = {f"{growth}, {which}" for growth in ("chain", "auto") for which in ("compiled", "both compiled")}
+    exact = {"draft model, chain", "draft model, dynamic"}
+    compiled = {f"{growth}, {which}" for growth in ("chain", "dynamic") for which in ("compiled", "both compiled")}
     exact |= compiled | {"HF generate, compiled", "specdec off, compiled"}
     assert exact | {"HF generate", "HF assisted", "HF assisted, best setting"} < set(rows["greedy"])
-    assert exact | {"chain, uncoupled", "auto, uncoupled"} < set(rows["sampled"])
+    assert exact | {"chain, uncoupled", "dynamic, uncoupled"} < set(rows["sampled"])
     for part in ("greedy", "sampled"):
         assert all(row["num_identical"] == row["num_runs"] for name, row in rows[part].items() if "HF" not in name)
         assert written["hf_assisted_settings"][part]["best"]["num_assistant_tokens"] in benchmark_module.ASSISTED_TOKENS
-        assert set(written["profile"][part]) == {*benchmark_module.GROWTHS, "chain, compiled", "auto, compiled"}
-    assert set(rows["distribution"]) == {
-        "HF generate", "chain, block", "static, traversal", "dynamic, traversal", "auto, traversal",
-    }  # fmt: skip
+        assert set(written["profile"][part]) == {*benchmark_module.GROWTHS, "chain, compiled", "dynamic, compiled"}
+    assert set(rows["distribution"]) == {"HF generate", "chain, block", "dynamic, traversal"}
     acceptance = written["acceptance"]["sampled"]
     assert {counts["guarantee"] for name, counts in acceptance.items() if name in rows["distribution"]} == {
         "distribution"

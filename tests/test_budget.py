@@ -11,7 +11,7 @@ import torch
 import specdec
 from specdec.budget import Budget
 from specdec.budgeting.pass_times import StepTimes
-from specdec.tree import NODE_BUCKETS, TokenTree, bucket_of
+from specdec.tree import NODE_BUCKETS, TokenTree
 from tests.conformance import AlwaysWrongDrafter, OracleDrafter, reference
 from tests.tiny_models import prompts, tiny_model
 
@@ -43,7 +43,7 @@ def chain(score: float, nodes: int = 64, rows: int = 1) -> TokenTree:
 
 def fan(score: float, nodes: int = 64) -> TokenTree:
     parents = (torch.arange(nodes) > 0).long()[None] - 1
-    return TokenTree(torch.zeros(1, nodes).long(), parents, torch.full((1, nodes), score))
+    return TokenTree(torch.arange(nodes)[None], parents, torch.full((1, nodes), score))
 
 
 def best_size(tree: TokenTree, seconds: dict[int, float], score: float) -> int:
@@ -136,19 +136,19 @@ def test_only_drafts_whose_parent_was_accepted_are_counted() -> None:
     budget = Budget(16)
     tree = chain(0.5, nodes=5)
     budget.observe(tree, [[1]])
-    assert budget.tried.sum() == 2
-    assert budget.hit.sum() == 1
+    assert budget.learned.tried.sum() == 2
+    assert budget.learned.hit.sum() == 1
     budget = Budget(16)
     budget.observe(fan(0.5, nodes=5), [[3]])
-    assert budget.tried.sum() == 4
-    assert budget.hit.sum() == 1
+    assert budget.learned.tried.sum() == 4
+    assert budget.learned.hit.sum() == 1
 
 
 def test_what_is_padding_is_not_counted() -> None:
     budget = Budget(16)
     budget.observe(TokenTree.from_rows([[1, 2, 3]], [[-1, -1, 0]], [[0.0, 0.5, 0.5]]), [[2]])
-    assert budget.tried.sum() == 1
-    assert budget.hit.sum() == 1
+    assert budget.learned.tried.sum() == 1
+    assert budget.learned.hit.sum() == 1
 
 
 def test_old_observations_are_forgotten() -> None:
@@ -156,7 +156,7 @@ def test_old_observations_are_forgotten() -> None:
     feed(budget, tree, accepted=0, steps=500)
     feed(budget, tree, accepted=15, steps=150)
     assert budget.choose(tree).num_nodes == 16
-    assert budget.tried.sum() < 16 / 0.02
+    assert budget.learned.tried.sum() < 16 / 0.02
 
 
 def test_drafting_is_tried_again_after_a_bad_time() -> None:
@@ -173,9 +173,7 @@ def test_drafting_is_tried_again_after_a_bad_time() -> None:
 
 
 def test_useless_drafts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Budget.record
     monkeypatch.setattr(StepTimes, "update", lambda self, nodes, seconds: set_times(self, CPU))
-    monkeypatch.setattr(Budget, "record", lambda self, nodes, seconds: right(self, nodes, CPU[bucket_of(nodes)]))
     model, inputs = tiny_model(), prompts(6)
     answers = reference(model, inputs, max_new_tokens=200, eos_token_id=None).answers
     reports = []
@@ -195,7 +193,7 @@ def test_sizes_are_those_of_the_buckets(max_nodes: int) -> None:
         Budget(max_nodes)
 
 
-def test_drafting_that_costs_more_than_it_brings_rests() -> None:
+def test_drafting_that_costs_more_than_it_brings_pauses() -> None:
     budget, tree = with_times(CPU), chain(0.02, nodes=8)
 
     def passes(count: int, tree: TokenTree, spent: float) -> int:
@@ -208,8 +206,8 @@ def test_drafting_that_costs_more_than_it_brings_rests() -> None:
 
     assert passes(100, tree, spent=0.001) == 100, "a draft that costs nothing needs no rest"
     assert passes(6, tree, spent=8.0) <= 6
-    assert passes(100, tree, spent=8.0) <= 6, "a fifth of a pass: one draft in twenty"
-    assert passes(80, chain(0.95, nodes=8), spent=8.0) >= 40, "a draft that pays ends the rest"
+    assert passes(100, tree, spent=8.0) <= 6, "a fifth of a pass: ever fewer drafts"
+    assert passes(80, chain(0.95, nodes=8), spent=8.0) >= 30, "a draft that pays ends the pause"
     assert passes(20, chain(0.95, nodes=8), spent=8.0) == 20
     assert Budget(64, fixed=True).nodes_to_draft() == 64
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 
-import specdec
 from specdec.budget import Budget
-from specdec.target import TargetModel
-from specdec.tree import TokenTree
 from tests.conformance import assert_identical
 from tests.test_budget import chain, set_times
 from tests.tiny_models import LLAMA_LIKE, prompts
@@ -27,21 +23,6 @@ def mixture() -> Any:
         return tf.MixtralForCausalLM(config).eval()
 
 
-def experts_of(model: Any) -> list[set[int]]:
-    """Grows by one set per router and pass: the experts that were taken."""
-    seen: list[set[int]] = []
-    routers = [module for name, module in model.named_modules() if name.endswith((".gate", ".router"))]
-    assert routers
-
-    def note(module: Any, args: Any, output: Any) -> None:
-        logits = output[0] if isinstance(output, tuple) else output
-        seen.append(set(logits.reshape(-1, EXPERTS).argmax(-1).tolist()))
-
-    for router in routers:
-        router.register_forward_hook(note)
-    return seen
-
-
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_same_tokens_with_a_mixture_of_experts(do_sample: bool) -> None:
     report = assert_identical(
@@ -50,36 +31,7 @@ def test_same_tokens_with_a_mixture_of_experts(do_sample: bool) -> None:
     assert report.capability == "tree"
 
 
-class AllSizes(Budget):
-    """Times all sizes at once."""
-
-    def choose(self, tree: TokenTree, spent: float = 0.0, trial: Callable[[int], None] | None = None) -> TokenTree:
-        if trial is not None and not self.times.seconds.get(64):
-            self.times.time_all(trial)
-        return super().choose(tree, spent)
-
-
-def test_what_is_timed_takes_as_many_experts_as_text_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one token over and over a wide pass would take the experts of that one alone, and seem to cost nothing."""
-    model = mixture()
-    seen = experts_of(model)
-    timed: dict[int, int] = {}
-    right = TargetModel.trial_pass
-
-    def trial(self: TargetModel, tokens: torch.Tensor, nodes: int) -> None:
-        seen.clear()
-        right(self, tokens, nodes)
-        timed[nodes] = max(timed.get(nodes, 0), max(map(len, seen)))
-
-    monkeypatch.setattr(TargetModel, "trial_pass", trial)
-    fast = specdec.accelerate(model, "auto", strict=True, budget=AllSizes(64))
-    fast.generate(**prompts(60), max_new_tokens=8, eos_token_id=None)
-    assert timed[1] == 1
-    assert timed[64] > EXPERTS // 2
-    assert timed[8] < timed[64]
-
-
-def test_size_is_chosen_by_the_times_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_is_chosen_by_the_times_that_were_measured() -> None:
     """Times that grow with the experts taken lead to smaller trees than those of a dense model of the same drafts."""
 
     def measured(seconds_per_expert: float) -> int:

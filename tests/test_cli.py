@@ -16,14 +16,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from specdec.benchmark.measuring import Sample
+from specdec.benchmark.display import Display
+from specdec.benchmark.display import completion as shown_completion
+from specdec.benchmark.measuring import EncodedPrompt, Sample
 from specdec.budget import Budget
 from specdec.cli import app
 from specdec.commands import COMMANDS
-from specdec.commands.accepted_drafts import pieces_of
-from specdec.commands.demo_display import LiveDisplay, completion_text
 from specdec.common import embedded
 from specdec.common.errors import UserError
+from specdec.inspection.trace import Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "def add(a, b):\n    return a"
@@ -130,7 +131,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     ),
     "growth": (
         ["generate", "x", "--drafter", "draft-model", "--drafter-option", "growth=wide"],
-        "growth must be one of auto, chain, static, dynamic",
+        "growth must be one of chain, dynamic, paced",
     ),
     "layers": (
         ["generate", "x", "--drafter", "draft-model", "--drafter-option", "layers=2"],
@@ -165,7 +166,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "replay none": (["replay", "missing.jsonl", "--drafter", "none"], "nothing to replay"),
     "replay target": (
         ["replay", "pyproject.toml", "--drafter", "draft-model", "--drafter-option", "draft_model=self"],
-        "needs the target, which recorded answers do not hold; use specdec demo",
+        "needs the target, which recorded answers do not hold; use specdec bench",
     ),
     "demo file": (["demo", "--prompt-file", "missing.jsonl"], "missing.jsonl is not a file"),
 }
@@ -208,7 +209,7 @@ def test_generate_greedy(target: Path, drafter: str, stream: str) -> None:
 
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize(
-    "options", [["growth=chain"], ["growth=static", "coupled=no"], ["draft_model=self", "layers=1"]]
+    "options", [["growth=chain"], ["growth=dynamic", "coupled=no"], ["draft_model=self", "layers=1"]]
 )
 def test_generate_with_a_draft_model(target: Path, draft: Path, options: list[str], sample: bool) -> None:
     options = options if "draft_model=self" in options else [f"draft_model={draft}", *options]
@@ -284,14 +285,13 @@ def test_demo(target: Path, draft: Path, prompt_file: Path, tmp_path: Path) -> N
         "specdec draft model",
         "specdec auto",
     ]
-    rows = {row["method"]: row for row in written["methods"]}
+    rows = {row["method"]: row for row in written["parts"]["greedy"]["methods"]}
     assert list(rows) == names
     assert all(row["num_runs"] == 2 for row in rows.values())
     assert all(rows[name]["num_identical"] == 2 for name in rows if "HF" not in name or name == "HF generate")
-    assert "samples" not in written
-    assert {"hardware", "versions", "commit", "settings", "models"} <= set(written)
+    assert {"hardware", "versions", "commit", "benchmark", "models"} <= set(written)
     assert all(name in result.output for name in rows)
-    assert "prompt 2/2, tokens/s: HF generate" in result.output
+    assert result.output.count("tokens/s: HF generate") == 2
     assert "file.py:0, specdec auto" in result.output
     assert "Left out: Medusa (no heads for this model)." in result.output
 
@@ -315,24 +315,34 @@ def test_demo_without_smollm2_shows_the_embedded_model(tmp_path: Path, monkeypat
     monkeypatch.setattr("specdec.common.smollm2.smollm2_path", missing)
     result = call("demo", "--prompts", 1, "--tokens", 4)
     assert result.exit_code == 0, result.output
-    assert "The small embedded model is shown, as smollm2 was not found; install it." in result.output
+    assert "The small embedded model is used, because smollm2 was not found; install it." in result.output
     assert call("demo", "--model", "smollm2").exit_code == 2
 
 
-def test_live_display_follows_the_runs() -> None:
+def test_live_display_follows_the_runs(target: Path) -> None:
     from rich.console import Console
 
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    ids = tokenizer("x = [1]").input_ids
+    trace = Trace([[5]])
+    for tokens, sources in (ids[:1], []), (ids[1:4], [("lookahead",)] * 2), (ids[4:], [("medusa",)] * (len(ids) - 5)):
+        trace.add_pass([0], [tokens], [sources], [len(sources)])
+    sample = Sample("A", "file.py:1", 0, [ids], 8, 2.0, 0.5, 4, trace=trace)
+    text = shown_completion(sample, tokenizer)
+    assert text.plain == "x = [1]"
+    assert ["x = [1]"[span.start : span.end] for span in text.spans] == [" =", "[1"]
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=20, record=True)
-    with LiveDisplay(console, ["A", "B"], num_prompts=1) as display:
+    with Display(console, num_runs=4, tokenizer=tokenizer) as display:
+        display.begin("greedy", ["A", "B"], 1)
         display.warmed_up("A", None)
         display.warmed_up("B", "it broke")
-        display.ran(Sample("A", "file.py:1", 0, [[1]], 8, 2.0, 0.5, 4), [("x = ", False), ("[1]\ny = 2", True)])
-        console.print(display._screen())
+        display.ran(sample)
+        console.print(display.live.renderable)
+        display.round_ended(EncodedPrompt("file.py:1", torch.tensor([[5]]), text="the prompt"), [sample])
     shown = console.export_text()
-    assert "4 tokens/s, 2.00 per pass" in shown
-    assert "x = [1]" in shown
-    assert "3/3" in shown
-    assert "B" not in display.methods
+    for part in ("4 tokens/s, 2.00 per pass", "x = [1]", "3/3", "B is left out: it broke", "> the prompt"):
+        assert part in shown
+    assert display.methods == ["A"]
 
 
 def test_replay(tmp_path: Path, target: Path) -> None:
@@ -367,28 +377,6 @@ def test_demo_marks_a_completion_in_which_drafting_rests(
     result = call("demo", "--model", target, "--prompt-file", prompt_file, "--prompts", 1, "--tokens", 8)
     assert result.exit_code == 0, result.output
     assert "file.py:0, specdec auto" in result.output
-
-
-def test_pieces_keep_the_text_and_its_origin(target: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    text = "ab\u00e9cdef"  # the fourth character takes two tokens
-    ids = tokenizer(text).input_ids
-    pieces = pieces_of(ids, [2, 0, 1, 3], tokenizer)
-    assert "".join(piece for piece, _ in pieces) == text
-    assert pieces_of(tokenizer("abcdefg").input_ids, [2, 0, 3], tokenizer) == [
-        ("a", False), ("bc", True), ("de", False), ("fg", True),
-    ]  # fmt: skip
-    assert completion_text("x = ", pieces).plain.rstrip("\n") == "x = " + text
-
-
-def test_prompts_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("x = 1")
-    assert embedded.read_prompts(tmp_path / "a.py") == [embedded.Prompt("a.py", "x = 1")]
-    (tmp_path / "b.jsonl").write_text('{"prompt": "x"}\n\n{"id": 7, "prompt": "y"}\n')
-    assert embedded.read_prompts(tmp_path / "b.jsonl") == [embedded.Prompt("b.jsonl:1", "x"), embedded.Prompt("7", "y")]
-    (tmp_path / "c.jsonl").write_text('{"text": "x"}\n')
-    with pytest.raises(ValueError, match=r"line 1 of .*c\.jsonl is not a prompt"):
-        embedded.read_prompts(tmp_path / "c.jsonl")
 
 
 def test_embedded_model_by_name() -> None:

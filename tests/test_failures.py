@@ -14,6 +14,7 @@ import specdec
 from specdec.budget import Budget
 from specdec.drafters import DraftContext, Drafter, LookaheadDrafter
 from specdec.drafting import DrafterSwitchedOffWarning
+from specdec.generation import check_ids
 from specdec.tree import TokenTree
 from specdec.verifiers import ExactVerifier
 from tests.conformance import FailingDrafter, OracleDrafter, assert_identical, reference
@@ -251,12 +252,13 @@ def test_list_of_one_drafter_is_that_drafter() -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, VOCAB])
-def test_token_ids_of_another_tokenizer_are_refused_before_any_work(wrong: int) -> None:
+def test_token_ids_of_another_tokenizer_are_refused_as_plain_decoding_does(wrong: int) -> None:
     ids = torch.tensor([[5, wrong, 6]])
-    fast = specdec.accelerate(tiny_model(), "lookahead")
-    with pytest.raises(ValueError, match=f"the model knows 0 to {VOCAB - 1}; were they made by another"):
-        fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
-    assert fast.report.num_target_passes == 0
+    for target in (tiny_model(), specdec.accelerate(tiny_model(), "lookahead")):
+        with pytest.raises(IndexError):
+            target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
+    with pytest.raises(IndexError, match=f"the model knows 0 to {VOCAB - 1}; were they made by another"):
+        check_ids(tiny_model(), ids)  # asked where the model's own error would end the process
 
 
 def test_draft_model_of_another_vocabulary_is_refused() -> None:
@@ -265,7 +267,7 @@ def test_draft_model_of_another_vocabulary_is_refused() -> None:
         specdec.accelerate(tiny_model(), other)
 
 
-class Counting(LookaheadDrafter):
+class Counting(Proposes):
     """Tells of itself in the report."""
 
     def figures(self, context: DraftContext) -> dict[str, Any]:
@@ -273,7 +275,7 @@ class Counting(LookaheadDrafter):
 
 
 def test_report_tells_what_the_drafter_tells_of_itself() -> None:
-    fast = accelerated(Counting())
+    fast = accelerated(Counting(tree_of([5], [0])))
     output = fast.generate(**INPUTS, max_new_tokens=4, do_sample=False, eos_token_id=None)
     tokens = int(INPUTS["attention_mask"].sum()) + 4 * len(output)
     assert fast.report.drafter_figures == fast.report.to_dict()["drafter_figures"] == {"rows": 3, "tokens": tokens}

@@ -13,11 +13,9 @@ import pytest
 import torch
 
 from specdec import kernels
+from specdec.budgeting.kernels import best_size, count_followed
 from specdec.kernels import (
     ancestors_and_depths,
-    best_size,
-    count_accepted,
-    count_followed,
     host_array,
     is_valid,
     kernel,
@@ -121,41 +119,21 @@ def test_best_size_is_that_of_the_definition() -> None:
         sizes = [n for n in known if n < tree.num_nodes] + [tree.num_nodes]
         times = np.interp(np.log2(sizes), np.log2(known), seconds)
         speeds = [(len(parents) + gain[:size].sum()) / taken for size, taken in zip(sizes, times, strict=True)]
-        best, tokens, taken, plain = best_size(parents, scores, tried, hit, 4.0, known, seconds)
+        best, tokens, taken, plain = best_size(parents, scores, tried, hit, 4.0, known, seconds, 0.0)
         assert best == sizes[int(np.argmax(speeds))]
         assert taken == pytest.approx(times[int(np.argmax(speeds))])
         assert plain == seconds[0]
         assert tokens == pytest.approx(len(parents) + gain[:best].sum())
 
 
-def test_counts_are_of_nodes_whose_parent_was_accepted() -> None:
+def test_counts_are_of_nodes_whose_parent_was_right() -> None:
+    tokens = np.array([[0, 1, 2, 3, 4, 5]])
     parents = np.array([[-1, 0, 0, 1, 2, -1]])
     scores = np.array([[0, 0.15, 0.95, 0.45, 0.65, 1.0]], np.float32)
-    accepted = np.array([[True, False, True, False, True, False]])
     tried, hit = np.ones(10), np.ones(10)
-    count_accepted(parents, scores, accepted, tried, hit, 0.5)
+    count_followed(tokens, parents, scores, np.array([[2, 4]]), tried, hit, 0.5)
     assert tried.tolist() == pytest.approx([0.5, 1.5, 0.5, 0.5, 0.5, 0.5, 1.5, 0.5, 0.5, 1.5])
     assert hit.tolist() == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 1.5, 0.5, 0.5, 1.5])
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_what_was_not_verified_counts_as_what_was(seed: int) -> None:
-    """Whole trees: the nodes on the target's path are the accepted ones."""
-    tree, random = random_tree(seed), np.random.default_rng(seed)
-    tokens = np.arange(tree.tokens.numel()).reshape(tree.tokens.shape)  # no two siblings are of one token
-    parents, scores = host_array(tree.parents), random.random(tree.tokens.shape).astype(np.float32)
-    known, accepted = np.full(tokens.shape, -1), np.zeros(tokens.shape, np.bool_)
-    for row in range(len(tokens)):
-        path = ancestors(parents[row].tolist(), int(random.choice(np.flatnonzero(parents[row] >= 0))))
-        accepted[row, path] = True
-        known[row, : len(path) - 1] = tokens[row, path[1:]]
-        known[row, len(path) - 1] = 10**6  # what the target picked behind the path was not drafted
-    counts = [np.zeros(12) for _ in range(4)]
-    count_accepted(parents, scores, accepted, *counts[:2], 0.5)
-    count_followed(tokens, parents, scores, known, *counts[2:], 0.5)
-    assert counts[0].sum() > 0
-    assert np.allclose(counts[0], counts[2])
-    assert np.allclose(counts[1], counts[3])
 
 
 def test_nothing_is_counted_behind_the_last_known_token() -> None:

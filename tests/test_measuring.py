@@ -15,7 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec import accelerate
 from specdec.benchmark import measuring
-from specdec.benchmark.measuring import EncodedPrompt, Measurement, Method, Settings, count_tokens, run_interleaved
+from specdec.benchmark.measuring import (
+    EncodedPrompt,
+    Measurement,
+    Method,
+    Observer,
+    Settings,
+    count_tokens,
+    run_interleaved,
+)
 from specdec.common import provenance
 from specdec.drafters import LookaheadDrafter
 
@@ -31,12 +39,13 @@ class FakeTarget(nn.Module):
         super().__init__()
         self.generation_config = SimpleNamespace(eos_token_id=EOS)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return ids
+    def forward(self, input_ids: Tensor) -> Any:
+        return SimpleNamespace(logits=torch.zeros(1, 1, 8))
 
     def generate(self, ids: Tensor, max_new_tokens: int, **kwargs: Any) -> Tensor:
         for i in range(max_new_tokens):
-            ids = torch.cat([self(ids), torch.tensor([[10 + i]])], 1)
+            self(ids)
+            ids = torch.cat([ids, torch.tensor([[10 + i]])], 1)
         return ids
 
 
@@ -115,9 +124,8 @@ def test_tokens_past_the_end_of_text_are_not_counted() -> None:
 
 def test_clock_excludes_loading(clock: Clock) -> None:
     class Timed(FakeTarget):
-        def forward(self, ids: Tensor) -> Tensor:
-            clock.now += 1.0 if ids.shape[1] == 3 else 0.25
-            return ids
+        def forward(self, input_ids: Tensor) -> None:
+            clock.now += 1.0 if input_ids.shape[1] == 3 else 0.25
 
     target = Timed()
 
@@ -125,10 +133,11 @@ def test_clock_excludes_loading(clock: Clock) -> None:
         clock.now += 1000
         return target
 
-    def show(sample: Any) -> None:
-        clock.now += 1000
+    class Shown(Observer):
+        def ran(self, sample: Any) -> None:
+            clock.now += 1000
 
-    result = run_interleaved([Method("reference", load)], PROMPTS, target, SETTINGS, on_sample=show)
+    result = run_interleaved([Method("reference", load)], PROMPTS, target, SETTINGS, observer=Shown())
     (row,) = result.rows()
     assert [s.seconds for s in result.samples] == [2.25] * 3
     assert row.prefill_seconds == 1.0
@@ -141,31 +150,38 @@ def test_runs_are_interleaved_and_take_turns() -> None:
     target = FakeTarget()
     order: list[tuple[str, str]] = []
     methods = [Method(name, lambda: target) for name in "ABC"]
-    result = run_interleaved(
-        methods, PROMPTS, target, SETTINGS, repeats=2, on_sample=lambda s: order.append((s.prompt, s.method))
-    )
+
+    class Noted(Observer):
+        def ran(self, sample: Any) -> None:
+            order.append((sample.prompt, sample.method))
+
+    result = run_interleaved(methods, PROMPTS, target, SETTINGS, repeats=2, observer=Noted())
     rounds = [order[i : i + 3] for i in range(0, 18, 3)]
     assert ["".join(method for _, method in turn) for turn in rounds] == ["ABC", "BCA", "CAB"] * 2
     assert all(len({prompt for prompt, _ in turn}) == 1 for turn in rounds)
     assert [s.method for s in result.samples] == list("ABC") * 6
 
 
-def test_only_a_method_that_remembers_is_kept() -> None:
-    target = FakeTarget()
-    made: list[str] = []
+@pytest.mark.parametrize("runs", [3, 5, 9])
+def test_ctrl_c_keeps_whole_rounds(runs: int) -> None:
+    target, made = FakeTarget(), [0]
 
-    def prepare(name: str) -> Callable[[], FakeTarget]:
-        def make() -> FakeTarget:
-            made.append(name)
-            return target
+    def prepare() -> FakeTarget:
+        made[0] += 1
+        if made[0] > runs:
+            raise KeyboardInterrupt
+        return target
 
-        return make
-
-    methods = [Method("fresh", prepare("fresh")), Method("kept", prepare("kept"), remembers=True)]
-    result = run_interleaved(methods, PROMPTS, target, SETTINGS, repeats=2)
-    assert made.count("fresh") == 1 + 6
-    assert made.count("kept") == 1 + 1  # what it saw in the warm-up is lost
-    assert sum(s.method == "kept" for s in result.samples) == 3  # each prompt once
+    methods = [Method("A", prepare), Method("B", prepare)]  # the warm-up takes two runs, and each round two more
+    if runs == 3:
+        with pytest.raises(KeyboardInterrupt):
+            run_interleaved(methods, PROMPTS, target, SETTINGS)
+        return
+    result = run_interleaved(methods, PROMPTS, target, SETTINGS)
+    rounds = (runs - 2) // 2
+    assert result.is_interrupted is (rounds < 3)
+    assert [s.method for s in result.samples] == ["A", "B"] * rounds
+    assert [row.num_runs for row in result.rows()] == [rounds] * 2
 
 
 def test_every_method_gets_the_same_seed() -> None:
@@ -194,8 +210,13 @@ def test_failing_method() -> None:
         raise RuntimeError("no such thing\nat all")
 
     reasons: list[tuple[str, str | None]] = []
+
+    class Noted(Observer):
+        def warmed_up(self, method: str, failure: str | None) -> None:
+            reasons.append((method, failure))
+
     methods = [Method("reference", lambda: target), Method("broken", fail, optional=True)]
-    result = run_interleaved(methods, PROMPTS, target, SETTINGS, on_warm_up=lambda *args: reasons.append(args))
+    result = run_interleaved(methods, PROMPTS, target, SETTINGS, observer=Noted())
     assert result.failed == {"broken": "RuntimeError: no such thing"}
     assert reasons == [("reference", None), ("broken", "RuntimeError: no such thing")]
     assert [row.method for row in result.rows()] == ["reference"]

@@ -66,24 +66,20 @@ def noise_by_index(patch: pytest.MonkeyPatch) -> None:
 
 
 def noise_of_the_root(patch: pytest.MonkeyPatch) -> None:
-    right = Sampler._values_of
-    patch.setattr(
-        Sampler,
-        "_values_of",
-        lambda self, scores, rows, group, paths: right(self, scores, rows, group, {i: [] for i in paths}),
-    )
+    right = Sampler._values_at
+    patch.setattr(Sampler, "_values_at", lambda self, *args: right(self, *args[:-1], {i: [] for i in args[-1]}))
 
 
 def generator_is_not_set_back(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Sampler, "_ends", lambda *args: False)  # draws are made ahead, as on a GPU
     patch.setattr(NoiseQueue, "restore", lambda self, count: None)
 
 
 def end_inside_the_path_is_ignored(patch: pytest.MonkeyPatch) -> None:
-    def wrong(self: StopRule, row: int, tokens: Sequence[int]) -> tuple[int, bool]:
-        kept = min(len(tokens), self.sequences.room(row))
-        return kept, tokens[kept - 1] in self.eos or kept == self.sequences.room(row)
+    def wrong(self: StopRule, row: int, tokens: Sequence[int], scores: Any = None) -> bool:
+        return len(tokens) >= self.sequences.room(row)
 
-    patch.setattr(StopRule, "count", wrong)
+    patch.setattr(StopRule, "ends", wrong)
 
 
 def processors_see_the_root_only(patch: pytest.MonkeyPatch) -> None:

@@ -184,11 +184,11 @@ def test_faults_of_chains_are_caught(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_it_takes_at_most_eight_passes(dtype: torch.dtype) -> None:
+def test_it_takes_at_most_ten_passes(dtype: torch.dtype) -> None:
     model, passes = deep_model(dtype), []
     model.register_forward_pre_hook(lambda *args: passes.append(1))
     assert probe(model).mode == "tree"
-    assert 0 < len(passes) <= 8
+    assert 0 < len(passes) <= 10
 
 
 def test_random_numbers_are_left_alone_in_training_mode() -> None:

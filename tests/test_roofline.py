@@ -10,10 +10,16 @@ import torch
 import transformers as tf
 from typer.testing import CliRunner
 
-from specdec.benchmark.roofline.costs import StepCosts, step_costs
-from specdec.benchmark.roofline.limits import DeviceLimits, device_limits
-from specdec.benchmark.roofline.measure import Roofline, StepTime, measure_roofline
-from specdec.benchmark.roofline.report import roofline_tables
+from specdec.benchmark.roofline import (
+    DeviceLimits,
+    Roofline,
+    StepCosts,
+    StepTime,
+    device_limits,
+    measure_roofline,
+    roofline_tables,
+    step_costs,
+)  # fmt: skip
 from specdec.cli import app
 from tests.test_cli import save_model
 from tests.tiny_models import LLAMA_LIKE, tiny_model
@@ -61,6 +67,7 @@ def test_measuring(mode: str) -> None:
     assert all(entry.step > 0 and entry.target > 0 and entry.reached > 0 for entry in seen)
     assert sum(found.shares.values()) == pytest.approx(1.0)
     assert (found.cuda_graphs is None) == (mode == "auto"), "on a CPU nobody expects graphs"
+    assert all(entry.target < entry.step for entry in seen)
     assert json.loads(json.dumps(found.to_dict()))["times"][0]["nodes"] == 1
 
 
@@ -84,14 +91,18 @@ def test_tables_name_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     save_model(tmp_path / "model", layers=1, seed=0)
-    file, plot = tmp_path / "out.json", tmp_path / "figures" / "out.png"
-    sizes = ["--nodes", "1", "--nodes", "2", "--context", "8", "--drafter", "lookahead", "--device", "cpu"]
-    files = ["--json", str(file), "--plot", str(plot)]
-    result = CliRunner().invoke(app, ["roofline", "--model", str(tmp_path / "model"), *sizes, *files])
+    file = tmp_path / "out.json"
+    sizes = ["--nodes", "1", "--nodes", "2", "--context", "8", "--device", "cpu", "--json", str(file)]
+    result = CliRunner().invoke(app, ["roofline", "--model", str(tmp_path / "model"), *sizes])
     assert result.exit_code == 0, result.output
     written = json.loads(file.read_text())
-    assert {"commit", "hardware", "versions", "model", "costs", "limits", "times", "shares", "phases"} <= set(written)
-    assert plot.stat().st_size > 10_000
+    assert {"commit", "hardware", "versions", "model", "costs", "limits", "times", "shares"} <= set(written)
     refused = CliRunner().invoke(app, ["roofline", "--cuda-graphs", "maybe"])
     assert refused.exit_code != 0
     assert "--cuda-graphs maybe is not known; use one of auto, eager, off" in refused.output
+
+
+def test_a_model_without_trees_is_refused() -> None:
+    model = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    with pytest.raises(ValueError, match="cannot be measured on trees"):
+        measure_roofline(model, (4,), (8,))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 import specdec
@@ -58,19 +57,6 @@ def test_a_size_that_seemed_expensive_is_tried_again() -> None:
         times.seconds = dict(measured)
         feed(times, 1, 1.0, 20_000)
         assert times.of(8) < 1.1
-
-
-def test_sizes_can_be_timed_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first pass of a size may have to be prepared, and noise only ever adds: the least counts."""
-    now, stalls = [0.0], iter([5.0, 0.0] * 5)
-    monkeypatch.setattr("specdec.budgeting.pass_times.time.perf_counter", lambda: now[0])
-
-    def run(nodes: int) -> None:
-        now[0] += CPU[nodes] + next(stalls)
-
-    times = StepTimes(16)
-    times.time_all(run)
-    assert np.allclose(times.known()[1], [CPU[nodes] for nodes in (1, 2, 4, 8, 16)])
 
 
 # --- surroundings that change -----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from specdec.cli import app
 from specdec.common.embedded import load_embedded
 from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, MergedDrafter, RecyclingDrafter
 from specdec.inspection.trace import Trace, token_pieces
-from specdec.inspection.trace_text import TINTS
+from specdec.inspection.trace_view import TINTS
 from specdec.tree import TokenTree
 from tests.test_cli import save_model
 from tests.tiny_models import prompts, tiny_model, tiny_tokenizer

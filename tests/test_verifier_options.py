@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from specdec.commands.verifier_options import VerifierFlags
+from specdec.commands.verifier_options import build_verifier
 from specdec.common.errors import UserError
 from specdec.verifiers import ExactVerifier, StepVerifier, TypicalVerifier
 
 
 def test_verifiers_by_name_and_settings() -> None:
-    assert VerifierFlags().build() == ExactVerifier()
-    assert VerifierFlags("typical", ["epsilon=0.2"]).build() == TypicalVerifier(epsilon=0.2)
-    flags = VerifierFlags("step", ["threshold=-1.5", "judge=log-prob", "min-digit-mass=0.2"])
-    assert flags.build() == StepVerifier(-1.5, "log-prob", 0.2)
+    assert build_verifier("exact") == ExactVerifier()
+    assert build_verifier("typical", ["epsilon=0.2"]) == TypicalVerifier(epsilon=0.2)
+    made = build_verifier("step", ["threshold=-1.5", "judge=log-prob", "min-digit-mass=0.2"])
+    assert made == StepVerifier(-1.5, "log-prob", 0.2)
 
 
 @pytest.mark.parametrize(
@@ -28,4 +28,4 @@ def test_verifiers_by_name_and_settings() -> None:
 )
 def test_what_is_not_known(name: str, options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        VerifierFlags(name, options).build()
+        build_verifier(name, options)

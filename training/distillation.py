@@ -138,8 +138,8 @@ def distill(
                 with seeded(seed, index, model.device):
                     answers = _answer(fast, tokenizer, batch, kwargs, report)
                 write_shard(shard, _records(batch, answers, tokenizer, end_tokens(model, tokenizer)))
-            note = f"{report.tokens_per_second:.0f} tokens/s, {report.tokens_per_pass:.2f} per pass"
-            progress.update(task, advance=len(batch), note=note)
+            speed = f"{report.tokens_per_second:.0f} tokens/s, {report.tokens_per_pass:.2f} per pass"
+            progress.update(task, advance=len(batch), note=speed if report.seconds else "")
     return report
 
 

@@ -86,7 +86,10 @@ def load_examples(
 
 
 def encode_all(
-    records: Sequence[Record], encode: Callable[[Record], Iterable[Item]], losses: list[str]
+    records: Sequence[Record],
+    encode: Callable[[Record], Iterable[Item]],
+    losses: list[str],
+    empty: str = "nothing in it is supervised",
 ) -> Iterator[Item]:
     """Items of all records; warns when only some records have any.
 
@@ -94,12 +97,12 @@ def encode_all(
         records: What to encode.
         encode: Items of one record.
         losses: Receives a reason for each record without items.
+        empty: The reason, unless the chat template refuses the record.
     """
     found = False
     for record in records:
         try:
-            items = list(encode(record))
-            reason = "nothing in it is supervised"
+            items, reason = list(encode(record)), empty
         except TemplateRefusedError as refusal:
             items, reason = [], str(refusal)
         if not items:

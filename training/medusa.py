@@ -202,8 +202,8 @@ class _Run:
         if result.is_complete:
             self._finish(result)
         else:
-            result.stopped_by = signals[0]
-            self._say(f"stopped by {signals[0].name} at step {done} of {self.steps}; start it again to continue")
+            result.stopped_by = signals[0] if signals else signal.SIGTERM  # another process may have got it
+            self._say(f"stopped by {result.stopped_by.name} at step {done} of {self.steps}; start it again to continue")
         if self.config.trackers:
             self.accelerator.end_training()
         return result

@@ -61,7 +61,7 @@ def load_prompts(
         raise ValueError(f"prompt_tokens must be at least 1, got {prompt_tokens}; 128 is the default")
     records = read_records(source, tokenizer, split)
     encoder = _PromptEncoder(tokenizer, ChatEncoder(tokenizer, chat_template), text_field, prompt_tokens, chat)
-    prompts = unique(encode_all(records, encoder.encode, []))
+    prompts = unique(encode_all(records, encoder.encode, [], "it has no prompt"))
     if not prompts:
         raise ValueError(f"{source} has no prompt in {len(records)} records; give prompts, conversations or text")
     return list(sample(prompts, limit, seed))

@@ -65,9 +65,9 @@ def save_result(result: TrainingResult, recipe: Recipe, data: TrainingData, reco
     target = recipe.target.eval()
     if isinstance(recipe, HeadsAndAdapters):
         target.save_pretrained(folder / ADAPTER_FOLDER)
-        if not getattr(target.get_base_model(), "is_quantized", False):
-            target = target.merge_and_unload()
     if config.measure_prompts:
+        if isinstance(recipe, HeadsAndAdapters) and not getattr(target.get_base_model(), "is_quantized", False):
+            target = target.merge_and_unload()
         heads.bind(target)
         examples = data.eval_examples
         result.speedup = measure_speedup(target, heads, examples, config.measure_prompts, config.measure_tokens)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specdec.reasoning import Verdict
 from specdec.sampling import Sampler
 from specdec.tree import TokenTree
 
@@ -24,13 +23,11 @@ class Acceptance:
         tokens: Per row the accepted tokens and then the next token (bonus or replacement), `[batch, depth + 1]`, int64;
             entries behind the next token are undefined.
         num_accepted: Accepted draft tokens per row, `[batch]`, int64.
-        verdicts: Per row what was said of its step, None where there was none to judge; None for no row.
     """
 
     nodes: Tensor
     tokens: Tensor
     num_accepted: Tensor
-    verdicts: Sequence[Verdict | None] | None = None
 
     @classmethod
     def of_paths(cls, tree: TokenTree, last: Tensor, next_token: Tensor) -> Acceptance:
@@ -62,9 +59,7 @@ class Verifier(ABC):
     name: str = "verifier"
     guarantee: str = "token-identical"
     judges_steps: bool = False
-    """Whether drafters are to propose steps that are judged as a whole."""
-    asks_target: bool = False
-    """Whether a question about the step, to be answered by a digit, is to follow each."""
+    """Whether it judges whole reasoning steps, which a drafter that can `generate_steps` then writes."""
 
     follow: ClassVar[Any] = None
     """A static method of a tree and the target's picks, `[batch, nodes]`, to an `Acceptance`: set by a class whose

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.reasoning import StepText
+
+@dataclass(frozen=True)
+class StepText:
+    """The text of a drafted step, decoded when it is asked for.
+
+    Args:
+        tokens: The step's, in the target's vocabulary.
+        before: All tokens of the row before the step, the prompt's included.
+        decode: Text of tokens.
+    """
+
+    tokens: Iterable[int]
+    before: Iterable[int]
+    decode: Callable[[Iterable[int]], str]
+
+    @cached_property
+    def text(self) -> str:
+        """The step itself."""
+        return self.decode(self.tokens)
+
+    @cached_property
+    def prefix(self) -> str:
+        """Everything before the step, the prompt included."""
+        return self.decode(self.before)
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.reasoning import DraftedSteps, Verdict
 from specdec.report import SpeculationReport
-from specdec.sampling import Sampler, not_row_wise
+from specdec.sampling import Sampler
 from specdec.tree import TokenTree
 from specdec.verifiers.base import Acceptance, Verifier
 from specdec.verifiers.exact import ExactVerifier
-from specdec.verifiers.judges import Judge, JudgedStep, resolve_judge
+from specdec.verifiers.judges import Judge, JudgedStep, StepText, resolve_judge
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was said of a step.
+
+    Args:
+        accepted: The step is kept.
+        score: What the judge gave.
+        digit_mass: Probability of all digits together where a digit was asked for.
+        log_prob: Mean log-probability of the step's tokens under the target.
+    """
+
+    accepted: bool
+    score: float
+    digit_mass: float | None = None
+    log_prob: float | None = None
 
 
 @dataclass
@@ -26,8 +42,8 @@ class StepVerifier(Verifier):
     "SpecReason: Fast and Accurate Inference-Time Compute via Speculative Reasoning" (arXiv 2504.07891, section 4.1).
     The step, a question about it, and the target's answer to that question take one pass behind the tokens that the kv
     cache holds; only the question is rolled back. Of a step that is not kept, the tokens that the target would have
-    picked itself stay, at no cost, and the target goes on from there. Rows are judged independently, and trees without
-    steps are verified as by `ExactVerifier`.
+    picked itself stay, at no cost, and the target goes on from there. What the target writes is verified as by
+    `ExactVerifier`.
 
     The output is **not** the target's: what is kept are the draft model's words. Behind a kept step the target goes on
     exactly as it would behind these words.
@@ -63,62 +79,39 @@ class StepVerifier(Verifier):
             raise ValueError(f"min_digit_mass={self.min_digit_mass} must be from 0 to 1")
 
     @property
-    def asks_target(self) -> bool:  # type: ignore[override]
-        """As the judge needs it."""
+    def asks_target(self) -> bool:
+        """Whether a question about the step, to be answered by a digit, is to follow each."""
         return resolve_judge(self.judge).asks_target
 
     def verify(self, tree: TokenTree, logits: Tensor, sampler: Sampler, rows: Sequence[int]) -> Acceptance:
-        steps = tree.steps
-        if steps is None:
-            return ExactVerifier().verify(tree, logits, sampler, rows)
-        verdicts = [self._verdict(tree, logits[i], steps, i) for i in range(len(rows))]
-        drafts = tree.without_questions()
-        logits = logits[:, : drafts.num_nodes]
-        if sampler.keep_scores or not all(verdict and verdict.accepted for verdict in verdicts):
-            exact = ExactVerifier().verify(drafts, logits, sampler, rows)
-        else:
-            zeros = drafts.tokens.new_zeros((len(rows), drafts.num_nodes))
-            exact = Acceptance(zeros - 1, torch.cat([zeros, zeros[:, :1]], 1), zeros[:, 0])
-        if sampler.keep_scores and not not_row_wise(sampler.processors):
-            sampler.process(drafts, logits, rows)  # of all nodes, not of those alone that the target would have picked
-        return _with_kept_steps(exact, drafts, steps, verdicts)
+        """As `ExactVerifier`: drafted tokens are the target's own business."""
+        return ExactVerifier().verify(tree, logits, sampler, rows)
 
-    def _verdict(self, tree: TokenTree, logits: Tensor, steps: DraftedSteps, i: int) -> Verdict | None:
-        """What is said of one row's step. `logits`: `[nodes, vocab]`."""
-        length = steps.lengths[i]
-        if length == 0:
-            return None
-        if steps.is_forced[i]:
-            return Verdict(True)
-        tokens = tree.tokens[i, 1 : 1 + length]
-        log_probs = logits[:length].float().log_softmax(-1).gather(1, tokens[:, None].to(logits.device))[:, 0]
+    def verdict(
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        digits: Sequence[Sequence[int]] = (),
+        words: StepText | None = None,
+    ) -> Verdict:
+        """Judges a step.
+
+        Args:
+            tokens: The step's, `[tokens]`.
+            logits: The target's behind the text before the step, behind each token of the step, and behind each of the
+                question, if it was asked, `[1 + tokens + question, vocab]`.
+            digits: For each of the digits 0 to 9 the tokens that mean it behind the question.
+            words: The step in words.
+        """
+        log_probs = logits[: len(tokens)].float().log_softmax(-1).gather(1, tokens[:, None].to(logits.device))[:, 0]
         judge, digit_probs = resolve_judge(self.judge), None
         if judge.asks_target:
-            answer = logits[length + steps.questions[i]].float().softmax(-1)
-            digit_probs = torch.stack([answer[list(of_digit)].sum() for of_digit in steps.digits])
-        words = steps.texts[i] if steps.texts else None
+            answer = logits[-1].float().softmax(-1)
+            digit_probs = torch.stack([answer[list(of_digit)].sum() for of_digit in digits])
         score = judge.score(JudgedStep(tokens, log_probs, digit_probs, words))
         mass = None if digit_probs is None else float(digit_probs.sum())
         is_answered = mass is None or not judge.needs_digit or mass >= self.min_digit_mass
         return Verdict(is_answered and score >= self.threshold, score, mass, float(log_probs.mean()))
-
-
-def _with_kept_steps(
-    exact: Acceptance, drafts: TokenTree, steps: DraftedSteps, verdicts: Sequence[Verdict | None]
-) -> Acceptance:
-    """The exact outcome, but for the rows whose step is kept.
-
-    Such a step's last token is what follows the path of the others: the next root, as any token committed last is.
-    """
-    nodes, tokens, num_accepted = exact.nodes.clone(), exact.tokens.clone(), exact.num_accepted.clone()
-    for i, (length, verdict) in enumerate(zip(steps.lengths, verdicts, strict=True)):
-        if verdict is None or not verdict.accepted:
-            continue
-        nodes[i] = -1
-        nodes[i, : length - 1] = torch.arange(1, length, device=nodes.device)
-        tokens[i, :length] = drafts.tokens[i, 1 : 1 + length]
-        num_accepted[i] = length - 1
-    return replace(exact, nodes=nodes, tokens=tokens, num_accepted=num_accepted, verdicts=tuple(verdicts))
 
 
 def quantile_threshold(scores: Iterable[float | SpeculationReport], keep: float = 0.8) -> float:

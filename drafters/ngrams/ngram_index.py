@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.kernels import kernel, kernel_part
+from specdec.kernels import Floats, Ints, kernel, kernel_part
 
 SEPARATOR = -1
-"""Stands in the arena before each document; no match and no continuation crosses it."""
+"""Precedes each document in the arena; no match and no continuation crosses it."""
 
 IntArray = NDArray[np.int32]
 
@@ -21,16 +21,16 @@ _HASH_FACTOR = 0x5BD1E995
 _HASH_MASK = 0x7FFFFFFF
 
 
-Links = tuple[IntArray, IntArray, IntArray, NDArray[np.int64]]
+Links = tuple[IntArray, IntArray, IntArray, Ints]
 """The arrays of one index, as the kernels take them (a plain tuple, because Numba unpacks that fastest):
 
-- text: token ids and separators, `[capacity]`, int32; a separator stands at 0 and after the last token;
+- text: token ids and separators, `[capacity]`, int32; separators at 0 and after the last token;
 - prev: link of each position and order to the match before it, `[capacity, orders]`, int32;
 - head: newest position of each order and hash, `[orders, slots]`, int32; slots is a power of two;
 - orders: lengths of the indexed n-grams, ascending, `[orders]`, int64.
 """
 
-Matches = tuple[NDArray[np.int64], NDArray[np.float64]]
+Matches = tuple[Ints, Floats]
 """Places where the last tokens of a row were seen before:
 
 - places: scope, position of the token that followed, and how many tokens before it match, `[matches, 3]`, int64;
@@ -39,7 +39,7 @@ Matches = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
 def room_for_matches(count: int) -> Matches:
-    """Arrays for so many matches."""
+    """Arrays for `count` matches."""
     return np.empty((count, 3), np.int64), np.empty(count, np.float64)
 
 
@@ -50,24 +50,28 @@ def mix_hash(value: int, token: int) -> int:
     return (product ^ (product >> 29)) & _HASH_MASK
 
 
+@kernel_part
+def hash_up_to(order: int, text: IntArray, last: int, value: int, length: int) -> tuple[int, int]:
+    """Extends the hash of the `length` tokens up to `last` to `order` tokens, or to the separator before them."""
+    while length < order and text[last - length] >= 0:
+        value = mix_hash(value, int(text[last - length]))
+        length += 1
+    return value, length
+
+
 @kernel
 def append_tokens(links: Links, position: int, tokens: IntArray) -> None:
     """Writes tokens from `position` on and links every new position."""
     text, prev, head, orders = links
-    slot_mask = head.shape[1] - 1
     for i in range(tokens.shape[0]):
         here = position + i
         text[here] = tokens[i]
-        value = _HASH_SEED
-        length = 0
+        value, length = _HASH_SEED, 0
         for k in range(orders.shape[0]):
-            while length < orders[k] and text[here - length] >= 0:
-                value = mix_hash(value, int(text[here - length]))
-                length += 1
-            if length < orders[k]:
-                prev[here, k] = 0
-            else:
-                slot = value & slot_mask
+            value, length = hash_up_to(orders[k], text, here, value, length)
+            prev[here, k] = 0
+            if length == orders[k]:
+                slot = value & (head.shape[1] - 1)
                 prev[here, k] = head[k, slot]
                 head[k, slot] = here
 
@@ -76,16 +80,12 @@ def append_tokens(links: Links, position: int, tokens: IntArray) -> None:
 def remove_tokens(links: Links, position: int, count: int) -> None:
     """Takes back the last `count` tokens, which end before `position`."""
     text, prev, head, orders = links
-    slot_mask = head.shape[1] - 1
     for here in range(position - 1, position - count - 1, -1):
-        value = _HASH_SEED
-        length = 0
+        value, length = _HASH_SEED, 0
         for k in range(orders.shape[0]):
-            while length < orders[k] and text[here - length] >= 0:
-                value = mix_hash(value, int(text[here - length]))
-                length += 1
+            value, length = hash_up_to(orders[k], text, here, value, length)
             if length == orders[k]:
-                head[k, value & slot_mask] = prev[here, k]
+                head[k, value & (head.shape[1] - 1)] = prev[here, k]
 
 
 @kernel_part
@@ -111,35 +111,31 @@ def find_matches(
     count: int,
     matches: Matches,
 ) -> int:
-    """Walks the chains from the longest order down and appends what it finds to `matches`.
+    """Follows the chains from the longest order down and appends the matches it finds.
 
     A chain of order k gives matches shorter than the next order only: the longer ones were found there.
 
     Args:
         links: The index.
         query: The last tokens of the row, `[up to the longest match]`, int32.
-        skip_start: First position of a region that is not looked at.
+        skip_start: First position of a region to leave out.
         skip_end: End of that region.
         max_hits: Most matches taken per order; twice as many positions are looked at.
         scope: Number of this scope, written with each match.
         weight: Weight of this scope.
         recency: Factor on the weight from one match of a chain to the next older one.
-        count: Matches already there.
-        matches: Where they are written.
+        count: Matches written so far.
+        matches: Written.
 
     Returns:
-        The number of matches now there.
+        The new number of matches.
     """
     places, weights = matches
     text, prev, head, orders = links
-    slots = np.zeros(orders.shape[0], np.int64)
-    value = _HASH_SEED
-    length = 0
-    usable = 0
+    slots = np.empty(orders.shape[0], np.int64)
+    value, length, usable = _HASH_SEED, 0, 0
     while usable < orders.shape[0] and orders[usable] <= query.shape[0]:
-        while length < orders[usable]:
-            length += 1
-            value = mix_hash(value, int(query[query.shape[0] - length]))
+        value, length = hash_up_to(orders[usable], query, query.shape[0] - 1, value, length)
         slots[usable] = value & (head.shape[1] - 1)
         usable += 1
     last = text.shape[0] - 1

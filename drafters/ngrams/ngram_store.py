@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +23,6 @@ VERSION = 1
 
 _ARRAYS = ("text", "prev", "head")
 _FILE_NAME = re.compile(r"(shared|corpus)\.(text|prev|head)\.[0-9a-f]{16}\.npy")
-
-
-class _HashingFile:
-    """Writes to a file and hashes what it writes."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
 
 
 def save_indexes(path: str | os.PathLike[str], indexes: dict[str, NgramIndex], tokenizer: str | None) -> None:
@@ -52,22 +40,17 @@ def save_indexes(path: str | os.PathLike[str], indexes: dict[str, NgramIndex], t
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path: an index is saved to a folder, and {folder} is a file; give another path")
     folder.mkdir(parents=True, exist_ok=True)
-    scopes = {}
+    header: dict[str, Any] = {"format": FORMAT, "version": VERSION, "tokenizer": tokenizer, "scopes": {}}
     for scope, index in indexes.items():
         if index.num_tokens:
-            text, prev, head, _ = index.links
-            used = (text[: index.length + 1], prev[: index.length], head)
-            scopes[scope] = {
-                name: _write_array(folder, f"{scope}.{name}", array) for name, array in zip(_ARRAYS, used, strict=True)
-            }
-            orders = [int(order) for order in index.links[3]]
-    header = {"format": FORMAT, "version": VERSION, "tokenizer": tokenizer, "scopes": scopes}
-    if scopes:
-        header["orders"] = orders
-    with _replacing(folder) as (file, names):
-        file.write(json.dumps(header, indent=1).encode())
-        names.append(HEADER)
-    current = {entry["file"] for arrays in scopes.values() for entry in arrays.values()}
+            text, prev, head, orders = index.links
+            used = {"text": text[: index.length + 1], "prev": prev[: index.length], "head": head}
+            header["scopes"][scope] = {name: _write_array(folder, f"{scope}.{name}", a) for name, a in used.items()}
+            header["orders"] = orders.tolist()
+    with _new_file(folder) as file:
+        file.write_text(json.dumps(header, indent=1), encoding="utf-8")
+        os.replace(file, folder / HEADER)
+    current = {entry["file"] for arrays in header["scopes"].values() for entry in arrays.values()}
     for old in folder.iterdir():
         if _FILE_NAME.fullmatch(old.name) and old.name not in current:
             old.unlink(missing_ok=True)
@@ -105,35 +88,49 @@ def load_indexes(
         )
     indexes = {}
     for scope, entries in header["scopes"].items():
-        arrays = [_read_array(folder, scope, name, entries[name]) for name in _ARRAYS]
-        indexes[scope] = _index(folder, scope, orders, arrays)
+        text, prev, head = (_read_array(folder, scope, name, entries[name]) for name in _ARRAYS)
+        slots = head.shape[1] if head.ndim == 2 else 0
+        is_whole = (
+            text.ndim == 1
+            and len(text) >= 2
+            and prev.shape == (len(text) - 1, len(orders))
+            and head.shape == (len(orders), slots)
+            and slots.bit_count() == 1
+            # Compiled loops run on these arrays unchecked: the separators at both ends are what stops them.
+            and text[0] == text[-1] == SEPARATOR
+        )
+        if not is_whole:
+            raise _damaged(folder / HEADER, f"describes arrays of {scope} that do not belong together")
+        indexes[scope] = NgramIndex.from_links((text, prev, head, np.array(orders, np.int64)))
     return indexes, saved
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[tuple[IO[bytes], list[str]]]:
-    """A new file that takes the name put into the list once it is complete, and is removed if that fails."""
-    names: list[str] = []
-    file = tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False)  # noqa: SIM115
+def _new_file(folder: Path) -> Iterator[Path]:
+    """A temporary file, removed unless it has been given another name by then."""
+    descriptor, name = tempfile.mkstemp(".tmp", dir=folder)
+    os.close(descriptor)
     try:
-        with file:
-            yield file, names
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, folder / names[0])
-    except BaseException:
-        Path(file.name).unlink(missing_ok=True)
-        raise
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _write_array(folder: Path, stem: str, array: NDArray[Any]) -> dict[str, Any]:
-    with _replacing(folder) as (file, names):
-        hashing = _HashingFile(file)
-        np.lib.format.write_array(hashing, array, allow_pickle=False)
-        size = file.tell()
-        digest = hashing.digest.hexdigest()
-        names.append(f"{stem}.{digest[:16]}.npy")
-    return {"file": names[0], "bytes": size, "dtype": str(array.dtype), "shape": list(array.shape), "sha256": digest}
+    with _new_file(folder) as file:
+        with file.open("wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+            os.fsync(stream.fileno())
+        entry = {"bytes": file.stat().st_size, "dtype": str(array.dtype), "shape": list(array.shape)}
+        digest = _digest(file)
+        name = f"{stem}.{digest[:16]}.npy"
+        os.replace(file, folder / name)
+    return {"file": name, **entry, "sha256": digest}
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _damaged(file: Path, what: str) -> ValueError:
@@ -180,9 +177,8 @@ def _read_array(folder: Path, scope: str, name: str, entry: Any) -> NDArray[np.i
         raise _damaged(file, "is missing")
     if file.stat().st_size != entry["bytes"]:
         raise _damaged(file, f"has {file.stat().st_size} bytes where {entry['bytes']} were saved: it is truncated")
-    with file.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
-            raise _damaged(file, "has other content than was saved (SHA-256 differs)")
+    if _digest(file) != entry["sha256"]:
+        raise _damaged(file, "has other content than was saved (SHA-256 differs)")
     try:
         array = np.load(file, mmap_mode="c", allow_pickle=False).view(np.ndarray)
     except (ValueError, OSError, EOFError) as error:
@@ -190,21 +186,3 @@ def _read_array(folder: Path, scope: str, name: str, entry: Any) -> NDArray[np.i
     if array.dtype != np.int32 or not array.flags.c_contiguous or list(array.shape) != entry["shape"]:
         raise _damaged(file, f"is {array.dtype} {list(array.shape)}, not the array that was saved")
     return array
-
-
-def _index(folder: Path, scope: str, orders: tuple[int, ...], arrays: list[NDArray[np.int32]]) -> NgramIndex:
-    text, prev, head = arrays
-    slots = head.shape[1] if head.ndim == 2 else 0
-    if (
-        text.ndim != 1
-        or len(text) < 2
-        or prev.shape != (len(text) - 1, len(orders))
-        or head.shape != (len(orders), slots)
-        or slots < 1
-        or slots & (slots - 1)
-        # Compiled loops run on these arrays unchecked: the separators at both ends are what stops them.
-        or text[0] != SEPARATOR
-        or text[-1] != SEPARATOR
-    ):
-        raise _damaged(folder / HEADER, f"describes arrays of {scope} that do not belong together")
-    return NgramIndex.from_links((text, prev, head, np.array(orders, np.int64)))

@@ -1,4 +1,4 @@
-"""Finds continuations in all scopes and grows the best token tree out of them."""
+"""Finds continuations in all scopes and grows the best token tree from them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from specdec.drafters.ngrams.ngram_index import IntArray, Links, Matches, find_matches
 from specdec.drafters.trees.heap import pop_best, push_best
-from specdec.kernels import kernel, kernel_part
+from specdec.kernels import Floats, Ints, kernel, kernel_part
 
-NodeArray = NDArray[np.int64]
 ScoreArray = NDArray[np.float32]
 
 
@@ -27,25 +26,12 @@ class Nodes(NamedTuple):
         first_match: First match in each node's list, -1 for none, `[nodes]`, int64.
     """
 
-    tokens: NodeArray
-    parents: NodeArray
-    depths: NodeArray
-    scores: NDArray[np.float64]
-    paths: NDArray[np.float64]
-    first_match: NodeArray
-
-
-@kernel_part
-def new_nodes(count: int) -> Nodes:
-    """Room for so many nodes."""
-    return Nodes(
-        np.empty(count, np.int64),
-        np.empty(count, np.int64),
-        np.empty(count, np.int64),
-        np.empty(count, np.float64),
-        np.empty(count, np.float64),
-        np.full(count, -1, np.int64),
-    )
+    tokens: Ints
+    parents: Ints
+    depths: Ints
+    scores: Floats
+    paths: Floats
+    first_match: Ints
 
 
 @kernel_part
@@ -56,29 +42,29 @@ def add_children(
     written: int,
     texts: tuple[IntArray, ...],
     matches: Matches,
-    next_match: NodeArray,
-    child_of: NodeArray,
-    by_length: NDArray[np.float64],
+    next_match: Ints,
+    child_of: Ints,
+    by_length: Floats,
     smoothing: float,
     max_depth: int,
 ) -> int:
-    """Hands the matches of a written node on to its children, one per next token.
+    """Passes the matches of a written node on to its children, one per next token.
 
     Args:
-        nodes: All nodes so far.
-        parent: The node.
-        created: How many nodes there are.
+        nodes: All nodes so far, `created` of them.
+        parent: The node, which was written at `written`.
+        created: Number of nodes.
         written: Index of the parent in the tree.
-        texts: Text of each scope.
-        matches: Where the continuations stand.
+        texts: As for `grow_tree`, like `matches`, `by_length`, `smoothing` and `max_depth`.
+        matches: Where the continuations begin.
         next_match: Links between matches at the same node.
         child_of: Hash table by token; entries of earlier nodes count as empty.
-        by_length: Weight and discount by length of the match, `[2, lengths]`.
+        by_length: Weight and discount by length.
         smoothing: Weight of "none of these".
         max_depth: Largest depth of a node.
 
     Returns:
-        The number of nodes there are now.
+        The new number of nodes.
     """
     places, weights = matches
     first_child = created
@@ -123,24 +109,24 @@ def grow_tree(
     texts: tuple[IntArray, ...],
     matches: Matches,
     count: int,
-    by_length: NDArray[np.float64],
+    by_length: Floats,
     smoothing: float,
     max_depth: int,
-    tokens: NodeArray,
-    parents: NodeArray,
+    tokens: Ints,
+    parents: Ints,
     scores: ScoreArray,
 ) -> int:
     """Merges all continuations into one tree and writes its nodes best first, the root (already written) excepted.
 
-    Continuations that agree so far stand at the same node, and its children share their weight. A match of length m
-    counts as one of length m + d at depth d: a continuation that was right so far is a longer match now. As in
-    prediction by partial matching, each child pays a discount, the larger share of its weight the fewer matches it has
-    and the shorter they are, and the smoothing is weight given to no child. Scores so made are about right on average.
+    Continuations that agree so far share a node, and its children share their weight. A match of length m counts as one
+    of length m + d at depth d: a continuation that was right so far is a longer match now. As in prediction by partial
+    matching, each child pays a discount, a larger share of its weight the fewer and the shorter its matches, and the
+    smoothing is weight given to no child. These scores are about right on average.
 
     Args:
         texts: Text of each scope.
-        matches: Where the continuations stand.
-        count: How many there are.
+        matches: Where the continuations begin.
+        count: Number of matches.
         by_length: Weight and discount by length of the match, `[2, lengths]`; longer ones count as the last entry.
         smoothing: Weight of "none of these".
         max_depth: Largest depth of a node.
@@ -154,8 +140,10 @@ def grow_tree(
     if count == 0:
         return 1
     # Waiting nodes hold disjoint, non-empty lists of matches: there are never more than matches and written nodes.
-    nodes = new_nodes(count + tokens.shape[0])
-    heap = np.empty(count + tokens.shape[0], np.int64)
+    room = count + tokens.shape[0]
+    ints, floats = np.empty((3, room), np.int64), np.empty((2, room))
+    nodes = Nodes(ints[0], ints[1], ints[2], floats[0], floats[1], np.full(room, -1))
+    heap = np.empty(room, np.int64)
     next_match = np.arange(1, count + 1)
     next_match[count - 1] = -1
     buckets = 2
@@ -188,37 +176,30 @@ def grow_tree(
 @kernel
 def draft_row(
     sources: tuple[Links, ...],
-    skipped: NodeArray,
-    weights: NDArray[np.float64],
+    skipped: Ints,
+    weights: Floats,
     query_start: int,
     query_end: int,
     max_hits: int,
     recency: float,
     matches: Matches,
-    by_length: NDArray[np.float64],
+    by_length: Floats,
     smoothing: float,
     max_depth: int,
-    tokens: NodeArray,
-    parents: NodeArray,
+    tokens: Ints,
+    parents: Ints,
     scores: ScoreArray,
 ) -> int:
     """Drafts for one row from all its scopes: `find_matches` in each, then `grow_tree`.
 
+    Arguments of the same names are described there.
+
     Args:
-        sources: Arrays of each scope's index, the row's own text first; one without text is passed over.
-        skipped: Region of each scope that is not looked at (first position, end), `[scopes, 2]`, int64.
+        sources: Arrays of each scope's index, the row's own text first; empty ones are skipped.
+        skipped: Region of each scope to leave out (first position, end), `[scopes, 2]`, int64.
         weights: Weight of each scope, `[scopes]`, float64.
-        query_start: Where the row's last tokens begin in its own text.
-        query_end: Where they end.
-        max_hits: See `find_matches`, as for recency and matches.
-        recency: Factor on the weight from one match to the next older one.
-        matches: Room for all matches.
-        by_length: See `grow_tree`, as for all that follow.
-        smoothing: Weight of "none of these".
-        max_depth: Largest depth of a node.
-        tokens: Written, `[nodes]`.
-        parents: Written, `[nodes]`.
-        scores: Written, `[nodes]`.
+        query_start: First position of the row's last tokens in its own text.
+        query_end: Position after them.
 
     Returns:
         The number of nodes, the root included.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.generation import StoppingCriteria
 
 from specdec.drafters.tokenizers.token_text import TokenText
 
@@ -75,3 +79,24 @@ class StepSoFar:
 def _ends_within(text: bytes, mark: bytes, last: int) -> int:
     """Where the last mark begins that reaches into the last bytes of a text; -1 where none does."""
     return text.rfind(mark, max(0, len(text) - last - len(mark) + 1)) if last else -1
+
+
+class StepEnd(StoppingCriteria):
+    """Ends generation where the step ends; one row.
+
+    Args:
+        so_far: The step before the call.
+        piece: Bytes of a token.
+    """
+
+    def __init__(self, so_far: StepSoFar, piece: Callable[[int], bytes]) -> None:
+        self._states, self._piece = [so_far], piece
+        self._start: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self._start is None:
+            self._start = input_ids.shape[1] - 1
+        before = self._states[input_ids.shape[1] - 1 - self._start]
+        so_far, bound = before.add(self._piece(int(input_ids[0, -1])))
+        self._states[input_ids.shape[1] - self._start :] = [so_far]
+        return torch.full((len(input_ids),), bool(bound), device=input_ids.device)

@@ -52,6 +52,10 @@ class DraftLists:
         self.draft_probs: list[Tensor] = []
         self._generator: torch.Generator | None = None
 
+    def begin(self) -> None:
+        """A draft begins."""
+        self.draft_probs = []
+
     def make(self, logits: Tensor, count: int, rows: Sequence[int], depths: Ints) -> tuple[Ints, NDArray[np.float32]]:
         """The lists behind some nodes.
 
@@ -97,7 +101,6 @@ class DraftLists:
             fed: Places among the nodes fed, -1 for leaves, `[rows, nodes]`: these get the root's.
         """
         probs = torch.cat(self.draft_probs, 1)
-        self.draft_probs = []
         index = torch.from_numpy(fed.clip(0)).to(probs.device)
         probs = probs[torch.arange(len(fed), device=probs.device)[:, None], index]
         width = self.noise.vocab if self.noise is not None else self.target_size

@@ -3,20 +3,74 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from specdec.drafters.base import DraftContext
+from specdec.drafters.small_model.passes import warmed_up
 from specdec.drafters.small_model.self_draft import first_layers
-from specdec.drafters.tokenizers.draft_vocabulary import Use, Vocabularies
+from specdec.drafters.tokenizers.draft_vocabulary import RowTexts, Use, Vocabularies
 from specdec.drafters.tokenizers.token_text import check_tokenizer
-from specdec.drafters.tokenizers.vocabularies import same_vocabulary, vocabulary_map
+from specdec.drafters.tokenizers.vocabulary_map import same_vocabulary, vocabulary_map
 from specdec.fallback import length_limit
 from specdec.passes.capability import Capability, probe
+from specdec.passes.compiled.passes import CompiledPasses
 from specdec.passes.tensor_parallel import check_whole
 from specdec.target import CausalLM, embedding_rows, input_device, unwrapped
 
+if TYPE_CHECKING:
+    from specdec.drafters.draft_model import DraftModelDrafter
+
 SELF = "self"
+
+
+@dataclass(frozen=True)
+class BoundModel:
+    """A draft model, ready to draft for one target.
+
+    Args:
+        model: The draft model.
+        capability: How it can be run.
+        compiled: Runs its passes, in its place.
+        vocabularies: How the two models' tokens go together.
+        target_size: Token ids that the target can take are below.
+        longest: Tokens that a draft may reach, itself included.
+    """
+
+    model: CausalLM
+    capability: Capability
+    compiled: CompiledPasses | None
+    vocabularies: Vocabularies
+    target_size: int
+    longest: float
+
+    def texts_of(self, context: DraftContext) -> RowTexts | None:
+        """The rows of a call in the draft model's tokens; None where it cannot read one, or draft anything."""
+        vocabulary = self.vocabularies.of_call(context)
+        if vocabulary is None or max(map(len, context.sequences)) >= self.longest:
+            return None
+        texts = RowTexts(vocabulary, context.sequences)
+        return texts if texts.longest < self.longest else None
+
+
+def bind_draft_model(drafter: DraftModelDrafter, loaded: CausalLM | None, target: CausalLM) -> BoundModel:
+    """Loads a drafter's model, unless it is given, and prepares it for a target.
+
+    Raises:
+        ValueError: They do not go together.
+        TypeError: It is no model.
+    """
+    named, tokenizers = drafter.draft_model, (drafter.tokenizer, drafter.target_tokenizer)
+    model = loaded if loaded is not None else load_draft_model(named, drafter.layers, target)
+    if model is target:
+        model = load_draft_model(model, None, target)  # says what is wrong
+    use: Use = "shared" if named == SELF else drafter.vocabulary
+    vocabularies = load_vocabularies(model, target, use, *tokenizers, isinstance(named, str))
+    capability = capability_of(model)
+    compiled = warmed_up(model, capability) if drafter.compiled else None
+    return BoundModel(model, capability, compiled, vocabularies, embedding_rows(target), longest_sequence(model))
 
 
 def load_draft_model(draft_model: Any, layers: int | None, target: CausalLM) -> CausalLM:

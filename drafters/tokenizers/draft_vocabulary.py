@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec.drafters.base import DraftContext
 from specdec.drafters.small_model.growth import DraftNodes
 from specdec.drafters.tokenizers.text_bridge import TargetDraft, TextBridge, common_prefix
-from specdec.drafters.tokenizers.vocabularies import OverlapMass, VocabularyMap
+from specdec.drafters.tokenizers.vocabulary_map import VocabularyMap
 from specdec.kernels import Ints
 from specdec.tree import TokenTree
 
@@ -128,19 +128,20 @@ class MappedVocabulary(DraftVocabulary):
     Args:
         pairs: The tokens that mean the same to both.
         known_share: Share of the prompts' tokens that have a draft token.
+        masses: Probability of the pairs' draft tokens after each root, on the device, `[rows]` each.
     """
 
     pairs: VocabularyMap
     known_share: float = 1.0
-    mass: OverlapMass = field(default_factory=OverlapMass)
+    masses: list[Tensor] = field(default_factory=list)
 
     def observe(self, draft_logits: Tensor) -> None:
-        self.mass.add(self.pairs, draft_logits.float().softmax(-1))
+        self.masses.append(self.pairs.restrict(draft_logits.float().softmax(-1)).sum(-1))
 
     def figures(self) -> dict[str, Any]:
         return super().figures() | {
             "overlap_tokens": len(self.pairs),
-            "overlap_mass": self.mass.mean,
+            "overlap_mass": float(torch.cat(self.masses).mean()) if self.masses else None,
             "known_prompt_share": self.known_share,
         }
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specdec.drafters.tokenizers.token_text import TokenText
-from specdec.drafters.tokenizers.vocabularies import VocabularyMap
+from specdec.drafters.tokenizers.vocabulary_map import VocabularyMap
 
 TAIL = 32
 """Tokens at the end of a text that may change when it grows; the text before them is encoded once."""

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -100,7 +99,6 @@ class TokenText:
 
 
 _cache: OrderedDict[str, TokenText] = OrderedDict()
-_known: weakref.WeakKeyDictionary[Any, tuple[tuple[Any, ...], TokenText]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -118,27 +116,15 @@ def token_text(tokenizer: Any) -> TokenText:
         TypeError: It is not a transformers tokenizer.
     """
     check_tokenizer(tokenizer)
-    state = _state(tokenizer)
+    saved = _saved(tokenizer)
+    content = _content(tokenizer, saved)
     with _lock:
-        known = _known.get(tokenizer)
-        if known is not None and known[0] == state:
-            return known[1]
-        saved = _saved(tokenizer)
-        content = _content(tokenizer, saved)
         if content not in _cache:
             _cache[content] = _read(tokenizer, saved, content)
             while len(_cache) > CACHE_SIZE:
                 _cache.popitem(last=False)
         _cache.move_to_end(content)
-        if saved is not None:  # a tokenizer in Python is held by its own text, and would never go
-            _known[tokenizer] = state, _cache[content]
         return _cache[content]
-
-
-def _state(tokenizer: Any) -> tuple[Any, ...]:
-    """What changes with a tokenizer's content and costs nothing to ask for."""
-    size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
-    return size, *(getattr(tokenizer, f"{role}_token_id", None) for role in ROLES)
 
 
 def _saved(tokenizer: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""A heap of node indices, ordered by keys that stand in an array of their own."""
+"""A heap of node indices, ordered by keys in a separate array."""
 
 from __future__ import annotations
 

@@ -131,14 +131,16 @@ def grow_ranked_tree(
                 level = 0
             if (opened == 0 and node < 0) or (opened == 2 and written > 1) or depths[parent] >= max_depth:
                 continue
-            depth_list = lists[tokens[parent] if by_token else depths[parent]]
-            listed = extra if level == 0 else depth_list
+            of = tokens[parent] if by_token else depths[parent]
             while place < ranks:
-                path = products[parent] * rates[level, order[level, place]]
+                rank = order[level, place]
+                path = products[parent] * rates[level, rank]
                 if not (path > 0.0 and path >= least):
                     break
-                token = listed[order[level, place]]
-                is_known = level == 0 and (token == tokens[0] or (depth_list == token).any())
+                token = extra[rank] if level == 0 else lists[of, rank]
+                is_known = level == 0 and token == tokens[0]
+                for other in range(ranks if level == 0 else 0):
+                    is_known |= lists[of, other] == token
                 if token >= 0 and not is_known:
                     above[made], levels[made], places[made], paths[made] = parent, level, place, path
                     waiting = push_best(heap, waiting, paths, made)
@@ -150,8 +152,8 @@ def grow_ranked_tree(
         waiting = pop_best(heap, waiting, paths)
         node = heap[waiting]
         parent, level, rank = above[node], levels[node], order[levels[node], places[node]]
-        child_list = lists[tokens[parent] if by_token else depths[parent]]
-        tokens[written] = extra[rank] if level == 0 else child_list[rank]
+        of = tokens[parent] if by_token else depths[parent]
+        tokens[written] = extra[rank] if level == 0 else lists[of, rank]
         parents[written], scores[written] = parent, rates[level, rank]
         depths[written], products[written] = depths[parent] + 1, paths[node]
         written += 1

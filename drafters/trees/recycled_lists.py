@@ -102,7 +102,8 @@ def keep_lists(
     for row in range(tokens.shape[0]):
         for node in range(1, tokens.shape[1]):
             if parents[row, node] >= 0 and top_tokens[row, node, 0] >= 0:
-                table[tokens[row, node], :ranks] = top_tokens[row, node, :ranks]
+                for rank in range(ranks):  # a slice would take twice the time
+                    table[tokens[row, node], rank] = top_tokens[row, node, rank]
         node = 0
         table[tokens[row, 0], :ranks] = top_tokens[row, 0, :ranks]
         for i in range(1, counts[row] - 1):

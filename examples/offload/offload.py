@@ -37,7 +37,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
-from specdec.benchmark.measuring import EncodedPrompt, Measurement, Method, Settings, run_interleaved
+from specdec.benchmark.display import measure_with_progress
+from specdec.benchmark.measuring import EncodedPrompt, Measurement, Method, Settings
 from specdec.common.provenance import circumstances, model_info, write_json
 from specdec.drafters import DraftModelDrafter
 
@@ -113,16 +114,10 @@ def compare(target: Any, draft_model: Any, prompts: int, tokens: int, repeats: i
     encoded = [EncodedPrompt(f"random tokens {i}", row) for i, row in enumerate(ids)]
     methods = [Method(HF, lambda: target)]
     methods += [Method(name, lambda fast=fast: fast) for name, fast in runners.items()]  # type: ignore[misc]
-    figures = []
-
-    def note(sample: Any) -> None:
-        print(f"{sample.method}: {sample.tokens_per_second:.2f} tokens/s", flush=True)
-        if sample.method == PIPELINED:
-            report = runners[PIPELINED].report
-            figures.append({"prompt": sample.prompt} | report.drafter_figures | {"seconds": report.seconds})
-
     warm_up, *measured = encoded
-    result = run_interleaved(methods, measured, target, Settings.of(tokens), warm_up, repeats, on_sample=note)
+    result = measure_with_progress("offload", methods, [*measured, warm_up], target, Settings.of(tokens), repeats)
+    pipelined = [sample for sample in result.samples if sample.method == PIPELINED and sample.report]
+    figures = [{"prompt": s.prompt, **s.report["drafter_figures"], "seconds": s.report["seconds"]} for s in pipelined]  # type: ignore[index]
     return result, figures
 
 

@@ -8,7 +8,7 @@ from specdec.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from specdec.benchmark.comparison import Change, compare
-    from specdec.benchmark.contenders import Contender
+    from specdec.benchmark.methods import Contender
     from specdec.benchmark.plots import figures
     from specdec.benchmark.prompts import read_benchmark_prompts
     from specdec.benchmark.results import BenchmarkResults, load_results
@@ -31,7 +31,7 @@ _HOMES = {
     "BenchmarkResults": "specdec.benchmark.results",
     "BenchmarkSettings": "specdec.benchmark.settings",
     "Change": "specdec.benchmark.comparison",
-    "Contender": "specdec.benchmark.contenders",
+    "Contender": "specdec.benchmark.methods",
     "compare": "specdec.benchmark.comparison",
     "figures": "specdec.benchmark.plots",
     "load_results": "specdec.benchmark.results",

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import zip_longest
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specdec.benchmark.peak_memory import peak_bytes, reset_peak
 from specdec.benchmark.runs import Measurement, Row, Sample, Settings
 from specdec.passes.cuda_graphs.fingerprint import quiet
 from specdec.report import SpeculationReport
 
-__all__ = [
-    "EncodedPrompt",
-    "Measurement",
-    "Method",
-    "Row",
-    "Sample",
-    "Settings",
-    "count_tokens",
-    "end_tokens",
-    "mark_identical",
-    "run_interleaved",
-    "run_once",
-]
+__all__ = ["EncodedPrompt", "Measurement", "Method", "Observer", "Row", "Sample", "Settings", "run_interleaved"]
+
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+RESET_PEAK = "5"
+"""Written to `CLEAR`, this sets the process's peak memory to its present one (Linux, proc(5))."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +33,13 @@ class Method:
         name: For tables.
         prepare: Returns what has the `generate` method; called anew for each run, outside the clock.
         kwargs: Further arguments of `generate`.
-        remembers: It keeps something from run to run: it meets each prompt once, and what it saw of it in the warm-up
-            is lost.
-        optional: It is left out, with its reason, when it fails.
-        guarantee: What it promises: `"token-identical"`, `"distribution"` or `"approximate"`.
+        optional: Leave it out, with the reason, when it fails.
+        guarantee: `"token-identical"`, `"distribution"` or `"approximate"`.
     """
 
     name: str
     prepare: Callable[[], Any]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    remembers: bool = False
     optional: bool = False
     guarantee: str = "token-identical"
 
@@ -63,12 +53,73 @@ class EncodedPrompt:
         input_ids: `[batch, tokens]`, on the target's device, padded on the left.
         attention_mask: Of the same shape; ones if None.
         category: The kind of task, for tables.
+        text: What to show of it.
     """
 
     id: str
     input_ids: Tensor
     attention_mask: Tensor | None = None
     category: str | None = None
+    text: str = ""
+
+
+class Observer:
+    """Called between the runs, outside the clock."""
+
+    def warmed_up(self, method: str, failure: str | None) -> None:
+        """A method's warm-up run has ended; with a failure, it is left out."""
+
+    def ran(self, sample: Sample) -> None:
+        """A measured run has ended."""
+
+    def round_ended(self, prompt: EncodedPrompt, samples: Sequence[Sample]) -> None:
+        """All methods have run on a prompt; outputs have been compared."""
+
+    def left_out(self, method: str, reason: str) -> None:
+        """A method failed in a measured run, and is left out."""
+
+
+def run_interleaved(
+    methods: Sequence[Method],
+    prompts: Sequence[EncodedPrompt],
+    target: nn.Module,
+    settings: Settings,
+    warm_up: EncodedPrompt | None = None,
+    repeats: int = 1,
+    observer: Observer | None = None,
+) -> Measurement:
+    """Runs every method on each prompt before the next prompt, beginning with another method each time.
+
+    Ctrl-C ends it: rounds in which all methods have run are kept, and `Measurement.is_interrupted` is set.
+
+    Args:
+        methods: The first one is what the others are compared with.
+        prompts: What to complete.
+        target: The model whose forwards are counted.
+        settings: The same for all.
+        warm_up: Prompt of one run per method beforehand that is not measured; the first prompt if None.
+        repeats: How often each prompt is run.
+        observer: Called between the runs.
+
+    Raises:
+        ValueError: Nothing to run, or names or ids that are not distinct.
+        KeyboardInterrupt: Interrupted before a round was complete.
+    """
+    _check_distinct("methods", [m.name for m in methods])
+    _check_distinct("prompts", [p.id for p in prompts])
+    result = Measurement(methods[0].name, settings, guarantees={m.name: m.guarantee for m in methods})
+    rounds = _Rounds(list(methods), target, settings, result, observer or Observer())
+    try:
+        rounds.warm_up(warm_up or prompts[0])
+        for repeat in range(repeats):
+            for number, prompt in enumerate(prompts):
+                result.samples += rounds.run(repeat * len(prompts) + number, number, prompt, repeat)
+    except KeyboardInterrupt:
+        if not result.samples:
+            raise
+        result.is_interrupted = True
+    result.samples = [sample for sample in result.samples if sample.method not in result.failed]
+    return result
 
 
 @dataclass
@@ -79,41 +130,35 @@ class _Rounds:
     target: nn.Module
     settings: Settings
     result: Measurement
-    on_sample: Callable[[Sample], None]
-    on_failure: Callable[[str, str], None]
-    runners: dict[str, Any] = field(default_factory=dict)
+    observer: Observer
 
-    def warm_up(self, prompt: EncodedPrompt, on_warm_up: Callable[[str, str | None], None]) -> None:
+    def warm_up(self, prompt: EncodedPrompt) -> None:
         """Runs each method once, and leaves out those that cannot run."""
         for method in list(self.methods):
-            self._try(method, method.prepare, prompt, 0, 0)
-            on_warm_up(method.name, self.result.failed.get(method.name))
-        self.runners = {method.name: method.prepare() for method in self.methods if method.remembers}
+            self._try(method, prompt, 0, 0)
+            self.observer.warmed_up(method.name, self.result.failed.get(method.name))
 
     def run(self, turn: int, number: int, prompt: EncodedPrompt, repeat: int) -> list[Sample]:
         """Runs all methods on a prompt, beginning with another one each time."""
         turn %= len(self.methods)
         samples = []
         for method in self.methods[turn:] + self.methods[:turn]:
-            if method.remembers and repeat:
-                continue
-            prepare = partial(self.runners.get, method.name) if method.remembers else method.prepare
-            sample = self._try(method, prepare, prompt, number, repeat)
+            sample = self._try(method, prompt, number, repeat)
             if sample is None:
-                self.on_failure(method.name, self.result.failed[method.name])
+                self.observer.left_out(method.name, self.result.failed[method.name])
             else:
                 samples.append(sample)
-                self.on_sample(sample)
-        mark_identical(samples, self.result.reference)
+                self.observer.ran(sample)
         order = [m.name for m in self.methods]
-        return sorted(samples, key=lambda s: order.index(s.method))
+        samples = sorted((s for s in samples if s.method in order), key=lambda s: order.index(s.method))
+        compare_outputs(samples, prompt, self.target, not self.settings.arguments.get("do_sample"))
+        self.observer.round_ended(prompt, samples)
+        return samples
 
-    def _try(
-        self, method: Method, prepare: Callable[[], Any], prompt: EncodedPrompt, number: int, repeat: int
-    ) -> Sample | None:
+    def _try(self, method: Method, prompt: EncodedPrompt, number: int, repeat: int) -> Sample | None:
         """A run; None if the method failed and may be left out."""
         try:
-            return run_once(method, prepare(), prompt, self.target, self.settings, number, repeat)
+            return run_once(method, method.prepare(), prompt, self.target, self.settings, number, repeat)
         except Exception as error:
             if not method.optional:
                 raise
@@ -121,59 +166,6 @@ class _Rounds:
             self.result.failed[method.name] = reason
             self.methods.remove(method)
             return None
-
-
-def run_interleaved(
-    methods: Sequence[Method],
-    prompts: Sequence[EncodedPrompt],
-    target: nn.Module,
-    settings: Settings,
-    warm_up: EncodedPrompt | None = None,
-    repeats: int = 1,
-    on_warm_up: Callable[[str, str | None], None] = lambda method, failure: None,
-    on_sample: Callable[[Sample], None] = lambda sample: None,
-    on_round: Callable[[EncodedPrompt, list[Sample]], None] = lambda prompt, samples: None,
-    on_failure: Callable[[str, str], None] = lambda method, failure: None,
-    earlier: Measurement | None = None,
-) -> Measurement:
-    """Runs every method on each prompt before the next prompt, beginning with another method each time.
-
-    Args:
-        methods: The first one is what the others are compared with.
-        prompts: What to complete.
-        target: The model whose forwards are counted.
-        settings: The same for all.
-        warm_up: Prompt of one run per method beforehand that is not measured; the first prompt if None.
-        repeats: How often each prompt is run.
-        on_warm_up: Called after each warm-up run with the method's name, and the reason if it is left out.
-        on_sample: Called after each measured run, outside the clock.
-        on_round: Called when all methods have run on a prompt, with their samples.
-        on_failure: Called with name and reason when an optional method fails in a measured run; it is left out.
-        earlier: Whole rounds of an interrupted run, which are not run again.
-
-    Raises:
-        ValueError: Nothing to run, names or ids that are not distinct, or a method that remembers cannot go on.
-    """
-    _check_distinct("methods", [m.name for m in methods])
-    _check_distinct("prompts", [p.id for p in prompts])
-    result = Measurement(methods[0].name, settings, guarantees={m.name: m.guarantee for m in methods})
-    if earlier is not None:
-        result.samples, result.failed = list(earlier.samples), dict(earlier.failed)
-    usable = [method for method in methods if method.name not in result.failed]
-    if result.samples and any(method.remembers for method in usable):
-        raise ValueError("a method that remembers cannot go on with an interrupted run; start anew")
-    rounds = _Rounds(usable, target, settings, result, on_sample, on_failure)
-    done = {(s.prompt, s.repeat) for s in result.samples}
-    ahead = [(repeat, number) for repeat in range(repeats) for number in range(len(prompts))]
-    ahead = [(repeat, number) for repeat, number in ahead if (prompts[number].id, repeat) not in done]
-    if ahead:
-        rounds.warm_up(warm_up or prompts[0], on_warm_up)
-    for repeat, number in ahead:
-        samples = rounds.run(repeat * len(prompts) + number, number, prompts[number], repeat)
-        on_round(prompts[number], samples)
-        result.samples += samples
-    result.samples = [sample for sample in result.samples if sample.method not in result.failed]
-    return result
 
 
 def run_once(
@@ -200,18 +192,18 @@ def run_once(
     mask = torch.ones_like(ids) if prompt.attention_mask is None else prompt.attention_mask
     torch.manual_seed(settings.seed + number)
     reset_peak(ids.device)
-    _synchronize(ids.device)
+    synchronize(ids.device)
     with _PassCounter(target, ids.device).attached() as counter:
         start = perf_counter()
         output = runner.generate(ids, attention_mask=mask, **settings.arguments, **method.kwargs)
-        _synchronize(ids.device)
+        synchronize(ids.device)
         end = perf_counter()
     sequences = (output if isinstance(output, Tensor) else output.sequences).tolist()
     length = ids.shape[1]
     report = getattr(runner, "report", None)
     report = report if isinstance(report, SpeculationReport) else None
     # A pass replayed from a captured graph calls no hook; the report counts it all the same.
-    told = report if report is not None and report.fallback is None else None
+    own = report if report is not None and report.fallback is None else None
     return Sample(
         method=method.name,
         prompt=prompt.id,
@@ -223,20 +215,58 @@ def run_once(
         num_tokens=sum(count_tokens(sequence[length:], end_tokens(target)) for sequence in sequences),
         seconds=end - start,
         prefill_seconds=(counter.first_end or end) - start,
-        num_target_passes=told.num_target_passes if told else counter.count,
-        num_row_passes=told.num_row_passes if told else counter.count * len(sequences),
+        num_target_passes=own.num_target_passes if own else counter.count,
+        num_row_passes=own.num_row_passes if own else counter.count * len(sequences),
         category=prompt.category,
         report=report.to_dict() if report is not None else None,
         peak_bytes=peak_bytes(ids.device),
+        trace=report.trace if report is not None else None,
     )
 
 
-def mark_identical(samples: Sequence[Sample], reference: str) -> None:
-    """Compares the outputs of one round with the reference's: all ids, anything after the end of text included."""
-    expected = next(s.outputs for s in samples if s.method == reference)
+def compare_outputs(samples: Sequence[Sample], prompt: EncodedPrompt, target: Any, is_greedy: bool) -> None:
+    """Compares the outputs of one round with the first sample's: all ids, anything after the end of text included.
+
+    Fills in `identical_rows`, and `differences` with one entry per row that is not identical. Its `gap` is how far
+    apart the target's two best logits are at the first difference, in one pass over the prompt and the tokens before
+    it. In half precision passes of another width round differently, so a gap near 0 is a near-tie; a large one is a
+    fault. It is known for greedy decoding only: sampled tokens depend on the random numbers too.
+
+    Args:
+        samples: Of all methods on one prompt or batch, the reference first.
+        prompt: What was completed.
+        target: The model.
+        is_greedy: Whether the outputs are greedy.
+    """
+    expected = samples[0].outputs
+    gaps: dict[tuple[int, int], float] = {}
     for sample in samples:
-        pairs = zip(sample.outputs, expected, strict=True)
+        pairs = list(zip(sample.outputs, expected, strict=True))
         sample.identical_rows = [theirs is not None and mine == theirs for mine, theirs in pairs]
+        for row, (mine, theirs) in enumerate(pairs):
+            if sample.identical_rows[row]:
+                continue
+            position = None if mine is None or theirs is None else first_difference(mine, theirs)
+            if is_greedy and position is not None and theirs is not None and (row, position) not in gaps:
+                gaps[row, position] = _gap(prompt, row, theirs[:position], target)
+            gap = None if position is None else gaps.get((row, position))
+            sample.differences.append({"row": row, "position": position, "gap": gap})
+
+
+def first_difference(mine: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """Position of the first token that differs, or that only one of the two has; None if there is none."""
+    pairs = enumerate(zip_longest(mine, theirs))
+    return next((position for position, (a, b) in pairs if a != b), None)
+
+
+@torch.no_grad()
+def _gap(prompt: EncodedPrompt, row: int, before: Sequence[int], target: Any) -> float:
+    ids = prompt.input_ids[row]
+    if prompt.attention_mask is not None:
+        ids = ids[prompt.attention_mask[row].bool()]
+    ids = torch.cat([ids, ids.new_tensor(before)])
+    best = target(input_ids=ids[None]).logits[0, -1].float().topk(2).values
+    return float(best[0] - best[1])
 
 
 def count_tokens(new_tokens: Sequence[int], ends: frozenset[int]) -> int:
@@ -271,13 +301,38 @@ class _PassCounter:
     def _counted(self, module: nn.Module, args: Any, output: Any) -> None:
         self.count += 1
         if self.first_end is None:
-            _synchronize(self.device)
+            synchronize(self.device)
             self.first_end = perf_counter()
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for the device."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts the measuring of peak memory anew, where that is possible."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        try:
+            CLEAR.write_text(RESET_PEAK)
+        except OSError:
+            return
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak memory since `reset_peak`: torch's tensors on a GPU, the whole process on the CPU; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        lines = STATUS.read_text().splitlines() if os.access(CLEAR, os.W_OK) else []
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _check_distinct(what: str, names: Sequence[str]) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
-from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
@@ -24,7 +20,7 @@ Record = Mapping[str, Sequence[int]]
 
 @dataclass
 class ReplayReport:
-    """What a drafter did on recorded answers.
+    """What a drafter did on recorded answers; counts in vLLM's words, as in `SpeculationReport`.
 
     Args:
         drafter: The drafter's name.
@@ -32,13 +28,13 @@ class ReplayReport:
         max_nodes: Largest tree that was asked for, the root included.
         num_records: Answers replayed.
         num_target_passes: Target passes there would have been after the prefill.
-        num_drafts: Drafts: one per pass, but for a pass that could use none (one token was left to generate).
+        num_drafts: Drafts: one per pass, except where one token was left to generate.
         num_draft_tokens: Nodes proposed, roots excepted.
         num_accepted_tokens: Draft tokens that were the recorded ones.
         num_accepted_tokens_per_pos: How many drafts had at least 1, 2, ... tokens accepted.
         num_generated_tokens: Tokens these passes gave: accepted ones and one more each.
-        draft_seconds: Time of each `propose`, `[drafts]`, float64.
-        expected_accepted_tokens: The drafter's own estimate of the accepted ones, or None when it gives no scores.
+        draft_seconds: Time of each `propose`, `[drafts]`.
+        expected_accepted_tokens: Accepted tokens by the drafter's own scores; None if it gives none.
     """
 
     drafter: str
@@ -64,45 +60,40 @@ class ReplayReport:
         """Share of drafts whose 1st, 2nd, ... token was accepted."""
         return [count / self.num_drafts for count in self.num_accepted_tokens_per_pos]
 
-    @property
-    def mean_draft_seconds(self) -> float:
-        """Mean time of one `propose`."""
-        return float(np.mean(self.draft_seconds)) if self.draft_seconds else 0.0
-
-    @property
-    def p99_draft_seconds(self) -> float:
-        """99th percentile of the time of one `propose`."""
-        return float(np.percentile(self.draft_seconds, 99)) if self.draft_seconds else 0.0
-
     def to_dict(self) -> dict[str, Any]:
-        """All figures, ready for JSON."""
+        """All figures, ready for JSON; of the draft times their mean and 99th percentile."""
         figures = asdict(self)
-        del figures["draft_seconds"]
+        seconds = figures.pop("draft_seconds") or [0.0]
         return figures | {
             "tokens_per_pass": self.tokens_per_pass,
             "acceptance_per_pos": self.acceptance_per_pos,
-            "mean_draft_seconds": self.mean_draft_seconds,
-            "p99_draft_seconds": self.p99_draft_seconds,
+            "mean_draft_seconds": float(np.mean(seconds)),
+            "p99_draft_seconds": float(np.percentile(seconds, 99)),
         }
 
     def __rich__(self) -> Table:
+        found = self.to_dict()
+        shown = {
+            "tokens per pass": f"{self.tokens_per_pass:.2f}",
+            "generated tokens": f"{self.num_generated_tokens:,}",
+            "target passes": f"{self.num_target_passes:,}",
+            "draft tokens per draft": f"{self.num_draft_tokens / max(self.num_drafts, 1):.1f}",
+            "accepted tokens": f"{self.num_accepted_tokens:,}",
+            "acceptance per position (first 8)": " ".join(f"{r:.2f}" for r in self.acceptance_per_pos[:8]) or "-",
+            "mean draft time": f"{found['mean_draft_seconds'] * 1e6:.0f} µs",
+            "p99 draft time": f"{found['p99_draft_seconds'] * 1e6:.0f} µs",
+        }
+        if self.expected_accepted_tokens is not None:
+            shown["accepted, by the drafter's scores"] = f"{self.expected_accepted_tokens:,.0f}"
         table = Table(title=f"Replay of {self.num_records} answers, drafter {self.drafter}, {self.max_nodes} nodes")
         table.add_column("figure")
         table.add_column("value", justify="right")
-        table.add_row("tokens per pass", f"{self.tokens_per_pass:.2f}")
-        table.add_row("generated tokens", f"{self.num_generated_tokens:,}")
-        table.add_row("target passes", f"{self.num_target_passes:,}")
-        table.add_row("draft tokens per draft", f"{self.num_draft_tokens / max(self.num_drafts, 1):.1f}")
-        table.add_row("accepted tokens", f"{self.num_accepted_tokens:,}")
-        if self.expected_accepted_tokens is not None:
-            table.add_row("accepted, by the drafter's scores", f"{self.expected_accepted_tokens:,.0f}")
-        rates = " ".join(f"{rate:.2f}" for rate in self.acceptance_per_pos[:8])
-        table.add_row("acceptance per position (first 8)", rates or "-")
-        table.add_row("mean draft time", f"{self.mean_draft_seconds * 1e6:.0f} µs")
-        table.add_row("p99 draft time", f"{self.p99_draft_seconds * 1e6:.0f} µs")
+        for name, value in shown.items():
+            table.add_row(name, value)
         return table
 
-    def _count(self, tree: TokenTree, accepted: int, seconds: float) -> None:
+    def count(self, tree: TokenTree, accepted: int, seconds: float) -> None:
+        """Counts one draft of one row."""
         self.num_drafts += 1
         self.num_draft_tokens += int(tree.is_real.sum()) - 1
         self.num_accepted_tokens += accepted
@@ -112,7 +103,10 @@ class ReplayReport:
         for position in range(accepted):
             per_pos[position] += 1
         if tree.scores is not None:
-            self.expected_accepted_tokens = (self.expected_accepted_tokens or 0.0) + _expected_accepted(tree)
+            paths = [1.0]
+            for parent, score in zip(tree.parents[0, 1:].tolist(), tree.scores[0, 1:].tolist(), strict=True):
+                paths.append(paths[parent] * score if parent >= 0 else 0.0)
+            self.expected_accepted_tokens = (self.expected_accepted_tokens or 0.0) + float(sum(paths[1:]))
 
 
 def replay(drafter: Drafter, records: Iterable[Record], max_nodes: int = 64) -> ReplayReport:
@@ -123,7 +117,7 @@ def replay(drafter: Drafter, records: Iterable[Record], max_nodes: int = 64) -> 
     the records matters.
 
     Args:
-        drafter: The drafter; one that needs the target's logits or hidden states cannot be replayed.
+        drafter: The drafter; one that needs the target's hidden states cannot be replayed.
         records: Token ids by `prompt` and `answer`.
         max_nodes: Largest tree asked for, the root included.
 
@@ -135,7 +129,7 @@ def replay(drafter: Drafter, records: Iterable[Record], max_nodes: int = 64) -> 
     if drafter.needs_hidden_states:
         raise ValueError(
             f"drafter {drafter.name!r} needs the target's hidden states, which recorded answers do not hold; "
-            "measure it with `specdec demo` or `specdec tune-tree`"
+            "measure it with `specdec bench` or `specdec tune-tree`"
         )
     report = ReplayReport(drafter.name, drafter.settings(), max_nodes)
     for number, record in enumerate(records):
@@ -144,41 +138,6 @@ def replay(drafter: Drafter, records: Iterable[Record], max_nodes: int = 64) -> 
             report.num_records += 1
             _replay_one(drafter, prompt, answer, max_nodes, report)
     return report
-
-
-def replay_file(
-    path: str | os.PathLike[str], drafter: Drafter, max_nodes: int = 64, limit: int | None = None
-) -> ReplayReport:
-    """Replays a JSONL file, one `{"prompt": [ids], "answer": [ids]}` per line.
-
-    Args:
-        path: The file.
-        drafter: The drafter.
-        max_nodes: Largest tree asked for, the root included.
-        limit: Replay so many records at most.
-
-    Raises:
-        ValueError: For a missing file, or a line that is not a record.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"path: {file} is not a file; give a JSONL file of recorded prompts and answers")
-    with file.open(encoding="utf-8") as lines:
-        return replay(drafter, islice(_parsed(file, lines), limit), max_nodes)
-
-
-def _parsed(file: Path, lines: Iterable[str]) -> Iterable[Record]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"path: line {number} of {file} is not JSON ({error}); write one object a line"
-                ) from None
-            for key in ("prompt", "answer"):
-                _token_ids(record, key, f"line {number} of {file}")
-            yield record
 
 
 def _token_ids(record: Any, key: str, where: str) -> NDArray[np.int32]:
@@ -209,7 +168,7 @@ def _replay_one(
             tree = session.propose(before, max_nodes)
             seconds = (perf_counter_ns() - began) * 1e-9
             accepted = _accepted(tree, sequence[length:-1])
-            report._count(tree, accepted, seconds)
+            report.count(tree, accepted, seconds)
             after = length + accepted + 1
             session.observe(context(after), Step([0], tree, [accepted], new_tokens=[sequence[length:after]]))
         length += accepted + 1
@@ -228,12 +187,3 @@ def _accepted(tree: TokenTree, answer: NDArray[np.int32]) -> int:
         if node < 0:
             return depth
     return len(answer)
-
-
-def _expected_accepted(tree: TokenTree) -> float:
-    """Sum over the nodes of the product of the scores along their paths."""
-    assert tree.scores is not None
-    paths = [1.0]
-    for parent, score in zip(tree.parents[0, 1:].tolist(), tree.scores[0, 1:].tolist(), strict=True):
-        paths.append(paths[parent] * score if parent >= 0 else 0.0)
-    return float(sum(paths[1:]))

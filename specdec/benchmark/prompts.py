@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked for before it is encoded.
+    """What is asked, before it is encoded.
 
     Args:
         id: For tables.
@@ -40,6 +40,21 @@ class Question:
     texts: Sequence[str]
     category: str | None = None
     is_chat: bool = False
+
+    @classmethod
+    def of(cls, record: Any, where: str) -> Question:
+        """A question from a record with `prompt`, or with `turns` as in Spec-Bench and SPEED-Bench.
+
+        Raises:
+            ValueError: There is no text in it.
+        """
+        is_chat = "turns" in record
+        texts = list(record["turns"]) if is_chat else [record["prompt"]]
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"{where} has no text; turns must be a list of texts")
+        category = record.get("category")
+        name = str(record.get("question_id", record.get("id", where)))
+        return cls(name, texts, None if category is None else str(category), is_chat)
 
 
 def read_benchmark_prompts(
@@ -54,7 +69,7 @@ def read_benchmark_prompts(
             SPEED-Bench: `question_id`, `category` and `turns`; a text file, which is one prompt; anything else is read
             as `specdec distill` reads it: a folder, a table, or the name of a data set, `name:configuration`.
         tokenizer: The target's.
-        limit: So many questions at most, spread over all of them, and so over all categories.
+        limit: Questions at most, at even distances over all of them, and so over all categories.
         chat: Whether a prompt is a user's turn, which the chat template is applied to; if None, those in `turns` are,
             where there is a template.
         split: Of a data set.
@@ -80,8 +95,8 @@ def read_benchmark_questions(
 ) -> list[list[EncodedPrompt]]:
     """Reads prompts, those of one question together; see `read_benchmark_prompts`.
 
-    A later turn is a prompt that holds the turns before it and the answers that the target gives to them: one and the
-    same text for all methods, whatever they would have answered themselves.
+    A later turn is a prompt that holds the turns before it and the answers that the target gives to them: the same text
+    for all methods, whatever they would have answered themselves.
 
     Args:
         source: See `read_benchmark_prompts`.
@@ -89,21 +104,20 @@ def read_benchmark_questions(
         limit: See there.
         chat: See there.
         split: See there.
-        num_turns: So many turns of a question at most.
+        num_turns: Turns of a question at most.
         answer: Completes a prompt `[1, tokens]`; returns the new token ids. Needed for more than one turn.
     """
     if chat and not tokenizer.chat_template:
         raise ValueError("chat=True needs a chat template, and the tokenizer has none; use a chat model, or chat=False")
     if num_turns > 1 and answer is None:
         raise ValueError(f"num_turns={num_turns} needs answers to the turns before the last; pass answer=...")
-    found = _questions(source, tokenizer, limit, bool(chat), split)
     made = []
-    for question in found:
+    for question in _questions(source, tokenizer, limit, bool(chat), split):
         if isinstance(question, EncodedPrompt):
             made.append([question])
             continue
         is_chat = bool(tokenizer.chat_template) and question.is_chat if chat is None else chat
-        made.append(_turns(question, tokenizer, is_chat, num_turns, answer))
+        made.append(list(_turns(question, tokenizer, is_chat, num_turns, answer)))
     return made
 
 
@@ -134,43 +148,24 @@ def _questions(
     records = read_records(source, tokenizer, split)
     if len(records) and records[0].values.get("turns"):
         chosen = spread_over(range(len(records)), limit)
-        return [_question(records[i].values, records[i].where) for i in chosen]
+        return [Question.of(records[i].values, records[i].where) for i in chosen]
     found = load_prompts(source, tokenizer, split=split, limit=limit, chat=chat)
     return [EncodedPrompt(prompt.id, torch.tensor([prompt.input_ids])) for prompt in found]
 
 
 def _lines(path: Path) -> Iterator[Question]:
-    """The question of each line."""
-    found = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    """The question of each line of a JSONL file."""
+    lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f'{path} holds no prompt; write {{"prompt": "..."}} a line')
+    for number, line in lines:
         try:
-            question = _question(json.loads(line), f"{path.name}:{number}")
+            yield Question.of(json.loads(line), f"{path.name}:{number}")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise ValueError(
                 f'line {number} of {path} is not a prompt; write {{"prompt": "..."}} a line, or '
                 '{"question_id": 1, "category": "...", "turns": ["..."]}'
             ) from None
-        found += 1
-        yield question
-    if not found:
-        raise ValueError(f'{path} holds no prompt; write {{"prompt": "..."}} a line')
-
-
-def _question(record: dict[str, Any], where: str) -> Question:
-    """The question of a record.
-
-    Raises:
-        ValueError: There is no text in it.
-    """
-    is_chat = "turns" in record
-    texts = list(record["turns"]) if is_chat else [record["prompt"]]
-    if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"{where} has no text; turns must be a list of texts")
-    category = record.get("category")
-    name = str(record.get("question_id", record.get("id", where)))
-    return Question(name, texts, None if category is None else str(category), is_chat)
 
 
 def _turns(
@@ -179,13 +174,12 @@ def _turns(
     is_chat: bool,
     num_turns: int,
     answer: Callable[[Tensor], Sequence[int]] | None,
-) -> list[EncodedPrompt]:
+) -> Iterator[EncodedPrompt]:
     """The prompts of a question, a turn each."""
-    made: list[EncodedPrompt] = []
     messages: list[dict[str, str]] = []
     ids = torch.empty((1, 0), dtype=torch.int64)
     for number, text in enumerate(question.texts[:num_turns], start=1):
-        if made:
+        if number > 1:
             assert answer is not None
             new = list(answer(ids))
             messages.append({"role": "assistant", "content": tokenizer.decode(new, skip_special_tokens=True)})
@@ -194,14 +188,13 @@ def _turns(
             messages.append({"role": "user", "content": text})
             kwargs = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
             ids = tokenizer.apply_chat_template(messages, **kwargs).input_ids
-        elif made:
+        elif number > 1:
             more = tokenizer("\n" + text + "\n", return_tensors="pt", add_special_tokens=False).input_ids
             ids = torch.cat([ids, more], 1)
         else:
             ids = tokenizer(text, return_tensors="pt").input_ids
         name = question.id if number == 1 else f"{question.id}:{number}"
-        made.append(EncodedPrompt(name, ids, category=question.category))
-    return made
+        yield EncodedPrompt(name, ids, category=question.category, text=text)
 
 
 def answers_of(model: Any, max_new_tokens: int) -> Callable[[Tensor], list[int]]:
@@ -219,7 +212,7 @@ def answers_of(model: Any, max_new_tokens: int) -> Callable[[Tensor], list[int]]
 
 
 def spread_over(items: Sequence[T], limit: int | None) -> Sequence[T]:
-    """So many at most, at even distances."""
+    """At most `limit` of them, at even distances."""
     if limit is None or limit >= len(items):
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
@@ -232,13 +225,13 @@ def random_prompts(count: int, vocab: int) -> list[EncodedPrompt]:
 
 
 def batches(prompts: Sequence[EncodedPrompt], size: int, pad: int, device: Any) -> list[EncodedPrompt]:
-    """Batches of prompts as they come, on a device; prompts that do not fill a batch are left out.
+    """Batches of prompts in order, on a device; prompts that do not fill a batch are left out.
 
     Args:
         prompts: Of one row each.
         size: Prompts per batch.
-        pad: Token to fill shorter prompts with, on the left.
-        device: Where the target takes them.
+        pad: Token to pad shorter prompts with, on the left.
+        device: The target's.
 
     Raises:
         ValueError: There are fewer prompts than a batch takes.
@@ -256,10 +249,11 @@ def _batch(prompts: Sequence[EncodedPrompt], pad: int, device: Any) -> EncodedPr
         length = prompt.input_ids.shape[1]
         ids[row, width - length :] = prompt.input_ids[0].cpu()
         mask[row, width - length :] = 1
-    categories = dict.fromkeys(prompt.category for prompt in prompts)
+    categories = {prompt.category for prompt in prompts}
     return EncodedPrompt(
         " | ".join(prompt.id for prompt in prompts),
         ids.to(device),
         mask.to(device),
-        next(iter(categories)) if len(categories) == 1 else None,
+        categories.pop() if len(categories) == 1 else None,
+        prompts[0].text,
     )

@@ -31,25 +31,10 @@ class PartResults:
     part: Part
     num_prompts: int
 
-    def to_dict(self, samples: bool = False) -> dict[str, Any]:
-        """Ready for JSON.
-
-        Args:
-            samples: Whether to add every sample; outputs that are those of the reference are not repeated.
-        """
-        found = self.measurement.to_dict()
-        if samples:
-            found["samples"] = [asdict(sample) for sample in self.measurement.samples]
-            for sample in found["samples"]:
-                is_same = sample["identical_rows"] and all(sample["identical_rows"])
-                if is_same and sample["method"] != found["reference"]:
-                    del sample["outputs"]
-        return {
-            "temperature": self.part.temperature,
-            "batch": self.part.batch_size,
-            "num_prompts": self.num_prompts,
-            **found,
-        }
+    def to_dict(self) -> dict[str, Any]:
+        """Medians and quartiles of each method, ready for JSON."""
+        shape = {"temperature": self.part.temperature, "batch": self.part.batch_size, "num_prompts": self.num_prompts}
+        return shape | self.measurement.to_dict()
 
 
 @dataclass
@@ -60,21 +45,29 @@ class BenchmarkResults:
         circumstances: Time, command, hardware, versions, commit.
         models: Target and draft model.
         settings: What was asked for.
+        drafters: Settings of each contender, by name.
         parts: By name, in the order in which they were measured.
     """
 
     circumstances: dict[str, Any]
     models: dict[str, Any]
     settings: BenchmarkSettings
+    drafters: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, PartResults] = field(default_factory=dict)
 
-    def to_dict(self, samples: bool = False) -> dict[str, Any]:
-        """Ready for JSON: medians and quartiles, and every sample if asked for."""
-        parts = {name: part.to_dict(samples) for name, part in self.parts.items()}
+    @property
+    def is_interrupted(self) -> bool:
+        """Ctrl-C ended the run; what had been measured is here."""
+        return any(part.measurement.is_interrupted for part in self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Medians and quartiles of each method, settings, models, versions; ready for JSON."""
+        parts = {name: part.to_dict() for name, part in self.parts.items()}
         sizes = list(self.settings.batch_sizes)
         return {
             **self.circumstances,
             "models": self.models,
+            "drafters": self.drafters,
             "benchmark": asdict(self.settings),
             "batch": sizes[0] if len(sizes) == 1 else sizes,
             "num_prompts": next(iter(parts.values()))["num_prompts"],
@@ -82,9 +75,9 @@ class BenchmarkResults:
             "parts": parts,
         }
 
-    def write_json(self, file: str | Path, samples: bool = False) -> None:
-        """Writes medians and quartiles of each method, and every sample if asked for."""
-        write_json(Path(file), self.to_dict(samples))
+    def write_json(self, file: str | Path) -> None:
+        """Writes `to_dict()`."""
+        write_json(Path(file), self.to_dict())
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes `results.json`, `results.md` and, where matplotlib is installed, the figures.
@@ -95,48 +88,46 @@ class BenchmarkResults:
         from specdec.benchmark.tables import markdown
 
         folder = Path(folder)
-        self.write_json(folder / RESULTS_FILE, samples=True)
+        self.write_json(folder / RESULTS_FILE)
+        pictures = []
         try:
-            from specdec.benchmark.plots import save_figures
+            from specdec.benchmark.plots import figures
 
-            pictures = save_figures(self, folder)
+            for name, figure in figures(self).items():
+                pictures.append(folder / f"{name}.png")
+                figure.savefig(pictures[-1], dpi=120)
         except ModuleNotFoundError as error:
             if error.name != "matplotlib":
                 raise
-            pictures = []
         (folder / TEXT_FILE).write_text(markdown(self, pictures), encoding="utf-8")
         return [folder / RESULTS_FILE, folder / TEXT_FILE, *pictures]
 
     def __rich__(self) -> Group:
         from rich.console import Group
 
-        from specdec.benchmark.tables import conditions, tables
+        from specdec.benchmark.tables import conditions, text_tables
 
-        return Group(*tables(self), conditions(self))
+        return Group(*(table.to_rich() for table in text_tables(self)), conditions(self))
 
 
 def load_results(path: str | Path) -> dict[str, Any]:
-    """Reads the samples of a run.
+    """Reads the results of a run.
 
     Args:
-        path: The folder of a run, or its `results.json`.
+        path: A file that `write_json` wrote, or a folder that `save` wrote to.
 
     Raises:
-        ValueError: It is not such a file, or holds no samples.
+        ValueError: It is not such a file.
     """
     file = Path(path)
     file = file / RESULTS_FILE if file.is_dir() else file
     if not file.is_file():
-        raise ValueError(
-            f"{file} is not a file; name the JSON file of a benchmark, or the folder of one that has ended"
-        )
+        raise ValueError(f"{file} is not a file; name the JSON file of a benchmark, or the folder given to --output")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         for part in found["parts"].values():
-            if "samples" not in part and "methods" in part:
-                raise ValueError("it is a summary without samples; name the folder given to --output instead")
-            for sample in part["samples"]:
-                _ = sample["method"], sample["prompt"], sample["num_tokens"], sample["seconds"], part["reference"]
+            for row in part["methods"]:
+                _ = part["reference"], row["method"], row["speedup"], row["speedup_spread"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} does not hold results of `specdec bench` ({type(error).__name__}: {error})"

@@ -56,7 +56,8 @@ class Sample:
         peak_bytes: Largest memory during the call: what torch held on the GPU, or the process on the CPU; None where it
             cannot be told.
         differences: One entry per row that is not identical: `row`, `position` of the first token that differs, and
-            `gap`, see `specdec.benchmark.differences`.
+            `gap`, see `compare_outputs`.
+        trace: Which tokens had been drafted, if the method was asked for it.
     """
 
     method: str
@@ -73,19 +74,10 @@ class Sample:
     report: dict[str, Any] | None = None
     peak_bytes: int | None = None
     differences: list[dict[str, Any]] = field(default_factory=list)
+    trace: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.num_row_passes = self.num_row_passes or self.num_target_passes * len(self.outputs)
-
-    @property
-    def output(self) -> list[int] | None:
-        """Of the first row."""
-        return self.outputs[0]
-
-    @property
-    def identical(self) -> bool | None:
-        """Whether all rows are what the first method gave."""
-        return None if self.identical_rows is None else all(self.identical_rows)
 
     @property
     def tokens_per_second(self) -> float:
@@ -121,7 +113,7 @@ class Row:
         seconds_per_phase: Wall time by phase, in all.
         peak_bytes: Largest memory of any run.
         speedup_by_category: Median speed-up over the prompts of a category.
-        notes: What went other than asked for: calls that fell back, drafters that were switched off.
+        notes: Calls that fell back, drafters that were switched off, and where outputs differ from the reference's.
     """
 
     method: str
@@ -156,6 +148,7 @@ class Measurement:
         failed: Reason by name of each optional method that could not run.
         guarantees: What each method promises; token-identical where it is not named.
         setup_seconds: What a method took to get ready before the first run, such as compiling; not in its times.
+        is_interrupted: Ctrl-C ended it; the samples are those of the rounds before.
     """
 
     reference: str
@@ -164,6 +157,7 @@ class Measurement:
     failed: dict[str, str] = field(default_factory=dict)
     guarantees: dict[str, str] = field(default_factory=dict)
     setup_seconds: dict[str, float] = field(default_factory=dict)
+    is_interrupted: bool = False
 
     def rows(self) -> list[Row]:
         """One summary per method, in the order in which they were given.
@@ -205,7 +199,7 @@ class Measurement:
                 category: median(speedups[prompt] for prompt, of in categories.items() if of == category)
                 for category in dict.fromkeys(categories.values())
             },
-            **_told([s.report for s in mine if s.report is not None]),
+            **_reported([s.report for s in mine if s.report is not None], _difference_notes(mine)),
         )
 
     def speedups(self, method: str) -> dict[str, float]:
@@ -224,33 +218,38 @@ class Measurement:
             "methods": [asdict(row) for row in self.rows()],
             "failed": self.failed,
             "setup_seconds": self.setup_seconds,
+            "is_interrupted": self.is_interrupted,
         }
 
 
-def _told(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of a row that come from the method's own reports."""
+def _reported(reports: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str, Any]:
+    """The figures of a row that come from the method's own reports, and its notes."""
     drafts, drafted, accepted = (
         sum(r[name] for r in reports) for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
     )
     depth = max((len(r["num_accepted_tokens_per_pos"]) for r in reports), default=0)
     per_position = [sum(sum(r["num_accepted_tokens_per_pos"][d : d + 1]) for r in reports) for d in range(depth)]
     phases = dict.fromkeys(phase for r in reports for phase in r["seconds"])
-    notes = dict.fromkeys(
-        note
-        for r in reports
-        for note in (
-            r["fallback"] and f"fell back to HF generate: {r['fallback']}",
-            r["drafter_error"] and f"the drafter was switched off: {r['drafter_error']}",
-        )
-        if note
-    )
+    fallbacks = dict.fromkeys(f"fell back to HF generate: {r['fallback']}" for r in reports if r["fallback"])
+    errors = dict.fromkeys(f"the drafter was switched off: {r['drafter_error']}" for r in reports if r["drafter_error"])
     return {
         "num_draft_tokens": drafted if reports else None,
         "acceptance_rate": accepted / drafted if drafted else None,
         "accepted_per_position": [count / drafts for count in per_position],
         "seconds_per_phase": {phase: sum(r["seconds"].get(phase, 0.0) for r in reports) for phase in phases},
-        "notes": list(notes),
+        "notes": [*fallbacks, *errors, *notes],
     }
+
+
+def _difference_notes(samples: Sequence[Sample]) -> list[str]:
+    """Where outputs leave the reference's, and how near a tie the target was there."""
+    different = [d for s in samples for d in s.differences]
+    if not different:
+        return []
+    positions = sorted({d["position"] for d in different if d["position"] is not None})
+    gaps = [d["gap"] for d in different if d["gap"] is not None]
+    where = f"first difference at token {', '.join(map(str, positions[:8]))}" if positions else "prompt not returned"
+    return [where + (f"; gap of the two best logits there {min(gaps):.3g} to {max(gaps):.3g}" if gaps else "")]
 
 
 def by_prompt(samples: Sequence[Sample], figure: str) -> dict[str, float]:

@@ -41,9 +41,10 @@ class BenchmarkSettings:
         seed: Prompt i is sampled with seed + i, by every method.
         random_prompts: Whether to measure, besides, what methods cost where there is nothing to gain: sampled
             continuations of random tokens, batch 1.
-        compiled: Whether to measure HF generate with a static kv cache and a compiled forward too; compiling takes its
-            time before each part.
+        compiled: Whether to measure HF generate with a static kv cache and a compiled forward too; it is compiled
+            before each part.
         methods_compiled: Whether to measure drafting off and each drafter with compiled passes too.
+        trace: Whether to record which tokens had been drafted, which takes microseconds a pass.
         max_nodes: Largest token tree per target pass, 1, 2, 4, ... 128; with several values each drafter is measured at
             each. None: the contenders' own.
         top_p: Samples from the most probable tokens that have this probability together; 1 is all of them.
@@ -62,6 +63,7 @@ class BenchmarkSettings:
     methods_compiled: bool = False
     max_nodes: tuple[int, ...] = ()
     top_p: float = 1.0
+    trace: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 2), ("repeats", 1), ("seed", 0)):
@@ -71,7 +73,6 @@ class BenchmarkSettings:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values) or min(values) < least:
                 raise ValueError(f"{name}={values} is not allowed; give distinct values, each at least {least}")
-
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is not allowed; it must be above 0 and at most 1")
         if not set(self.max_nodes) <= set(NODE_BUCKETS) or len(set(self.max_nodes)) < len(self.max_nodes):

@@ -73,18 +73,14 @@ def text_tables(results: BenchmarkResults) -> list[TextTable]:
     for name, part in results.parts.items():
         rows = part.measurement.rows()
         title = _title(name, part)
-        found += [speed_table(title, part.measurement, rows, guarantee) for guarantee in _guarantees(rows)]
+        given = {row.guarantee for row in rows}
+        found += [speed_table(title, part.measurement, rows, g) for g in GUARANTEES if g in given]
         if drafting := [row for row in rows if row.num_draft_tokens]:
             found.append(drafting_table(title, drafting))
         if len(categories := dict.fromkeys(c for row in rows for c in row.speedup_by_category)) > 1:
             cells = [[row.method, *(_times(row.speedup_by_category.get(c)) for c in categories)] for row in rows]
             found.append(TextTable(f"{title}: speed-up by category", ["method", *categories], cells))
     return found
-
-
-def tables(results: BenchmarkResults) -> list[Table]:
-    """The same for the terminal."""
-    return [table.to_rich() for table in text_tables(results)]
 
 
 def _title(name: str, part: PartResults) -> str:
@@ -94,13 +90,8 @@ def _title(name: str, part: PartResults) -> str:
     return f"{kind}{setting}, batch {part.part.batch_size}, {tokens} tokens, {part.num_prompts} prompts"
 
 
-def _guarantees(rows: Sequence[Row]) -> list[str]:
-    """Guarantees of the methods, the strongest first; one table each."""
-    return [guarantee for guarantee in GUARANTEES if any(row.guarantee == guarantee for row in rows)]
-
-
 def speed_table(title: str, measurement: Measurement, rows: Sequence[Row], guarantee: str) -> TextTable:
-    """Methods of one guarantee, behind the reference."""
+    """The reference, and the methods of one guarantee."""
     reference = rows[0]
     shown = [row for row in rows if row.guarantee == guarantee]
     shown = shown if reference in shown else [reference, *shown]
@@ -117,7 +108,7 @@ def speed_table(title: str, measurement: Measurement, rows: Sequence[Row], guara
             "yes" if row.num_identical == row.num_runs else f"{row.num_identical} of {row.num_runs}"
         ),
     }
-    notes = [note for row in shown[0 if shown[0].guarantee == guarantee else 1 :] for note in _notes(row, measurement)]
+    notes = [f"{row.method}: {note}" for row in shown if row.guarantee == guarantee for note in row.notes]
     if guarantee == "token-identical":
         notes += [f"{name} is left out: {reason}" for name, reason in measurement.failed.items()]
         ready = measurement.setup_seconds.items()
@@ -128,21 +119,6 @@ def speed_table(title: str, measurement: Measurement, rows: Sequence[Row], guara
         [[cell(row) for cell in columns.values()] for row in shown],
         notes,
     )
-
-
-def _notes(row: Row, measurement: Measurement) -> list[str]:
-    """What a reader must know of a method's figures."""
-    notes = [f"{row.method}: {note}" for note in row.notes]
-    different = [d for s in measurement.samples if s.method == row.method for d in s.differences]
-    if different and row.guarantee == "token-identical":
-        positions = sorted({d["position"] for d in different if d["position"] is not None})
-        gaps = [d["gap"] for d in different if d["gap"] is not None]
-        where = (
-            f"first difference at token {', '.join(map(str, positions[:8]))}" if positions else "prompt not returned"
-        )
-        near = f"; gap of the two best logits there {min(gaps):.3g} to {max(gaps):.3g}" if gaps else ""
-        notes.append(f"{row.method}: {where}{near}")
-    return notes
 
 
 def drafting_table(title: str, rows: Sequence[Row]) -> TextTable:
@@ -175,7 +151,8 @@ def conditions(results: BenchmarkResults) -> str:
         if model
     )
     return (
-        f"Medians over the prompts, in brackets the quartiles; {models}; {where}, {machine['threads']} threads; "
+        f"{'Interrupted: medians' if results.is_interrupted else 'Medians'} over the prompts, quartiles in brackets; "
+        f"{models}; {where}, {machine['threads']} threads; "
         f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}; "
         f"commit {short_commit(found['commit'])}"
     )

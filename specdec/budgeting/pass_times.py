@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -18,14 +17,10 @@ from specdec.tree import NODE_BUCKETS, bucket_of
 DRIFT = 0.0005
 """Share per step by which the time of a larger, unused size moves towards that of the size in use; raise it to retry
 expensive sizes earlier."""
-UPDATES_PER_LOOK = 8
-"""Steps between two such moves."""
 CLIP = 1.5
 """Clips outlier step times to this multiple of the expected time."""
 LEAST_RATE = 0.05
 """Learning rate of the moving average of step times, once that many steps were averaged."""
-TRIALS = 2
-"""Passes per size where sizes are timed explicitly; the least counts."""
 FIRST_LENGTH = 1024
 """Largest kv cache, in tokens, of the first length class; each further class doubles it."""
 
@@ -67,23 +62,7 @@ class StepTimes:
         self.is_known = prior is not None
         self._is_guess = is_guess or prior is None
         self.prior = {n: 1.0 if prior is None else prior[n] for n in self.buckets}
-        self._until_look = UPDATES_PER_LOOK
         self._known: tuple[Ints, Floats] | None = None
-
-    def time_all(self, run: Callable[[int], None]) -> None:
-        """Times all sizes by passes that generate nothing, however long it takes.
-
-        Args:
-            run: One pass over so many nodes, ending when the device has finished.
-        """
-        for nodes in self.buckets:
-            taken = float("inf")
-            for _ in range(TRIALS):
-                before = time.perf_counter()
-                run(nodes)
-                taken = min(taken, time.perf_counter() - before)
-            self.seconds[nodes] = taken
-        self.is_known, self._known = True, None
 
     def known(self) -> tuple[Ints, Floats]:
         """All node counts, ascending, and their expected seconds, `[sizes]` each."""
@@ -112,25 +91,16 @@ class StepTimes:
         self.uses[bucket] += 1
         if self._is_guess:
             self.prior = {n: prior * seconds / self.prior[bucket] for n, prior in self.prior.items()}
-            self.is_known, self._is_guess, self._known = True, False, None
+            self.is_known, self._is_guess = True, False
         elif self.uses[bucket] > 1:
             old = float(self.known()[1][self.buckets.index(bucket)])
             rate = max(1.0 / (self.uses[bucket] - 1), LEAST_RATE)
             self.seconds[bucket] = old + rate * (min(seconds, CLIP * old) - old)
-            self._known = None
-        self._until_look -= 1
-        if self._until_look < 0:
-            self._until_look = UPDATES_PER_LOOK - 1
-            self._drift(bucket)
-
-    def _drift(self, bucket: int) -> None:
-        """Moves larger sizes towards the one in use, so that what was slow once is tried again."""
-        for times in (self.seconds, self.prior):
-            if bucket in times:
-                for other in times:
-                    if other > bucket:
-                        times[other] += UPDATES_PER_LOOK * DRIFT * (times[bucket] - times[other])
         self._known = None
+        for times in (self.seconds, self.prior):  # what was slow once is tried again
+            for other in times:
+                if other > bucket and bucket in times:
+                    times[other] += DRIFT * (times[bucket] - times[other])
 
 
 TIMES: WeakKeyDictionary[nn.Module, dict[Surroundings, StepTimes]] = WeakKeyDictionary()
@@ -156,6 +126,7 @@ def times_of(model: nn.Module, at: Surroundings, max_nodes: int) -> StepTimes:
         if near:
             nearest = known[min(near)[-1]]
             sizes, seconds = nearest.known()
+            prior = first_seconds(model, at.rows, max(max_nodes, int(sizes[-1])))
             scale = float(seconds[-1]) / prior[int(sizes[-1])]
             prior = {n: scale * taken for n, taken in prior.items()} | dict(
                 zip(sizes.tolist(), seconds.tolist(), strict=True)

@@ -10,17 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from specdec.budgeting.ledger import LEARNED, Learned
 from specdec.budgeting.pass_times import TIMES, StepTimes, Surroundings
-from specdec.generation import Speculation
 from specdec.target import unwrapped
 
-FORMAT, VERSION = "specdec profile", 4
+if TYPE_CHECKING:
+    from specdec.generation import Speculation
+
+FORMAT, VERSION = "specdec profile", 5
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def tune(fast: Any, plain: Any, prompts: Sequence[Any], max_new_tokens: int, **k
                 torch.manual_seed(number)
                 started = perf_counter()
                 runner.generate(**inputs, max_new_tokens=max_new_tokens, **kwargs)
-                seconds[drafts] += perf_counter() - started - runner.report.seconds["calibrate"]
+                seconds[drafts] += perf_counter() - started
             tokens += fast.report.num_generated_tokens
             passes += fast.report.num_row_passes
     return Tuning(tokens, seconds[True], seconds[False], passes)
@@ -99,8 +101,6 @@ def save_profile(speculation: Speculation, model: Any, path: str | os.PathLike[s
                 "sampled": sampled,
                 "tried": known.tried.tolist(),
                 "hit": known.hit.tolist(),
-                "promised": known.promised,
-                "kept": known.kept,
             }
             for (of, kind, sampled), known in LEARNED.get(target, {}).items()
             if of == owner and kind[: len(mine)] == mine
@@ -132,8 +132,7 @@ def load_profile(speculation: Speculation, model: Any, path: str | os.PathLike[s
     known_counts = LEARNED.setdefault(target, {})
     for entry in body["learned"]:
         tried, hit = (np.array(entry[name], np.float64) for name in ("tried", "hit"))
-        known = Learned(tried, hit, entry["promised"], entry["kept"])
-        known_counts[owner, (*_kind(speculation), *entry["kind"]), bool(entry["sampled"])] = known
+        known_counts[owner, (*_kind(speculation), *entry["kind"]), bool(entry["sampled"])] = Learned(tried, hit)
     speculation.budget.forget_times()
     if speculation.drafter is not None:
         speculation.drafter.bind(target)

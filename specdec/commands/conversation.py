@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import typer
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from specdec.compat import CACHE
+from specdec.session import Session
 
 
 class Conversation:
@@ -34,8 +33,7 @@ class Conversation:
     def reset(self) -> None:
         """Forgets all turns."""
         self.turns = list(self.start)
-        self.cache = DynamicCache(config=self.fast.model.config)
-        self.tokens: list[int] = []  # of the turns so far; the cache holds a beginning of them
+        self.session: Session | None = None
 
     def stop(self) -> None:
         """Ends the answer that is being written."""
@@ -49,47 +47,26 @@ class Conversation:
             kwargs: Of `generate`.
         """
         turns = [*self.turns, {"role": "user", "content": question}]
-        inputs = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.fast.model.device)
-        prompt: list[int] = inputs.input_ids[0].tolist()
+        prompt: list[int] = self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=True
+        ).input_ids
         limit = getattr(self.fast.model.config, "max_position_embeddings", None)
         if limit is not None and len(prompt) >= limit:
             return f"[{len(prompt)} tokens so far, and the model takes {limit}; /reset starts a new conversation]"
-        self._keep_common(prompt)
+        if self.session is None:
+            self.session = self.fast.session(prompt)
+        self.session.replace(prompt)  # a template may render earlier turns otherwise
         self.stopping.is_asked_for = False
         printer = _Printer(self.fast, self.tokenizer, self.show_drafts)
         start = time.perf_counter()
-        output = self.fast.generate(
-            **inputs,
-            **kwargs,
-            **{CACHE: self.cache},
-            streamer=printer,
-            stopping_criteria=StoppingCriteriaList([self.stopping]),
-            trace=self.show_drafts,
-        )
+        new = self.session.generate(stop=self.stopping, streamer=printer, trace=self.show_drafts, **kwargs)[0]
         seconds = time.perf_counter() - start
-        self.tokens = output[0].tolist()
-        answer = self.tokenizer.decode(self.tokens[len(prompt) :], skip_special_tokens=True)
+        answer = self.tokenizer.decode(new, skip_special_tokens=True)
         self.turns = [*turns, {"role": "assistant", "content": answer}]
-        count, report = len(self.tokens) - len(prompt), self.fast.report
+        report = self.fast.report
         stopped = "stopped; " if self.stopping.is_asked_for else ""
         passes = f", {report.tokens_per_pass:.2f} per pass" if report.fallback is None else ""
-        return f"[{stopped}{count} tokens, {count / seconds:.1f} tokens/s{passes}]"
-
-    def _keep_common(self, prompt: list[int]) -> None:
-        """Cuts the cache back to what the new prompt begins with: a template may render earlier turns otherwise."""
-        common = 0
-        for old, new in zip(self.tokens, prompt[:-1], strict=False):
-            if old != new:
-                break
-            common += 1
-        length = self.cache.get_seq_length()
-        if common < length:
-            try:
-                self.cache.crop(common - length)
-            except (ValueError, RuntimeError, NotImplementedError):  # layers with a window cannot be cut back
-                self.cache = DynamicCache(config=self.fast.model.config)
+        return f"[{stopped}{len(new)} tokens, {len(new) / seconds:.1f} tokens/s{passes}]"
 
 
 class _Stopping(StoppingCriteria):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -88,44 +88,25 @@ def run(
 
     from specdec.training.distillation import distill
     from specdec.training.own_prompts import write_prompts
-    from specdec.training.prompts import DistillationPrompt, load_prompts
+    from specdec.training.prompts import load_prompts
 
     console = Console(stderr=True)
     template = str(chat_template) if chat_template else None
 
-    def read() -> list[DistillationPrompt]:
-        if own_prompts is not None:
-            return write_prompts(
-                loaded, tokenizer, own_prompts, target,
-                batch_size=batch_size, seed=seed, chat_template=template, console=console,
-            )  # fmt: skip
-        return load_prompts(
-            prompts,
-            tokenizer,
-            prompt_tokens=prompt_tokens,
-            split=split,
-            text_field=text_field,
-            limit=limit,
-            seed=seed,
-            chat=chat,
-            chat_template=template,
-        )
-
+    shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "console": console}
     try:
         with user_errors(ValueError, OSError):
-            chosen = read()
+            if own_prompts is not None:
+                chosen = write_prompts(loaded, tokenizer, own_prompts, target, chat_template=template, **shared)
+            else:
+                chosen = load_prompts(
+                    prompts, tokenizer, prompt_tokens=prompt_tokens, split=split, text_field=text_field, limit=limit,
+                    seed=seed, chat=chat, chat_template=template,
+                )  # fmt: skip
             report = distill(
-                loaded,
-                tokenizer,
-                chosen,
-                target,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                batch_size=batch_size,
-                drafter=guess,
-                seed=seed,
-                console=console,
-            )
+                loaded, tokenizer, chosen, target,
+                max_new_tokens=max_new_tokens, temperature=temperature, drafter=guess, **shared,
+            )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo("Stopped; the same command goes on from here.", err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -1,7 +1,8 @@
-"""Drafters from the command line: flags follow from the fields of the drafter's dataclass."""
+"""Drafters from the command line: settings are the fields of the drafter's dataclass."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
@@ -41,16 +42,29 @@ class DrafterFlags:
 
         from specdec.drafters import DRAFTERS
 
+        if "/" in self.name or os.path.isdir(self.name):
+            from specdec.drafters.published import published_drafter
+
+            if self.options:
+                raise UserError(
+                    "--drafter-option needs a drafter by name; give --drafter eagle3 --drafter-option head=..."
+                )
+            with user_errors(ValueError, OSError):
+                return published_drafter(self.name)
         if self.name not in DRAFTERS:
-            raise UserError(f"--drafter {self.name} is not known; use one of {', '.join(DRAFTERS)}, or none")
+            names = ", ".join(DRAFTERS)
+            raise UserError(
+                f"--drafter {self.name} is not known; use one of {names}, the folder or hub name of a draft "
+                "checkpoint, or none"
+            )
         drafter = DRAFTERS[self.name]
-        known = _settings_of(drafter)
-        settings = self._settings(known, get_type_hints(drafter))
+        known = fields_of(drafter)
+        settings = settings_from(self.options, drafter, "drafter", self.name)
         if DRAFT_MODEL in known:
             settings[DRAFT_MODEL] = self._draft_model(settings.get(DRAFT_MODEL))
-        missing = [f.name for f in known.values() if _is_required(f) and f.name not in settings]
-        if missing:
-            raise UserError(f"drafter {self.name} needs {', '.join(missing)}; give --drafter-option {missing[0]}=...")
+        for field in known.values():
+            if field.default is MISSING and field.default_factory is MISSING and field.name not in settings:
+                raise UserError(f"drafter {self.name} needs {field.name}; give --drafter-option {field.name}=...")
         with user_errors(ValueError, TypeError, OSError):
             return drafter(**settings)
 
@@ -71,26 +85,36 @@ class DrafterFlags:
             )
         return path_of(name)
 
-    def _settings(self, known: dict[str, Field[Any]], hints: dict[str, Any]) -> dict[str, Any]:
-        """Values of the fields that are given."""
-        settings = {}
-        for option in self.options:
-            key, sign, value = option.partition("=")
-            key = key.strip().replace("-", "_")
-            if not sign or key not in known:
-                names = ", ".join(map(_described, known.values())) or "none"
-                raise UserError(f"--drafter-option {option} is not a setting of drafter {self.name}; known are {names}")
-            with user_errors(ValueError):
-                settings[key] = convert(value.strip() or value, hints.get(key, str), f"--drafter-option {key}")
-        return settings
+
+def fields_of(method: Any) -> dict[str, Field[Any]]:
+    """The settings of a drafter's or verifier's class, by name."""
+    return {f.name: f for f in fields(method) if f.init} if is_dataclass(method) else {}
 
 
-def _settings_of(drafter: Any) -> dict[str, Field[Any]]:
-    return {f.name: f for f in fields(drafter) if f.init} if is_dataclass(drafter) else {}
+def settings_from(options: Sequence[str], method: Any, kind: str, name: str) -> dict[str, Any]:
+    """Values of the fields that `name=value` options give.
 
+    Args:
+        options: From the command line.
+        method: The class of the drafter or verifier.
+        kind: `"drafter"` or `"verifier"`; names the flag in errors.
+        name: Of the method.
 
-def _is_required(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
+    Raises:
+        UserError: An option is no setting of the method, or its value is not allowed.
+    """
+    known, flag = fields_of(method), f"--{kind}-option"
+    hints = get_type_hints(method) if known else {}
+    settings = {}
+    for option in options:
+        key, sign, value = option.partition("=")
+        key = key.strip().replace("-", "_")
+        if not sign or key not in known:
+            names = ", ".join(map(_described, known.values())) or "none"
+            raise UserError(f"{flag} {option} is not a setting of {kind} {name}; known are {names}")
+        with user_errors(ValueError):
+            settings[key] = convert(value.strip() or value, hints.get(key, str), f"{flag} {key}")
+    return settings
 
 
 def _described(field: Field[Any]) -> str:

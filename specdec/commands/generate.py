@@ -14,7 +14,7 @@ import typer
 import specdec
 from specdec.commands import options
 from specdec.commands.drafter_options import DrafterFlags
-from specdec.commands.verifier_options import VerifierFlags
+from specdec.commands.verifier_options import build_verifier
 from specdec.common.errors import UserError, user_errors
 from specdec.common.loading import EMBEDDED, load_model, prepare_torch, read_text
 
@@ -115,7 +115,7 @@ def run(
     prepare_torch(threads)
     drafted = DrafterFlags(drafter, drafter_option or [], model)
     first_drafter = drafted.build()
-    rule = VerifierFlags(verifier, verifier_option or []).build()
+    rule = build_verifier(verifier, verifier_option or [])
     loaded, tokenizer = load_model(model, dtype, device, device_map, attn, trust_remote_code)
     inputs = encode_prompt(text, tokenizer, chat, tell=report is not Report.JSON).to(loaded.device)
     with user_errors(ValueError, TypeError, OSError):
@@ -190,27 +190,24 @@ def _complete(fast: Any, tokenizer: Any, inputs: Any, seed: int, kwargs: dict[st
 def _compared(
     fast: Any, drafted: DrafterFlags, inputs: Any, seed: int, kwargs: dict[str, Any], completion: list[int]
 ) -> str:
-    """A line that tells how a method does against the model's own `generate`."""
-    from specdec.benchmark.baselines import HF_GENERATE, specdec_method
+    """A line on how the method compares with the model's own `generate`."""
     from specdec.benchmark.measuring import EncodedPrompt, Method, Settings, run_interleaved
+    from specdec.benchmark.methods import HF_GENERATE, Contender
 
-    model, max_nodes = fast.model, fast.speculation.budget.max_nodes
-    methods = [
-        Method(HF_GENERATE, lambda: model),
-        specdec_method(
-            "specdec",
-            model,
-            drafted.build,
-            max_nodes=max_nodes,
-            verifier=fast.verifier,
-            compiled=fast.speculation.settings.compiled,
-        ),
-    ]
+    model, speculation = fast.model, fast.speculation
+    ours = Contender(
+        "specdec",
+        drafted.build,
+        fast.verifier,
+        max_nodes=speculation.budget.max_nodes,
+        compiled=speculation.settings.compiled,
+    )
+    methods = [Method(HF_GENERATE, lambda: model), ours.method(model)]
     prompt = EncodedPrompt("prompt", inputs.input_ids, inputs.attention_mask)
     result = run_interleaved(methods, [prompt], model, Settings(kwargs, seed), repeats=COMPARED_RUNS)
-    theirs, ours = result.rows()
-    identical = ours.num_identical == ours.num_runs and completion == result.samples[0].output
+    theirs, mine = result.rows()
+    identical = mine.num_identical == mine.num_runs and [completion] == result.samples[0].outputs
     return (
-        f"identical to {HF_GENERATE}: {'yes' if identical else 'no'}; {ours.tokens_per_second:.1f} tokens/s against "
-        f"{theirs.tokens_per_second:.1f}: {ours.speedup:.2f}x (median of {COMPARED_RUNS} runs, a new drafter each)"
+        f"identical to {HF_GENERATE}: {'yes' if identical else 'no'}; {mine.tokens_per_second:.1f} tokens/s against "
+        f"{theirs.tokens_per_second:.1f}: {mine.speedup:.2f}x (median of {COMPARED_RUNS} runs, a new drafter each)"
     )

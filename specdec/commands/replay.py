@@ -13,7 +13,7 @@ import typer
 from specdec.commands import options
 from specdec.commands.drafter_options import DrafterFlags
 from specdec.common.errors import UserError, user_errors
-from specdec.common.loading import read_text
+from specdec.common.loading import path_of, read_text
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub name of the target's tokenizer; needed for records of text.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Replay so many records at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most records to replay.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Replay recorded answers through a drafter: tokens per pass, acceptance per position, draft time."""
@@ -39,15 +39,14 @@ def run(
     from specdec.drafters import Drafter
 
     if type(guess).bind is not Drafter.bind and not guess.is_target_free:
-        raise UserError(f"--drafter {drafter} needs the target, which recorded answers do not hold; use specdec demo")
+        raise UserError(f"--drafter {drafter} needs the target, which recorded answers do not hold; use specdec bench")
 
     from rich.console import Console
 
     from specdec.benchmark.offline_replay import replay
 
-    records = islice(_records(file, lines, _loaded(tokenizer)), limit)
     with user_errors(ValueError):
-        result = replay(guess, records, nodes)
+        result = replay(guess, islice(_records(file, lines, _loaded(tokenizer)), limit), nodes)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     else:
@@ -58,8 +57,6 @@ def _loaded(tokenizer: str | None) -> Any:
     if tokenizer is None:
         return None
     from transformers import AutoTokenizer
-
-    from specdec.common.loading import path_of
 
     with user_errors(OSError, ValueError, ImportError, remedy="name a folder or a tokenizer of the Hugging Face hub"):
         return AutoTokenizer.from_pretrained(path_of(tokenizer, "tokenizer_config.json"))
@@ -73,9 +70,10 @@ def _records(file: Path, lines: list[str], tokenizer: Any) -> Iterator[dict[str,
     """
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            with user_errors(ValueError, remedy=f"line {number} of {file} must be a JSON object"):
+            where = f"line {number} of {file}"
+            with user_errors(ValueError, remedy=f"{where} must be a JSON object"):
                 record = json.loads(line)
-            yield {key: _ids(record, key, f"line {number} of {file}", tokenizer) for key in ("prompt", "answer")}
+            yield {key: _ids(record, key, where, tokenizer) for key in ("prompt", "answer")}
 
 
 def _ids(record: Any, key: str, where: str, tokenizer: Any) -> list[int]:
@@ -84,6 +82,6 @@ def _ids(record: Any, key: str, where: str, tokenizer: Any) -> list[int]:
         if tokenizer is None:
             raise UserError(f"{where}: {key!r} is text; name the target's tokenizer with --tokenizer")
         value = tokenizer(value, add_special_tokens=key == "prompt").input_ids
-    if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
+    if not isinstance(value, list) or not all(isinstance(token, int) and token >= 0 for token in value):
         raise UserError(f'{where} is not a record; write {{"prompt": [ids], "answer": [ids]}}, or text in their place')
     return value

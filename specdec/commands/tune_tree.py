@@ -13,7 +13,7 @@ from specdec.common.errors import UserError, user_errors
 from specdec.common.loading import EMBEDDED, load_model, path_of, prepare_torch
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group
+    from rich.console import Console
     from rich.table import Table
 
     from specdec.training.tree_tuning import Tuning
@@ -73,7 +73,7 @@ def run(
             tuning = tune(target, loaded_heads, answers, num_ranks=top_k, max_nodes=max_nodes)
         folder = output or Path(source)
         tuning.calibration.save(folder)
-    console.print(_tables(tuning))
+    console.print(_accuracies(tuning), _trees(tuning), sep="\n")
     console.print(f"written to {folder / 'medusa_tree.json'}", highlight=False, soft_wrap=True)
 
 
@@ -90,12 +90,6 @@ def _answers(target: Any, tokenizer: Any, data: str, limit: int, chat: bool, con
     with tempfile.TemporaryDirectory() as folder:
         distill(target, tokenizer, prompts, folder, console=console, **kwargs)
         return load_examples(folder, tokenizer)
-
-
-def _tables(tuning: Tuning) -> Group:
-    from rich.console import Group
-
-    return Group(_accuracies(tuning), _trees(tuning))
 
 
 def _accuracies(tuning: Tuning) -> Table:

@@ -70,33 +70,11 @@ def heldout_prompts(count: int | None = None) -> list[Prompt]:
     Raises:
         FileNotFoundError: The prompts are missing from this installation.
     """
-    prompts = read_prompts(_asset("heldout.jsonl"))
+    lines = _asset("heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = [Prompt(record["id"], record["prompt"]) for record in map(json.loads, lines)]
     if count is None or count >= len(prompts):
         return prompts
     return [prompts[i * len(prompts) // count] for i in range(count)]
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Reads prompts from a file: one JSON object with `prompt` and perhaps `id` a line, or plain text, one prompt.
-
-    Raises:
-        ValueError: A line is not of this form.
-    """
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".jsonl":
-        return [Prompt(path.name, text)]
-    prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            prompts.append(Prompt(str(record.get("id", f"{path.name}:{number}")), record["prompt"]))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f'line {number} of {path} is not a prompt; write {{"id": "...", "prompt": "..."}}, one a line'
-            ) from None
-    return prompts
 
 
 def _asset(name: str) -> Path:

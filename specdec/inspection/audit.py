@@ -34,7 +34,7 @@ class StepRecord:
         digit_mass: Probability of all digits together, where one was asked for.
         log_prob: Mean log-probability of the drafted tokens under the target.
         accepted: The draft was kept; None if none was judged.
-        seconds: From the end of the step before to its own, in wall time of the whole batch.
+        seconds: Wall time.
     """
 
     row: int

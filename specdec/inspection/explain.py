@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specdec.budget import Budget, Choice
-from specdec.generation import Speculation
 from specdec.report import SpeculationReport
+
+if TYPE_CHECKING:
+    from specdec.generation import Speculation
 
 
 def explain(speculation: Speculation) -> str:
@@ -49,7 +51,7 @@ def _size(budget: Budget) -> list[str]:
         return [f"size: up to {budget.max_nodes} nodes; nothing was proposed yet"]
     times = ", ".join(f"{nodes}: {count}" for nodes, count in sorted(budget.sizes.items()))
     lines = [
-        f"size: decisions by number of nodes so far (1 is no draft): {times}; drafting rested {budget.num_rests} times"
+        f"size: decisions by number of nodes so far (1 is no draft): {times}; drafting paused {budget.num_rests} times"
     ]
     return [*lines, _reason(choice)]
 

@@ -110,13 +110,13 @@ class Trace:
         """
         from rich.console import Console
 
-        from specdec.inspection.trace_text import trace_text
+        from specdec.inspection.trace_view import trace_text
 
         (console or Console()).print(trace_text(self, tokenizer))
 
     def to_html(self, tokenizer: Any) -> str:
         """A page of its own, without anything from elsewhere: for a browser, light or dark, or for paper."""
-        from specdec.inspection.trace_html import trace_html
+        from specdec.inspection.trace_view import trace_html
 
         return trace_html(self, tokenizer)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ from specdec.passes import capability_store
 from specdec.passes.attention.base import TreeAttention
 from specdec.passes.attention.choice import AttentionLike, backend_of, candidates
 from specdec.passes.chain_target import ChainTarget
+from specdec.passes.cuda_graphs.fingerprint import changes, out_of_sight
 from specdec.passes.masks import MaskFormat
 from specdec.passes.probe import Trial, branching, chain, first_problem, is_passing, prompts_of
 from specdec.passes.tolerance import floor_of, remember_noise, typical_noise
@@ -83,6 +84,11 @@ class Capability:
         return backend_of(self.attention)
 
 
+BATCH_DEPENDENT = (
+    "logits depend on what else is in a pass, as where activations are quantised by one scale: tokens would be "
+    "approximate up to quantisation; capability='tree' or 'chain' takes that as it is"
+)
+
 _KNOWN: WeakKeyDictionary[CausalLM, dict[Any, Capability]] = WeakKeyDictionary()
 
 
@@ -99,7 +105,7 @@ def check_mode(mode: str) -> None:
 def probe(model: CausalLM, mode: str = "auto", attention: AttentionLike = "auto") -> Capability:
     """Tells how `model` can be run ahead, by comparing a tiny tree with the same paths run one token at a time.
 
-    Seven passes: a tree of five nodes goes through the public forward in several left-padded rows that differ in some
+    Nine passes: a tree of five nodes goes through the public forward in several left-padded rows that differ in some
     tokens; rows keep different paths, and a second tree follows. Tokens that are not before a node must leave its
     logits bit for bit as they are, others must move them, and all logits must be those of plain decoding up to the
     model's own rounding noise: the difference between its prefill and its passes over one token. If so, trees it is;
@@ -129,7 +135,7 @@ def _found(model: CausalLM, mode: str, attention: AttentionLike) -> Capability:
         return Capability(cast(Mode, mode), "demanded by the caller")
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
     names = tuple(candidates(attention, implementation, input_device(model)))
-    key = (mode, names, implementation, model.dtype, model.training)
+    key = (mode, names, implementation, model.dtype, changes(model))
     known = _KNOWN.setdefault(model, {})
     if key not in known:
         if mode == "tree":  # nothing is tried
@@ -138,11 +144,14 @@ def _found(model: CausalLM, mode: str, attention: AttentionLike) -> Capability:
         if stored := capability_store.read(file, model, names):
             return known.setdefault(key, stored)
         try:
-            known[key] = _probe(model, names)
+            found = _probe(model, names)
         except Exception as error:
             if not is_passing(error):
                 raise
             return Capability("plain", f"the probe failed, and is tried again: {type(error).__name__}: {error}")
+        if found.mode == "plain" and (what := out_of_sight(model)):  # which may have met another batch than its own
+            return replace(found, reason=f"{found.reason} (with {what})")
+        known[key] = found
         if known[key].mode != "plain":
             capability_store.write(file, model, known[key])
     return known[key]
@@ -186,9 +195,13 @@ def _probe(model: CausalLM, names: tuple[str, ...]) -> Capability:
         Exception: One that may pass, such as a lack of memory.
     """
     with kept_generators(model):
+        state = torch.get_rng_state()
         found, is_doubtful = _tried(model, names, seed=0)
         if is_doubtful:
             found, _ = _tried(model, names, seed=1)
+        draws = not torch.equal(torch.get_rng_state(), state)
+    if draws and any(module.training for module in model.modules()):
+        return Capability("plain", "its passes draw random numbers, as dropout in training mode does")
     return found
 
 
@@ -241,6 +254,8 @@ def _compare(trial: Trial, names: tuple[str, ...]) -> tuple[Capability, bool]:
     if trial.model_kwargs.get(CACHE) is None:
         return Capability("plain", "it keeps no cache that transformers can hand to it"), False
     trial.run_reference()
+    if trial.depends_on_batch():
+        return Capability("plain", BATCH_DEPENDENT), False
     formats, problem = _mask_formats(trial.model)
     is_doubtful, dtype = False, trial.model.dtype
     for mask_format in formats:

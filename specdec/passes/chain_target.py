@@ -45,6 +45,7 @@ class ChainTarget(TargetModel):
             inputs["attention_mask"] = torch.cat([self.mask, self.mask.new_ones((batch, nodes))], dim=1)
         if self.positions is not None:
             inputs["position_ids"] = self.positions + torch.arange(nodes, device=self.positions.device)
+        inputs |= {name: torch.full_like(tree.tokens, value) for name, value in self.token_types.items()}
         outputs = self.runner(
             input_ids=tree.tokens,
             use_cache=True,

@@ -100,6 +100,19 @@ class Trial:
         self.spread = max(float(logits[logits.isfinite()].std()), 1e-12)
         self.reference = logits.view(len(self.paths), 2, *logits.shape[1:])
 
+    def depends_on_batch(self) -> bool:
+        """Whether a row's logits change with the tokens of other rows, as where a whole pass is quantised by one scale.
+
+        The shapes are the same in both passes, so that without such a scale the bits are the same, or nearly so.
+        """
+        ids = self.input_ids.clone()
+        ids[1:] = (ids[1:] + 1) % self.model.config.get_text_config(decoder=True).vocab_size
+        first, second = (
+            prefill(self.model, given, self.generation_config, self.fresh_kwargs()).logits[:1, -1].float()
+            for given in (self.input_ids, ids)
+        )
+        return not torch.equal(first, second) and distance(second, first) > floor_of(self.model.dtype)
+
     def _tokens(self) -> Tensor:
         """The paths, one per row of the batch, `[paths * prompts, depth]`."""
         return torch.tensor(self.paths, device=self.input_ids.device).repeat_interleave(2, dim=0)

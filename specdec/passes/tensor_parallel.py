@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 import torch.distributed as dist
 
 from specdec.tree import TokenTree
+
+NO_TREE, FAILED = -1, -2
+"""In place of a number of nodes: the first process has no draft, or has raised."""
 
 
 def is_sharded(model: Any) -> bool:
@@ -52,23 +56,36 @@ class Ranks:
         """Whether this process decides."""
         return dist.get_rank() == 0
 
-    def share(self, tree: TokenTree | None, rows: int, max_nodes: int) -> TokenTree | None:
+    def share(self, draft: Callable[[], TokenTree | None], rows: int, max_nodes: int) -> TokenTree | None:
         """The first process's tree, without scores in the other ones; None where it has no draft token.
 
         Args:
-            tree: Of this process.
+            draft: Makes this process's tree. An error of the first one's is told to the others, which wait for it.
             rows: Rows that still generate.
             max_nodes: The largest number of nodes.
+
+        Raises:
+            RuntimeError: In the other processes, where the first one raised.
         """
-        told = torch.full((2, rows, max_nodes + 1), -1)
+        told = torch.full((2, rows, max_nodes + 1), NO_TREE)
+        tree = error = None
+        try:
+            tree = draft()
+        except BaseException as raised:
+            error = raised
+            told[:, :, 0] = FAILED
         if tree is not None:
             told[:, :, 0] = tree.num_nodes
             told[0, :, 1 : tree.num_nodes + 1] = tree.tokens.cpu()
             told[1, :, 1 : tree.num_nodes + 1] = tree.parents.cpu()
         told = told.to(self.device)
         dist.broadcast(told, 0)
+        if error is not None:
+            raise error
         if self.is_first:
             return tree
         told = told.cpu()
         nodes = int(told[0, 0, 0])
+        if nodes == FAILED:
+            raise RuntimeError("the first process, which drafts for all, has failed; see its error")
         return None if nodes < 0 else TokenTree(told[0, :, 1 : nodes + 1], told[1, :, 1 : nodes + 1])

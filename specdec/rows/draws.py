@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class NoiseQueue:
     def __init__(self, batch: int, device: torch.device) -> None:
         self.batch = batch
         self.vocab = 0
+        self.dtype = torch.float32
         self.device = device
         self.first = 0
         self._draws: deque[Tensor] = deque()
@@ -43,7 +45,7 @@ class NoiseQueue:
         """Makes the draws of all positions before `end`."""
         while self.first + len(self._draws) < end:
             self._draws.append(
-                torch.empty((self.batch, self.vocab), dtype=torch.float32, device=self.device).exponential_()
+                torch.empty((self.batch, self.vocab), device=self.device, dtype=self.dtype).exponential_()
             )
             self._states.append(self._get_state())
 
@@ -51,10 +53,23 @@ class NoiseQueue:
         """Tells the size of the target's distribution, before the first draw."""
         self.vocab = vocab
 
-    def at(self, position: int, row: int) -> Tensor:
-        """The draw of one row at one position, `[vocab]`."""
+    def at(self, position: int, row: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The draw of one row at one position, `[vocab]`.
+
+        Args:
+            position: Counted from the first generated one.
+            row: Of the batch.
+            dtype: Of the probabilities that it divides: plain decoding draws in their type. None: whatever was drawn.
+        """
+        place = position - self.first
+        if dtype is not None and dtype != self.dtype:
+            self.dtype = dtype
+        if dtype is not None and place < len(self._draws) and self._draws[place].dtype != dtype:
+            self._set_state(self._states[place])
+            self._draws = deque(islice(self._draws, place))
+            self._states = deque(islice(self._states, place + 1))
         self.draw(position + 1)
-        return self._draws[position - self.first][row]
+        return self._draws[place][row]
 
     def forget(self, before: int) -> None:
         """Frees the draws of positions before `before`; their generator states are freed with them.

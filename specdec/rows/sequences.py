@@ -68,11 +68,6 @@ class Sequences:
         """Last token of each row, `[rows]`, on the host."""
         return torch.tensor([int(self.ids[row, self.lengths[row] - 1]) for row in rows])
 
-    def latest(self, rows: Sequence[int], count: int) -> Tensor:
-        """The last tokens of each row, the very last first, over again where there are fewer, `[rows, count]`."""
-        tokens = np.stack([np.resize(self.real(row)[::-1], count) for row in rows]).astype(np.int64)
-        return torch.from_numpy(tokens).to(self.device)
-
     def generated(self, row: int) -> NDArray[np.int64]:
         """A row's generated tokens, a view."""
         return self.ids[row, self.prompt : self.lengths[row]]

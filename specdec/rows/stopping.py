@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -14,6 +16,8 @@ from transformers.generation.stopping_criteria import (
 )
 
 from specdec.rows.sequences import Sequences
+
+Scores = Callable[[int], tuple[Tensor, ...] | None]
 
 ROW_WISE = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 
@@ -32,7 +36,7 @@ class StopRule:
     """Finds the first token of a step after which a row is finished, as plain decoding would.
 
     End-of-sequence ids and the length limit are compared on the host; any other criterion is called once per token with
-    the row's ids so far, in order.
+    the row's ids so far, in order, and with the scores so far where they are returned.
 
     Args:
         criteria: As prepared by `generate`.
@@ -44,6 +48,7 @@ class StopRule:
         self.eos: set[int] = set()
         self.max_length = sequences.max_length
         self.others = StoppingCriteriaList()
+        self._asked: dict[int, dict[tuple[int, int], bool]] = {}  # by row: what others said of a position and token
         for criterion in criteria:
             if type(criterion) is EosTokenCriteria:
                 self.eos |= set(criterion.eos_token_id.tolist())
@@ -52,14 +57,28 @@ class StopRule:
             else:
                 self.others.append(criterion)
 
-    def count(self, row: int, tokens: Sequence[int]) -> tuple[int, bool]:
-        """How many of a row's new tokens to keep, and whether the row is finished with them."""
-        length = self.sequences.lengths[row]
-        for i, token in enumerate(tokens):
-            done = token in self.eos or length + i + 1 >= self.max_length
-            if self.others:
-                ids = self.sequences.prefixes([row], [tokens[: i + 1]])
-                done |= bool(torch.as_tensor(self.others(ids, None)).all())
-            if done:
-                return i + 1, True
-        return len(tokens), False
+    def ends(self, row: int, tokens: Sequence[int], scores: Scores | None = None) -> bool:
+        """Whether a row is finished with the last of its new tokens.
+
+        Args:
+            row: Of the batch.
+            tokens: New tokens, behind those that are committed.
+            scores: Gives the scores of the positions up to the last of so many new tokens.
+        """
+        length = self.sequences.lengths[row] + len(tokens)
+        done = tokens[-1] in self.eos or length >= self.max_length
+        if not self.others:
+            return done
+        asked, key = self._asked.setdefault(row, {}), (length, tokens[-1])
+        if key not in asked:
+            ids = self.sequences.prefixes([row], [tokens])
+            given: Any = None if scores is None else scores(len(tokens))
+            asked[key] = bool(torch.as_tensor(self.others(ids, given)).all())
+        return done or asked[key]
+
+    def count(self, row: int, tokens: Sequence[int], scores: Scores | None = None) -> tuple[int, bool]:
+        """How many of a row's new tokens to keep, and whether the row is finished with them; arguments as of `ends`."""
+        counts = range(1, len(tokens) + 1)
+        end = next((count for count in counts if self.ends(row, tokens[:count], scores)), None)
+        self._asked.pop(row, None)
+        return (len(tokens), False) if end is None else (end, True)

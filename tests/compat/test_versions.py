@@ -16,7 +16,7 @@ import transformers as tf
 from torch import Tensor
 
 import specdec
-from specdec.benchmark.roofline.costs import step_costs
+from specdec.benchmark.roofline import step_costs
 from specdec.budget import Budget
 from specdec.compat import CACHE, TESTED
 from specdec.drafters.draft_model import DraftModelDrafter

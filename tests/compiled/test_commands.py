@@ -31,7 +31,7 @@ def test_bench(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def no_compiler() -> None:
         raise RuntimeError("no compiler in tests")
 
-    monkeypatch.setattr("specdec.benchmark.compiled.CompileConfig", no_compiler)
+    monkeypatch.setattr("specdec.benchmark.methods.CompileConfig", no_compiler)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(PROMPT)
     args = ["bench", "--model", folder, "--prompts", prompts, "--limit", 1, "--tokens", 4, "--temperature", 0]

@@ -13,6 +13,7 @@ import torch
 from specdec.drafters import DraftContext, Drafter, MergedDrafter, Step
 from specdec.drafters.merging import known as merge_known
 from specdec.drafters.merging.growth import DEPTH_CLASSES, MOST_SURE, SCORE_BINS
+from specdec.drafters.merging.session import MergedSession
 from specdec.tree import TokenTree
 from tests.tiny_models import tiny_model
 
@@ -87,13 +88,24 @@ def paths_of(tree: TokenTree, row: int = 0) -> dict[tuple[int, ...], float]:
     return out
 
 
-def merging(*sources: Drafter, **settings: Any) -> MergedDrafter:
+def merging(*sources: Drafter, clock: Any = None, **settings: Any) -> MergedDrafter:
     """A merged drafter, ready to be used without a model; time stands still."""
     merge_known._KNOWN.clear()  # nothing of an earlier one in the same test
     drafter = MergedDrafter(sources, **settings)
-    drafter._clock = FakeClock()
+    drafter._clock = clock or FakeClock()
     drafter.bind(tiny_model())
     return drafter
+
+
+def session_of(*sources: Drafter, strict: bool = False, **settings: Any) -> MergedSession:
+    """A call of a merged drafter, as `merging` makes it."""
+    return merging(*sources, **settings).start(context_of([9], strict=strict))
+
+
+def step_of(tree: TokenTree, *new_tokens: list[int], top_tokens: Any = None) -> Step:
+    """What the target has made of a tree: per row the tokens committed, of which the last one is its own."""
+    news = [np.array(new, np.int32) for new in new_tokens]
+    return Step(list(range(len(news))), tree, [max(len(new) - 1, 0) for new in news], top_tokens, news)
 
 
 def combined(trees: Sequence[TokenTree], row: int, max_depth: int) -> dict[tuple[int, ...], tuple[int, float]]:

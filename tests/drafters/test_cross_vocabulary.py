@@ -16,11 +16,12 @@ import specdec
 from specdec.budget import Budget
 from specdec.compat import CACHE
 from specdec.drafters import DraftContext, DraftModelDrafter
+from specdec.drafters.base import DraftSession
 from specdec.drafters.small_model import loading as draft_loading
 from specdec.drafters.small_model.passes import TreePasses
 from specdec.drafters.tokenizers.draft_vocabulary import LEAST_KNOWN_SHARE
 from specdec.drafters.tokenizers.text_bridge import TextBridge
-from specdec.drafters.tokenizers.vocabularies import vocabulary_map
+from specdec.drafters.tokenizers.vocabulary_map import vocabulary_map
 from specdec.passes.capability import Capability
 from specdec.tree import TokenTree
 from specdec.verifiers import BlockVerifier, ExactVerifier, TraversalVerifier
@@ -112,7 +113,7 @@ def expected(batch: str, seed: int) -> tuple[Reference, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("batch", "growth"), [("single", "chain"), ("ragged", "auto")])
+@pytest.mark.parametrize(("batch", "growth"), [("single", "chain"), ("ragged", "dynamic")])
 def test_same_tokens_whatever_the_vocabularies(kind: str, batch: str, growth: str) -> None:
     drafter = drafter_of(kind, growth=growth)
     for seed in range(3):
@@ -136,8 +137,8 @@ WAYS = [("subset", "intersection"), ("other", "intersection"), ("shuffled", "tex
 
 @pytest.mark.parametrize(("kind", "use"), WAYS)
 def test_same_tokens_with_either_way_in_every_growth(kind: str, use: str) -> None:
-    for seed, growth in enumerate(("chain", "static", "dynamic", "auto", "paced")):
-        drafter = drafter_of(kind, vocabulary=use, growth=growth, coupled=growth in ("static", "auto"))
+    for seed, growth in enumerate(("chain", "dynamic", "paced")):
+        drafter = drafter_of(kind, vocabulary=use, growth=growth, coupled=growth == "dynamic")
         right, kwargs = expected("ragged", seed % 3)
         report = assert_identical(target()[0], drafter, inputs_of("ragged"), seed=seed % 3, expected=right, **kwargs)
         assert report.num_draft_tokens > 0
@@ -184,13 +185,21 @@ def test_the_target_with_its_vocabulary_shuffled_is_right_through_text() -> None
 
 
 class Recording(DraftModelDrafter):
-    """Keeps what it proposes, and behind what."""
+    """Keeps what it proposes, and after what."""
 
-    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        tree = super().propose(context, max_nodes)
-        if tree.num_nodes > 1:
-            self.proposals = [*getattr(self, "proposals", []), (context.sequences[0].tolist(), tree)]
-        return tree
+    def start(self, context: DraftContext) -> DraftSession:
+        session: Any = super().start(context)
+        propose = session.propose
+        self.proposals: list[Any] = []
+
+        def recorded(context: DraftContext, max_nodes: int) -> TokenTree:
+            tree: TokenTree = propose(context, max_nodes)
+            if tree.num_nodes > 1:
+                self.proposals.append((context.sequences[0].tolist(), tree))
+            return tree
+
+        session.propose = recorded
+        return session  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -218,17 +227,24 @@ class Checked(DraftModelDrafter):
 
     steps = 0
 
-    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        tree = super().propose(context, max_nodes)
-        call = self._thread.call
-        if call.nodes is None or not isinstance(call.passes, TreePasses):
+    def start(self, context: DraftContext) -> DraftSession:
+        session: Any = super().start(context)
+        propose = session.propose
+        session.propose = lambda *args: self.checked(session, propose, *args)
+        return session  # type: ignore[no-any-return]
+
+    def checked(self, session: Any, propose: Any, context: DraftContext, max_nodes: int) -> TokenTree:
+        tree: TokenTree = propose(context, max_nodes)
+        if session.nodes is None or not isinstance(session.passes, TreePasses):
             return tree
-        for i, tokens in enumerate(call.texts.tokens):
-            assert call.passes.lengths[i] == len(tokens) - 1
-            cache = tf.DynamicCache(config=self._model.config)
-            self._model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None], **{CACHE: cache})
-            for mine, other in zip(call.passes.cache.tree_layers(), cache.layers, strict=True):
+        model = session.bound.model
+        for i, tokens in enumerate(session.texts.tokens):
+            assert session.passes.lengths[i] == len(tokens) - 1
+            cache = tf.DynamicCache(config=model.config)
+            model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None], **{CACHE: cache})
+            for mine, other in zip(session.passes.cache.tree_layers(), cache.layers, strict=True):
                 torch.testing.assert_close(mine.keys[i][:, : len(tokens)], other.keys[0], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(mine.values[i][:, : len(tokens)], other.values[0], atol=1e-4, rtol=1e-4)
         self.steps += 1
         return tree
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +21,24 @@ from specdec.compat import CACHE
 from specdec.drafters import DraftContext, DraftModelDrafter
 from specdec.drafters.base import DraftSession
 from specdec.drafters.small_model import loading as draft_loading
+from specdec.drafters.small_model.calibration import LevelTimes, is_worth_a_level
+from specdec.drafters.small_model.growth import DraftNodes, child_of
+from specdec.drafters.small_model.lists import DraftLists, own_generator
 from specdec.drafters.small_model.passes import TreePasses
+from specdec.drafters.small_model.session import DraftModelSession
+from specdec.drafters.tokenizers.draft_vocabulary import SharedVocabulary
 from specdec.passes.capability import Capability
 from specdec.tree import TokenTree
 from specdec.verifiers import ExactVerifier
 from tests.conformance import assert_identical, draft_of
 from tests.tiny_models import VOCAB, new_model, prompts, tiny_model
 
-MODES = ("chain", "static", "dynamic", "auto")
+MODES = ("chain", "dynamic")
 BATCHES = {"single": (prompts(12), {}), "padded": (prompts(3, 11, 5, 12, 7), {})}
 EOS = [2, 20, 40]
 
 
-def drafter_of(growth: str = "auto", model: Any = None, **settings: Any) -> DraftModelDrafter:
+def drafter_of(growth: str = "dynamic", model: Any = None, **settings: Any) -> DraftModelDrafter:
     return DraftModelDrafter(model if model is not None else draft_of("llama"), growth=growth, **settings)  # type: ignore[arg-type]
 
 
@@ -58,7 +65,7 @@ def test_same_tokens_with_several_sequences_per_prompt_and_processors(growth: st
     assert_identical(tiny_model(), drafter_of(growth), prompts(9), **kwargs, repetition_penalty=1.3)
 
 
-@pytest.mark.parametrize("growth", ["chain", "auto"])
+@pytest.mark.parametrize("growth", ["chain", "dynamic"])
 @pytest.mark.parametrize("name", ["gpt2", "mistral-window", "gemma3-mixed-windows", "llama4-chunks"])
 def test_same_tokens_with_every_kind_of_attention_in_the_draft_model(name: str, growth: str) -> None:
     for inputs in (prompts(20), prompts(20, 3, 9)):
@@ -76,70 +83,72 @@ def test_same_tokens_under_the_adaptive_budget() -> None:
 
 @dataclass(eq=False)
 class Checked(DraftModelDrafter):
-    """Compares its cache with a fresh encoding, and its reading with what was new, at each step."""
+    """Compares the cache with a fresh encoding, and what is read with what is new, at each step of each call."""
 
     steps: int = 0
     taken_over: int = 0
 
     def start(self, context: DraftContext) -> DraftSession:
         session = super().start(context)
-        call = self._thread.call
-        assert call.passes.num_fed_tokens == sum(len(sequence) - 1 for sequence in context.sequences)
+        assert isinstance(session, DraftModelSession)
+        assert session.passes.num_fed_tokens == sum(len(sequence) - 1 for sequence in context.sequences)
+        propose = session.propose
+        drafted_at: dict[int, int] = {}
+        session.propose = lambda *args: self.checked(session, propose, drafted_at, *args)  # type: ignore[method-assign]
         return session
 
-    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        call = self._thread.call
-        before = call.passes.num_fed_tokens
-        expected = sum(self._num_unread(call, context))
-        tree = super().propose(context, max_nodes)
-        if call.nodes is None:
+    def checked(self, session: Any, propose: Any, drafted_at: dict[int, int], context: Any, size: int) -> TokenTree:
+        before = session.passes.num_fed_tokens
+        expected = sum(self._num_unread(session, drafted_at, context))
+        tree: TokenTree = propose(context, size)
+        drafted_at |= {row: len(ids) for row, ids in zip(context.rows, context.sequences, strict=True)}
+        if session.nodes is None:
             return tree
-        drafted = int((call.nodes.fed > 0).sum())
-        assert call.passes.num_fed_tokens - before == expected + drafted, "only what is new is read"
-        assert call.passes.lengths == [len(sequence) - 1 for sequence in context.sequences]
-        if isinstance(call.passes, TreePasses):
-            for i, sequence in enumerate(context.sequences):
-                self._compare(call, i, sequence)
+        drafted = int((session.nodes.fed > 0).sum())
+        assert session.passes.num_fed_tokens - before == expected + drafted, "only what is new is read"
+        self.compare(session, context)
         self.steps += 1
         return tree
 
-    def _num_unread(self, call: Any, context: DraftContext) -> list[int]:
+    def _num_unread(self, session: Any, drafted_at: dict[int, int], context: DraftContext) -> list[int]:
         """Tokens whose keys and values are not in the cache, the root counted; found out step by step."""
         unread = []
         for row, sequence in zip(context.rows, context.sequences, strict=True):
-            i = call.rows.index(row)
-            if call.nodes is None:
-                unread.append(len(sequence) - call.passes.lengths[i])
+            i = session.rows.index(row)
+            if session.nodes is None:
+                unread.append(len(sequence) - session.passes.lengths[i])
                 continue
-            node, read = 0, call.drafted_at[i]
+            node, read = 0, drafted_at[row]
             while read < len(sequence) - 1:
-                children = np.nonzero(
-                    (call.nodes.parents[i] == node)
-                    & (np.arange(call.nodes.parents.shape[1]) < call.nodes.counts[i])
-                    & (call.nodes.tokens[i] == sequence[read])
-                    & (call.nodes.fed[i] >= 0)
-                )[0]
-                if len(children) == 0:
+                node = child_of(session.nodes, i, node, sequence[read])
+                if node < 0 or session.nodes.fed[i, node] < 0:
                     break
-                node, read = int(children[0]), read + 1
+                read += 1
                 self.taken_over += 1
             unread.append(len(sequence) - read)
         return unread
 
-    def _compare(self, call: Any, i: int, sequence: Any) -> None:
-        """The committed tokens, and the path to the deepest node that was fed."""
-        nodes = call.nodes
+    def compare(self, session: Any, context: DraftContext) -> None:
+        """The committed tokens of each row, and the path to the deepest node that was fed."""
+        assert session.passes.lengths == [len(sequence) - 1 for sequence in context.sequences]
+        if isinstance(session.passes, TreePasses):
+            for i, sequence in enumerate(context.sequences):
+                self._compare_row(session, i, sequence)
+
+    def _compare_row(self, session: Any, i: int, sequence: Any) -> None:
+        nodes = session.nodes
         fed = [node for node in range(nodes.counts[i]) if nodes.fed[i, node] >= 0]
         path = [max(fed, key=lambda node: nodes.depths[i, node])]
         while path[0] > 0:
             path.insert(0, int(nodes.parents[i, path[0]]))
         ids = [*sequence[:-1].tolist(), *(int(nodes.tokens[i, node]) for node in path)]
-        cache = DynamicCache(config=self._model.config)
+        model = session.bound.model
+        cache = DynamicCache(config=model.config)
         # Position ids of the padding-free row, whatever the batch looks like.
-        self._model(input_ids=torch.tensor([ids]), use_cache=True, **{CACHE: cache})
+        model(input_ids=torch.tensor([ids]), use_cache=True, **{CACHE: cache})
         length = len(sequence) - 1
         slots = [*range(length), *(length + int(nodes.fed[i, node]) for node in path)]
-        for mine, other in zip(call.passes.cache.tree_layers(), cache.layers, strict=True):
+        for mine, other in zip(session.passes.cache.tree_layers(), cache.layers, strict=True):
             torch.testing.assert_close(mine.keys[i][:, slots], other.keys[0], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(mine.values[i][:, slots], other.values[0], atol=1e-4, rtol=1e-4)
 
@@ -164,8 +173,15 @@ def test_tokens_that_enter_the_model_are_those_counted() -> None:
     fast = specdec.accelerate(tiny_model(), drafter, strict=True, budget=Budget(64, fixed=True))
     seen: list[int] = []
     counted: list[int] = []
-    finish = drafter.finish
-    drafter.finish = lambda context: (counted.append(drafter._thread.call.passes.num_fed_tokens), finish(context))  # type: ignore
+    start = drafter.start
+
+    def started(context: DraftContext) -> DraftSession:
+        session: Any = start(context)
+        finish = session.finish
+        session.finish = lambda context: (counted.append(session.passes.num_fed_tokens), finish(context))
+        return session  # type: ignore[no-any-return]
+
+    drafter.start = started  # type: ignore[method-assign]
     hook = draft.get_input_embeddings().register_forward_pre_hook(lambda module, ids: seen.append(ids[0].numel()))
     fast.generate(**prompts(12), max_new_tokens=24)
     hook.remove()
@@ -192,7 +208,7 @@ def test_a_draft_model_without_positions_of_its_own() -> None:
         config = tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
         draft = tf.BloomForCausalLM(config).eval()
     for inputs in (prompts(12), prompts(3, 9)):
-        assert_identical(tiny_model(), drafter_of("auto", draft), inputs, max_new_tokens=16, do_sample=True)
+        assert_identical(tiny_model(), drafter_of("dynamic", draft), inputs, max_new_tokens=16, do_sample=True)
 
 
 # --- what is drafted --------------------------------------------------------------------------------------------------
@@ -258,9 +274,6 @@ def test_recorded_distributions_are_those_of_the_draft_model() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    from specdec.drafters.small_model.lists import DraftLists, own_generator
-    from specdec.drafters.tokenizers.draft_vocabulary import SharedVocabulary
-
     lists = DraftLists(None, True, True, SharedVocabulary(4), 4)
     lists.kind = "drawn"
     lists._generator = own_generator(torch.device("cpu"))
@@ -285,21 +298,6 @@ def test_a_chain_ends_where_its_whole_path_is_doubtful() -> None:
     assert stopped > 0
 
 
-def test_a_static_tree_has_the_best_shape_for_its_acceptances() -> None:
-    drafter = drafter_of("static", acceptances=(0.5, 0.3, 0.11), max_nodes=16, max_depth=3)
-    tree = recorded(drafter, prompts(9), max_new_tokens=32)[0]
-    products = {(): 1.0}
-    for path in [p for depth in range(1, 4) for p in np.ndindex(*([3] * depth))]:
-        products[path] = products[path[:-1]] * (0.5, 0.3, 0.11)[path[-1]]
-    best = sorted(products.values(), reverse=True)[1:16]
-    ranks: dict[int, int] = {}
-    mine = [1.0]
-    for parent in tree.parents[0, 1:].tolist():
-        ranks[parent] = ranks.get(parent, -1) + 1
-        mine.append(mine[parent] * (0.5, 0.3, 0.11)[ranks[parent]])
-    np.testing.assert_allclose(mine[1:], best)
-
-
 def test_trees_come_best_first() -> None:
     for tree in recorded(drafter_of("dynamic"), prompts(9), max_new_tokens=16):
         paths = [1.0]
@@ -311,17 +309,79 @@ def test_trees_come_best_first() -> None:
 def test_hits_are_counted_and_change_the_scores() -> None:
     drafter = drafter_of("dynamic")
     assert_identical(tiny_model(), drafter, prompts(9, 5), max_new_tokens=32)
-    tried, hit = drafter._learned.counts["likeliest"]
-    assert tried.sum() > 0
+    tried, hit, by_depth = drafter._calibration.of_kind("likeliest")
     assert 0 < hit.sum() < tried.sum()
     assert (hit <= tried).all()
+    assert 0 < by_depth[1].sum() < by_depth[0].sum()
+    assert (np.diff(by_depth[0]) <= 0).all(), "a list counts only if its parent was right"
+    assert drafter._calibration.rates("likeliest").tolist() != drafter.fresh()._calibration.rates("likeliest").tolist()
+
+
+@pytest.mark.parametrize(
+    ("path", "hit_rate", "level", "target", "pays"),
+    [
+        (0.9, 0.8, 1.0, 10.0, True),  # 0.72 tokens in 1 second, 1.9 in the 11 so far
+        (0.9, 0.1, 1.0, 10.0, False),  # 0.09 tokens in 1 second
+        (0.9, 0.8, 7.0, 10.0, False),  # 0.72 tokens in 7 seconds, 1.9 in the 17 so far
+        (0.1, 0.8, 1.0, 10.0, False),
+        (0.1, 0.8, 0.1, 10.0, True),
+    ],
+)
+def test_one_more_level_pays_if_it_raises_tokens_per_second(
+    path: float, hit_rate: float, level: float, target: float, pays: bool
+) -> None:
+    nodes = DraftNodes.of_roots(np.zeros(1, np.int64), 8)
+    nodes.counts[0], nodes.parents[0, 1], nodes.depths[0, 1], nodes.paths[0, 1] = 2, 0, 1, path
+    rates = np.array([0.0, hit_rate])  # by the depth of the parent
+    times = LevelTimes()
+    times.observe(level)
+    seconds = np.array([1, 64]), np.array([target, target])
+    assert is_worth_a_level(nodes, np.array([[1, -1]]), 8, rates, times, seconds) == pays
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("growth", MODES)
+def test_an_expensive_draft_model_drafts_one_level(growth: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = prompts(9)["input_ids"][0].numpy().astype(np.int32)
+    depths = {}
+    for target_seconds in (None, 1e-3, 1e12):
+        monkeypatch.setattr(LevelTimes, "observe", lambda times, _: vars(times).update(typical=1.0))
+        step_seconds = (np.array([1, 64]), np.full(2, target_seconds)) if target_seconds else None
+        context = DraftContext([0], [ids], [9], [20], step_seconds=step_seconds)
+        drafter = drafter_of(growth, min_confidence=0.0)
+        drafter.bind(tiny_model())
+        depths[target_seconds] = int(drafter.start(context).propose(context, 64).depths.max())
+    assert depths[1e-3] == 1
+    assert depths[1e12] == depths[None] > 1
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_one_wrapper_serves_several_threads(do_sample: bool) -> None:
+    fast = specdec.accelerate(tiny_model(), drafter_of(), strict=True)
+    inputs = [prompts(12), prompts(3, 9), prompts(7)]
+    kwargs = {"max_new_tokens": 48, "eos_token_id": None}
+    if do_sample:  # the global generator is shared by threads: noise that is the same whatever it holds
+        kwargs |= {"do_sample": True, "top_k": 1}
+    expected = [tiny_model().generate(**each, **kwargs).tolist() for each in inputs]
+    barrier = threading.Barrier(len(inputs))
+
+    def generate(each: Any) -> list[Any]:
+        barrier.wait()
+        return [fast.generate(**each, **kwargs).tolist() for _ in range(3)]
+
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        outputs = list(pool.map(generate, inputs))
+    assert outputs == [[ids] * 3 for ids in expected]
 
 
 # --- vocabularies -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [VOCAB - 7, VOCAB + 7])
-@pytest.mark.parametrize("growth", ["chain", "auto"])
+@pytest.mark.parametrize("growth", ["chain", "dynamic"])
 @pytest.mark.parametrize("distribution", [False, True])
 def test_padded_vocabularies(size: int, growth: str, distribution: bool) -> None:
     draft = new_model("llama", vocab_size=size)
@@ -331,15 +391,3 @@ def test_padded_vocabularies(size: int, growth: str, distribution: bool) -> None
     for tree in recorded(drafter_of(growth, draft), prompts(9), **kwargs):
         assert tree.tokens.max() < VOCAB
         assert tree.draft_probs is None or tree.draft_probs.shape[-1] == VOCAB
-
-
-def test_what_one_drafter_has_learned_the_next_one_knows() -> None:
-    target, draft = new_model("llama"), draft_of("llama")
-    first, same, other = (drafter_of("auto", draft, top_k=k) for k in (6, 6, 5))
-    assert_identical(target, first, prompts(12), max_new_tokens=16)
-    for drafter in (same, other):
-        drafter.bind(target)
-    assert same._learned is first._learned is not other._learned
-    assert {is_sampled for _, is_sampled in first._learned.paces} == {False}
-    assert_identical(target, same, prompts(12), max_new_tokens=16, do_sample=True)
-    assert {is_sampled for _, is_sampled in first._learned.paces} == {False, True}

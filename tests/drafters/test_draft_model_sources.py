@@ -29,7 +29,7 @@ def test_first_layers_of_the_target_draft(name: str) -> None:
     drafter = DraftModelDrafter("self", layers=total - 1)
     for inputs in (prompts(12), prompts(3, 9)):
         assert_identical(model, drafter, inputs, max_new_tokens=16, do_sample=True)
-    part = drafter._model
+    part = drafter._bound.model
     assert part is not model
     assert model.config.to_dict() == config
     assert model.state_dict().keys() == state.keys()
@@ -45,8 +45,8 @@ def test_first_layers_are_the_model_without_the_others() -> None:
     shorter = copy.deepcopy(model)
     shorter.model.layers = shorter.model.layers[:2]
     ids = prompts(9)["input_ids"]
-    assert torch.equal(drafter._model(ids).logits, shorter(ids).logits)
-    assert not torch.equal(drafter._model(ids).logits, model(ids).logits)
+    assert torch.equal(drafter._bound.model(ids).logits, shorter(ids).logits)
+    assert not torch.equal(drafter._bound.model(ids).logits, model(ids).logits)
 
 
 # --- a model, a name, errors ------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_draft_model_is_as_it_was() -> None:
     draft = copy.deepcopy(draft_of("llama"))
     before = {key: value.clone() for key, value in draft.state_dict().items()}
     expected, config = draft.generate(**prompts(9), max_new_tokens=8), draft.config.to_dict()
-    assert_identical(tiny_model(), drafter_of("auto", draft), prompts(9, 4), max_new_tokens=16, do_sample=True)
+    assert_identical(tiny_model(), drafter_of("dynamic", draft), prompts(9, 4), max_new_tokens=16, do_sample=True)
     assert draft.generate(**prompts(9), max_new_tokens=8).tolist() == expected.tolist()
     assert draft.config.to_dict() == config
     assert all(torch.equal(value, before[key]) for key, value in draft.state_dict().items())
@@ -73,7 +73,7 @@ def test_draft_model_is_as_it_was() -> None:
 def test_nothing_is_drafted_beyond_the_draft_models_positions() -> None:
     draft = new_model("gpt2", n_positions=20)
     for inputs in (prompts(9), prompts(3, 9), prompts(19), prompts(20), prompts(25)):
-        report = assert_identical(tiny_model(), drafter_of("auto", draft), inputs, max_new_tokens=24)
+        report = assert_identical(tiny_model(), drafter_of("dynamic", draft), inputs, max_new_tokens=24)
         assert (report.num_draft_tokens > 0) == (inputs["input_ids"].shape[1] < 19)
 
 
@@ -99,9 +99,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
         rf"LlamaForCausalLM \(unnamed\) has a vocabulary of 1000 tokens and the target LlamaForCausalLM .* {VOCAB}",
     ),
     "all layers": (lambda: DraftModelDrafter("self", layers=2), "layers=2 must be at least 1 and below the target's 2"),
-    "growth": (lambda: DraftModelDrafter(growth="wide"), "growth='wide' is not known; use one of 'auto'"),  # type: ignore[arg-type]
+    "growth": (lambda: DraftModelDrafter(growth="wide"), "growth='wide' is not known; use one of 'chain'"),  # type: ignore[arg-type]
+    "auto": (lambda: DraftModelDrafter(growth="auto"), "growth='auto' is gone: 'dynamic' does its work"),  # type: ignore[arg-type]
+    "static": (lambda: DraftModelDrafter(growth="static"), "use one of 'chain', 'dynamic', 'paced'"),  # type: ignore[arg-type]
     "layers": (lambda: DraftModelDrafter(layers=2), "layers=2 has a meaning with draft_model='self' only"),
-    "acceptances": (lambda: DraftModelDrafter(acceptances=(0.2, 0.5)), "must be probabilities by rank: falling"),
+    "acceptances": (lambda: DraftModelDrafter(acceptances=(0.2, 0.5)), "leave it out, and use growth='dynamic'"),
     "depth": (lambda: DraftModelDrafter(max_depth=0), "max_depth=0 must be at least 1"),
     "confidence": (lambda: DraftModelDrafter(min_confidence=1.5), "min_confidence=1.5 must be"),
     "nodes": (lambda: DraftModelDrafter(max_nodes=0), "max_nodes=0 must be at least 1"),

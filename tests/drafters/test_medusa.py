@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import specdec
 from specdec.benchmark.offline_replay import replay
 from specdec.budget import Budget
-from specdec.commands.demo import _methods
+from specdec.commands.demo import _drafters
 from specdec.drafters import DraftContext, MedusaDrafter, Step
 from specdec.drafters.medusa import HeadLists, default_accuracies
 from specdec.drafters.trees.rank_tree import count_ranks, draft_rows
@@ -277,13 +277,13 @@ def test_heads_of_a_folder_come_in_the_targets_precision(dtype: torch.dtype, tmp
 
 def test_the_demonstration_shows_medusa_where_the_model_has_heads(tmp_path: Path) -> None:
     def shown(target: Any) -> list[str]:
-        return [method.name for method in _methods(Console(quiet=True), target, None, {}, sample=False)]
+        return _drafters(Console(quiet=True), target, None)
 
     model = new_model("llama")
-    assert "specdec medusa" not in shown(model)
+    assert shown(model) == ["lookahead", "auto"]
     model.save_pretrained(tmp_path)
     random_heads(model).save_pretrained(tmp_path / "medusa")
-    assert "specdec medusa" in shown(type(model).from_pretrained(tmp_path).eval())
+    assert "medusa" in shown(type(model).from_pretrained(tmp_path).eval())
 
 
 def test_settings_are_ready_for_json() -> None:

@@ -7,15 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, MergedDrafter, RecyclingDrafter, Step
+from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, MergedDrafter, RecyclingDrafter
 from specdec.drafters.base import supposed
 from specdec.drafters.lookahead import LookaheadSession
-from specdec.drafters.merging.chain import leaves_of
 from specdec.tree import TokenTree
 from tests.conformance import TaughtMedusaDrafter, assert_identical, draft_of, lookahead
-from tests.drafters.merging import FakeClock, ScriptedDrafter, context_of, merging, paths_of, paths_tree
+from tests.drafters.merging import ScriptedDrafter, context_of, paths_of, paths_tree, session_of, step_of
 from tests.tiny_models import prompts, tiny_model
 
 
@@ -44,64 +42,45 @@ def first_step() -> ScriptedDrafter:
 
 
 def test_one_source_goes_on_behind_the_likeliest_leaf_of_another() -> None:
-    drafter = merging(first_step(), Counting())
+    session = session_of(first_step(), Counting())
     context = context_of([3, 9])
-    found = paths_of(drafter.propose(context, 16))
+    found = paths_of(session.propose(context, 16))
     assert set(found) == {(10,), (5,), (10, 11), (10, 11, 12), (10, 11, 12, 13), (10, 11, 12, 13, 14)}
-    step = Step([0], paths_tree(9, dict(found)), [3])
-    drafter.observe(context_of([3, 9, 10, 11, 12, 60]), step)
-    figures = drafter.figures(context)
+    step = step_of(paths_tree(9, dict(found)), [10, 11, 12, 60])
+    session.observe(context_of([3, 9, 10, 11, 12, 60]), step)
+    figures = session.figures(context)
     assert figures["first step"]["accepted"] == 1, "it has named the leaf"
     assert figures["counting"]["accepted"] == 2, "and the other one what follows"
 
 
 def test_length_limits_hold_behind_leaves() -> None:
-    drafter = merging(first_step(), Counting())
-    assert max(map(len, paths_of(drafter.propose(context_of([9], room=2), 16)))) == 2
+    session = session_of(first_step(), Counting())
+    assert max(map(len, paths_of(session.propose(context_of([9], room=2), 16)))) == 2
 
 
 def test_chaining_can_be_left_out() -> None:
-    drafter = merging(first_step(), Counting(), chained=False)
-    assert set(paths_of(drafter.propose(context_of([9]), 16))) == {(10,), (5,)}
+    session = session_of(first_step(), Counting(), chained=False)
+    assert set(paths_of(session.propose(context_of([9]), 16))) == {(10,), (5,)}
 
 
-def test_continuing_that_does_not_pay_is_hardly_done() -> None:
-    drafter, clock = merging(first_step(), Counting()), FakeClock()
-    asked = []
+def test_each_row_is_continued_from_its_likeliest_leaf_if_that_is_likely() -> None:
+    tree = TokenTree.from_rows(
+        [[9, 10, 11, 20], [8, 12, 13, 14]],
+        [[-1, 0, 1, 0], [-1, 0, 0, 0]],
+        [[0.0, 0.9, 0.5, 0.4], [0.0, 0.2, 0.2, 0.2]],
+    )
+    asked: list[list[list[int]]] = []
 
-    class Slow(Counting):
-        def extend(self, *args: Any) -> TokenTree | None:
-            asked.append(1)
-            clock.now += 1.0
-            return super().extend(*args)
+    class Watching(Counting):
+        def extend(self, context: DraftContext, paths: Any, max_nodes: int) -> TokenTree | None:
+            asked.append([path.tolist() for path in paths])
+            return super().extend(context, paths, max_nodes)
 
-    drafter = merging(first_step(), Slow())
-    drafter._clock = clock
-
-    def run(right: list[int], steps: int) -> int:
-        before = len(asked)
-        for _ in range(steps):
-            tree = drafter.propose(context_of([9]), 16)
-            paths, accepted = paths_of(tree), 0
-            while tuple(right[: accepted + 1]) in paths and accepted + 1 < len(right):
-                accepted += 1
-            clock.now += 10.0
-            drafter.observe(context_of([9, *right[: accepted + 1]]), Step([0], tree, [accepted]))
-        return len(asked) - before
-
-    assert run([10, 11, 12, 13, 60], 100) == 100, "three more tokens for a tenth of a step"
-    run([10, 60], 100)
-    assert run([10, 60], 200) < 10
-
-
-def test_likeliest_leaf_of_each_row() -> None:
-    one = paths_tree(9, {(1,): 0.9, (1, 2): 0.5, (4,): 0.4})
-    none = paths_tree(9, {(1,): 0.2, (2,): 0.2, (3,): 0.2})
-    both = TokenTree(*(torch.cat([getattr(one, n), getattr(none, n)]) for n in ("tokens", "parents", "scores")))
-    found = leaves_of(both)
-    assert found is not None
-    assert [leaf.tolist() for leaf in found] == [[1, 2], []]
-    assert leaves_of(none) is None
+    session = session_of(ScriptedDrafter(lambda _: tree), Watching())
+    found = session.propose(context_of([9], [8]), 16)
+    assert asked == [[[10, 11], []]]
+    assert (10, 11, 12, 13, 14, 15) in paths_of(found)
+    assert set(paths_of(found, 1)) == {(12,), (13,), (14,)}
 
 
 def test_lookahead_goes_on_as_if_the_path_stood_there_and_forgets_it() -> None:

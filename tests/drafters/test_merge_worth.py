@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from specdec.drafters import DraftContext, MergedDrafter, Step
-from specdec.drafters.merging.worth import TRIAL_SHARE, Asked, Worth, sureness_of
+from specdec.budgeting.ledger import LONGEST_PAUSE, PATIENCE, TRIAL_SHARE
+from specdec.drafters import DraftContext
+from specdec.drafters.merging.known import RATE, SourceWorth
 from specdec.tree import TokenTree
-from tests.drafters.merging import FakeClock, ScriptedDrafter, context_of, merging, paths_of, paths_tree
+from tests.drafters.merging import FakeClock, ScriptedDrafter, context_of, paths_of, paths_tree, session_of, step_of
 
 PASS = 10.0
 """Seconds of a target pass, by the clock of these tests."""
@@ -34,20 +35,19 @@ class Setting:
         self.dear_tokens: list[int] = [8]
         self.cheap = ScriptedDrafter(lambda _: tree_of(self.cheap_tokens, 0.9), "cheap")
         self.dear = ScriptedDrafter(lambda _: tree_of(self.dear_tokens, 0.9), "dear", self.clock, dear_seconds)
-        self.drafter: MergedDrafter = merging(self.dear, self.cheap)
-        self.drafter._clock = self.clock
+        self.session = session_of(self.dear, self.cheap, clock=self.clock)
 
     def run(self, steps: int) -> int:
         """Runs steps; returns how often the dear source was asked."""
         before = self.dear.calls
         for _ in range(steps):
-            tree = self.drafter.propose(context_of([9]), 16)
+            tree = self.session.propose(context_of([9]), 16)
             paths = paths_of(tree)
             accepted = 0
             while accepted < len(RIGHT) - 1 and tuple(RIGHT[: accepted + 1]) in paths:
                 accepted += 1
             self.clock.now += PASS
-            self.drafter.observe(context_of([9, *RIGHT[: accepted + 1]]), Step([0], tree, [accepted]))
+            self.session.observe(context_of([9, *RIGHT[: accepted + 1]]), step_of(tree, RIGHT[: accepted + 1]))
         return self.dear.calls - before
 
 
@@ -55,8 +55,8 @@ def test_source_that_is_never_right_is_hardly_asked() -> None:
     setting = Setting(dear_seconds=5.0)
     setting.run(50)
     calls = setting.run(1000)
-    assert 1 <= calls <= 1000 * TRIAL_SHARE * PASS / 5.0 + 1
-    figures = setting.drafter.figures(context_of([9]))
+    assert 1 <= calls <= 1000 / LONGEST_PAUSE + 2
+    figures = setting.session.figures(context_of([9]))
     assert figures["dear"]["skipped"] == 1050 - figures["dear"]["calls"]
     assert figures["cheap"]["skipped"] == 0
     assert figures["dear"]["seconds"] == pytest.approx(5.0 * figures["dear"]["calls"])
@@ -98,63 +98,54 @@ def test_source_that_only_repeats_a_cheap_one_is_not_worth_its_time() -> None:
     assert setting.run(100) == 100
 
 
-def test_source_is_asked_where_the_cheap_ones_are_not_sure() -> None:
-    """In every other step the cheap source knows the answer; the dear one always does."""
-    setting = Setting(dear_seconds=3.0)
-    setting.dear_tokens = RIGHT
-    asked = {True: 0, False: 0}
-    for step in range(600):
-        is_sure = step % 2 == 0
-        setting.cheap_tokens = RIGHT if is_sure else []
-        calls = setting.run(1)
-        if step >= 300:
-            asked[is_sure] += calls
-    assert asked[False] == 150
-    assert asked[True] < 50
-
-
 def test_source_that_costs_nothing_to_speak_of_is_always_asked() -> None:
-    setting = Setting(dear_seconds=0.05)
+    setting = Setting(dear_seconds=0.9 * TRIAL_SHARE * PASS)
     setting.run(20)
     assert setting.run(100) == 100
 
 
-def test_dear_sources_come_last_and_the_first_time_of_one_is_not_held_against_it() -> None:
-    worth = Worth(3)
-    asked = {0: Asked(3.0, 0, 0), 1: Asked(0.1, 0, 0)}
-    for step in range(12):
-        worth.observe(asked, 1, 1, 11.0 * step, 11.0 * step + 10.0)
-    assert worth.by_cost([0, 1, 2]) == [1, 0, 2], "one that was never asked is asked last"
-    assert worth.is_asked(2, 0, 0.0)
-    assert not worth.is_asked(0, 0, 140.0)
-    assert worth.is_asked(0, 0, 140.0 + 3.0 / TRIAL_SHARE)
-    slow_start = Worth(1)
-    slow_start.observe({0: Asked(100.0, 0, 0)}, 1, 1, 0.0, 110.0)
-    assert slow_start.is_asked(0, 0, 111.0)
+def test_the_first_time_of_a_source_is_not_held_against_it() -> None:
+    """In it, things are made ready: a prompt is read, loops are compiled."""
+    worth = SourceWorth()
+    for _ in range(PATIENCE + 1):
+        worth.record(gain=0, seconds=100.0, step_tokens=1.0, step_seconds=10.0)
+        worth.seconds = None
+    assert worth.net == 0.0 and not worth.skips()
 
 
-def test_sureness_is_told_apart_by_expected_tokens() -> None:
-    assert [sureness_of(expected) for expected in (0.0, 0.4, 0.6, 2.0, 9.0)] == [0, 0, 1, 2, 3]
+def test_one_stall_is_not_taken_for_the_usual() -> None:
+    worth = SourceWorth(seconds=1.0)
+    worth.record(gain=1, seconds=1000.0, step_tokens=2.0, step_seconds=10.0)
+    assert worth.seconds == pytest.approx(1.3)
+    assert worth.net > -1.0
 
 
-def test_gain_is_what_would_be_missing_without_the_source() -> None:
-    """Of three accepted tokens the second was named by one source alone: without it, one would have been accepted."""
+@pytest.mark.parametrize(("seconds", "gains"), [((0.1, 0.2), (3, 0)), ((0.2, 0.1), (2, 1))])
+def test_gain_is_what_cheaper_sources_do_not_bring(seconds: tuple[float, ...], gains: tuple[int, ...]) -> None:
+    """Of three accepted tokens the first was proposed by both, the others by one alone."""
 
     def source(paths: dict[tuple[int, ...], float]) -> Callable[[DraftContext], TokenTree]:
         return lambda _: paths_tree(9, paths)
 
     one = ScriptedDrafter(source({(1,): 0.8, (1, 2): 0.8, (1, 2, 3): 0.8}), "one")
     two = ScriptedDrafter(source({(1,): 0.8, (1, 7): 0.8}), "two")
-    drafter, clock = merging(one, two), FakeClock()
-    drafter._clock = clock
-    seen: list[dict[int, Asked]] = []
+    session = session_of(one, two)
+    for worth, taken in zip(session.known.sources, seconds, strict=True):
+        worth.seconds = taken
+    tree = session.propose(context_of([9]), 16)
+    session.observe(context_of([9, 1, 2, 3, 5]), step_of(tree, [1, 2, 3, 5]))
+    assert [worth.net for worth in session.known.sources] == pytest.approx([RATE * gain for gain in gains])
 
-    class Watching(Worth):
-        def observe(self, asked: dict[int, Asked], rows: int, tokens: int, started: float, now: float) -> None:
-            seen.append(asked)
-            assert (rows, tokens) == (1, 4)
 
-    drafter._known[False].worths[1] = Watching(2)
-    tree = drafter.propose(context_of([9]), 16)
-    drafter.observe(context_of([9, 1, 2, 3, 5]), Step([0], tree, [3]))
-    assert {source: asked.gain for source, asked in seen[0].items() if source < 2} == {0: 2, 1: 0}
+def test_of_two_sources_that_propose_the_same_one_is_kept() -> None:
+    """Neither brings anything beside the other one; while one pauses, the other one brings all."""
+    clock = FakeClock()
+    same = [ScriptedDrafter(lambda _: tree_of(RIGHT, 0.9), name, clock, 2.0) for name in ("one", "two")]
+    session, accepted = session_of(*same, clock=clock), 0
+    for _ in range(400):
+        tree = session.propose(context_of([9]), 16)
+        new = RIGHT if tree.num_nodes > 1 else RIGHT[:1]
+        accepted += len(new) - 1
+        clock.now += PASS
+        session.observe(context_of([9, *new]), step_of(tree, new))
+    assert accepted > 0.9 * 400 * (len(RIGHT) - 1)

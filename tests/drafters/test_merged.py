@@ -16,9 +16,9 @@ from specdec.drafters import (
     LookaheadDrafter,
     MergedDrafter,
     RecyclingDrafter,
-    Step,
 )
-from specdec.drafters.base import DrafterSwitchedOffWarning
+from specdec.drafters.base import DrafterSwitchedOffWarning, Needs
+from specdec.drafters.merging.session import MergedSession
 from specdec.tree import TokenTree
 from tests.conformance import (
     Answers,
@@ -38,6 +38,8 @@ from tests.drafters.merging import (
     paths_of,
     paths_tree,
     reference_merge,
+    session_of,
+    step_of,
 )
 from tests.tiny_models import prompts, tiny_model
 
@@ -118,14 +120,14 @@ def test_list_is_merged() -> None:
 def test_merged_tree_is_that_of_the_definition(seed: int) -> None:
     random = np.random.default_rng(seed)
     trees = [few_token_tree(3 * seed + i, nodes=int(random.integers(2, 16))) for i in range(3)]
-    drafter = merging(*(ScriptedDrafter(lambda context, tree=tree: tree) for tree in trees))
+    drafter = merging(*(ScriptedDrafter(lambda context, tree=tree: tree) for tree in trees), chained=False)
     learned = drafter._known[False]
     learned.tried = random.random(learned.tried.shape) * 20
     learned.hit = learned.tried * random.random(learned.tried.shape)
     max_nodes, rooms = int(random.integers(2, 40)), random.integers(1, 8, 2).tolist()
     context = context_of([5, 11], [5, 12])
     context.max_depth = rooms
-    merged = drafter.propose(context, max_nodes)
+    merged = drafter.start(context).propose(context, max_nodes)
     for row in range(2):
         counts = learned.tried, learned.hit, drafter.prior_weight
         expected = reference_merge([tree.first(max_nodes) for tree in trees], row, max_nodes, rooms[row], *counts)
@@ -137,8 +139,8 @@ def test_merged_tree_is_that_of_the_definition(seed: int) -> None:
 def test_a_path_of_several_sources_stands_there_once_and_is_worth_more() -> None:
     one = paths_tree(9, {(1,): 0.5, (1, 2): 0.5, (3,): 0.3})
     two = paths_tree(9, {(1,): 0.5, (1, 4): 0.4, (1, 2): 0.2})
-    drafter = merging(ScriptedDrafter(lambda _: one), ScriptedDrafter(lambda _: two))
-    found = paths_of(drafter.propose(context_of([9]), 16))
+    session = session_of(ScriptedDrafter(lambda _: one), ScriptedDrafter(lambda _: two))
+    found = paths_of(session.propose(context_of([9]), 16))
     assert set(found) == {(1,), (1, 2), (1, 4), (3,)}
     assert found[1,] == pytest.approx(0.75, abs=0.05)
     assert found[1, 2] == pytest.approx(0.6, abs=0.05)
@@ -148,35 +150,33 @@ def test_a_path_of_several_sources_stands_there_once_and_is_worth_more() -> None
 def test_best_nodes_of_all_sources_come_first() -> None:
     good = paths_tree(9, {(1,): 0.9, (1, 1): 0.9, (1, 1, 1): 0.9})
     bad = paths_tree(9, {(token,): 0.05 for token in range(20, 60)})
-    drafter = merging(ScriptedDrafter(lambda _: bad), ScriptedDrafter(lambda _: good))
-    found = list(paths_of(drafter.propose(context_of([9]), 8)))
+    session = session_of(ScriptedDrafter(lambda _: bad), ScriptedDrafter(lambda _: good))
+    found = list(paths_of(session.propose(context_of([9]), 8)))
     assert found[:3] == [(1,), (1, 1), (1, 1, 1)]
     assert len(found) == 7
 
 
 def test_a_source_without_scores_is_counted_as_undecided() -> None:
     tree = TokenTree(*(getattr(paths_tree(9, {(1,): 0.9, (1, 2): 0.9}), name) for name in ("tokens", "parents")))
-    drafter = merging(ScriptedDrafter(lambda _: tree))
-    assert list(paths_of(drafter.propose(context_of([9]), 8)).values()) == pytest.approx([0.5, 0.5], abs=0.02)
+    session = session_of(ScriptedDrafter(lambda _: tree))
+    assert list(paths_of(session.propose(context_of([9]), 8)).values()) == pytest.approx([0.5, 0.5], abs=0.02)
     assert combined([tree], 0, 9)[1, 2] == (1, 0.5)
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
-def steps(drafter: MergedDrafter, right: list[int], count: int, clock: Any = None, seconds: float = 0.0) -> TokenTree:
+def steps(session: MergedSession, right: list[int], count: int) -> TokenTree:
     """Runs steps in which the target picks the same tokens each time; returns the last proposal."""
     tree = None
     for _ in range(count):
         context = context_of([9])
-        tree = drafter.propose(context, 16)
+        tree = session.propose(context, 16)
         paths = paths_of(tree)
         accepted = 0
         while accepted < len(right) - 1 and tuple(right[: accepted + 1]) in paths:
             accepted += 1
-        if clock is not None:
-            clock.now += seconds
-        drafter.observe(context_of([9, *right[: accepted + 1]]), Step([0], tree, [accepted]))
+        session.observe(context_of([9, *right[: accepted + 1]]), step_of(tree, right[: accepted + 1]))
     assert tree is not None
     return tree
 
@@ -184,10 +184,9 @@ def steps(drafter: MergedDrafter, right: list[int], count: int, clock: Any = Non
 def test_nodes_are_worth_what_those_of_their_sources_were_of_late() -> None:
     boastful = ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.9, (1, 1): 0.9}))
     modest = ScriptedDrafter(lambda _: paths_tree(9, {(2,): 0.2, (2, 3): 0.2}))
-    drafter = merging(boastful, modest)
-    assert next(iter(paths_of(drafter.propose(context_of([9]), 8)))) == (1,)
-    drafter._thread.call.pending = None
-    found = paths_of(steps(drafter, [2, 3, 5], 60))
+    session = session_of(boastful, modest)
+    assert next(iter(paths_of(session.propose(context_of([9]), 8)))) == (1,)
+    found = paths_of(steps(session, [2, 3, 5], 60))
     assert list(found)[:2] == [(2,), (2, 3)]
     assert found[2,] > 0.8
     assert found[1,] < 0.1
@@ -197,10 +196,10 @@ def test_what_has_changed_is_learned_anew() -> None:
     """After a change of topic the other source leads within some twenty steps."""
     one = ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.6}))
     two = ScriptedDrafter(lambda _: paths_tree(9, {(2,): 0.6}))
-    drafter = merging(one, two)
-    assert next(iter(paths_of(steps(drafter, [1, 4], 300)))) == (1,)
+    session = session_of(one, two)
+    assert next(iter(paths_of(steps(session, [1, 4], 300)))) == (1,)
     needed = 0
-    while next(iter(paths_of(steps(drafter, [2, 4], 1)))) != (2,):
+    while next(iter(paths_of(steps(session, [2, 4], 1)))) != (2,):
         needed += 1
     assert needed <= 25
 
@@ -211,10 +210,10 @@ def test_steps_that_a_change_of_topic_takes(memory: float) -> None:
     needed = []
     for before in (60, 300, 3000):
         sources = [ScriptedDrafter(lambda _, token=token: paths_tree(9, {(token,): 0.6})) for token in (1, 2)]
-        drafter = merging(*sources, memory=memory)
-        steps(drafter, [1, 4], before)
+        session = session_of(*sources, memory=memory)
+        steps(session, [1, 4], before)
         needed.append(0)
-        while next(iter(paths_of(steps(drafter, [2, 4], 1)))) != (2,):
+        while next(iter(paths_of(steps(session, [2, 4], 1)))) != (2,):
             needed[-1] += 1
     assert max(needed) <= 0.45 * memory
     assert needed[2] - needed[1] <= 1, "a long past weighs no more than a short one"
@@ -223,20 +222,20 @@ def test_steps_that_a_change_of_topic_takes(memory: float) -> None:
 def test_nodes_left_out_of_the_tree_are_learned_from_too() -> None:
     """What was cut off for being unlikely, but was right, is found out."""
     wrong = {(token,): 0.5 for token in range(20, 40)}
-    drafter = merging(
+    session = session_of(
         ScriptedDrafter(lambda _: paths_tree(9, wrong)), ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.01}))
     )
     context = context_of([9])
-    assert (1,) not in paths_of(drafter.propose(context, 4))
+    assert (1,) not in paths_of(session.propose(context, 4))
     for _ in range(60):
-        tree = drafter.propose(context, 4)
-        drafter.observe(context_of([9, 1]), Step([0], tree, [0]))
-    assert next(iter(paths_of(drafter.propose(context, 4)))) == (1,)
+        tree = session.propose(context, 4)
+        session.observe(context_of([9, 1]), step_of(tree, [1]))
+    assert next(iter(paths_of(session.propose(context, 4)))) == (1,)
 
 
 def test_counts_are_of_another_target_no_more() -> None:
     drafter = merging(*(ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.5}), name) for name in ("one", "two")))
-    steps(drafter, [1, 2], 5)
+    steps(drafter.start(context_of([9])), [1, 2], 5)
     assert drafter._known[False].tried.any()
     drafter.bind(tiny_model())
     assert drafter._known[False].tried.any()
@@ -244,38 +243,32 @@ def test_counts_are_of_another_target_no_more() -> None:
     assert not drafter._known[False].tried.any()
 
 
-def test_a_source_that_is_alone_is_not_merged_but_credited() -> None:
-    """With no other one kept ready, its own tree is taken as it is, and it is told of all of it."""
-    tree = paths_tree(9, {(1,): 0.5, (1, 2): 0.5})
-    drafter = merging(only := ScriptedDrafter(lambda _: tree, "only"))
-    drafter.start(context_of([9]))
-    assert drafter.propose(context_of([9]), 8) is tree
-    assert drafter.sources_of(0, [1]) == [("only",)]
-    drafter.observe(context_of([9, 1, 7]), Step([0], tree, [1]))
-    assert only.steps[-1].tree is tree
-    figures = drafter.figures(context_of([9, 1, 7]))["only"]
-    assert (figures["proposed"], figures["accepted"], figures["alone"], figures["credit"]) == (2, 1, 1, 1.0)
-
-
 def test_steps_in_which_nothing_was_proposed_are_credited_to_nobody() -> None:
-    """While drafting rests rows may end, and the drafter is told of all of it later."""
+    """Such as those in which drafting pauses; rows may end in the meantime."""
     tree = TokenTree.from_rows([[9, 1], [8, 1]], [[-1, 0], [-1, 0]], [[0.0, 0.5], [0.0, 0.5]])
-    drafter = merging(ScriptedDrafter(lambda _: tree, "only"))
-    drafter.start(context_of([9], [8]))
-    drafter.propose(context_of([9], [8]), 8)
-    drafter.observe(context_of([9, 1, 7], [8, 2]), Step([0, 1], tree, [1, 0]))
+    session = merging(ScriptedDrafter(lambda _: tree, "only")).start(context_of([9], [8]))
+    session.propose(context_of([9], [8]), 8)
+    session.observe(context_of([9, 1, 7], [8, 2]), step_of(tree, [1, 7], [2]))
     for _ in range(2):
-        drafter.observe(context_of([9, 1, 7, 5]), Step([0], TokenTree.root_only(torch.tensor([7])), [0]))
-    assert drafter.figures(context_of([9, 1, 7, 5], [8, 2]))["only"]["accepted"] == 1
+        session.observe(context_of([9, 1, 7, 5]), step_of(TokenTree.root_only(torch.tensor([7])), [5]))
+    assert session.figures(context_of([9, 1, 7, 5], [8, 2]))["only"]["accepted"] == 1
 
 
-def test_a_wrong_tree_of_a_source_that_is_alone_is_its_own_error() -> None:
-    drafter = merging(ScriptedDrafter(lambda _: paths_tree(8, {(1,): 0.5})))
-    drafter.start(context_of([9]))
+def test_a_step_without_a_token_credits_nobody() -> None:
+    """Such as one that ends before a near-tie."""
+    tree = paths_tree(9, {(1,): 0.5})
+    session = session_of(*(ScriptedDrafter(lambda _: tree, name) for name in ("one", "two")))
+    session.observe(context_of([9]), step_of(session.propose(context_of([9]), 8), []))
+    assert not session.credits.any()
+    assert not session.known.tried.any()
+
+
+def test_where_no_source_is_left_nothing_is_proposed() -> None:
+    session = session_of(ScriptedDrafter(lambda _: paths_tree(8, {(1,): 0.5})))
     with pytest.warns(DrafterSwitchedOffWarning, match="the roots must be"):
-        assert drafter.propose(context_of([9]), 8).num_nodes == 1
-    assert "the roots must be" in drafter.figures(context_of([9]))["scripted"]["error"]
-    assert drafter.propose(context_of([9]), 8).num_nodes == 1, "none is left"
+        assert session.propose(context_of([9]), 8).num_nodes == 1
+    assert "the roots must be" in session.figures(context_of([9]))["scripted"]["error"]
+    assert session.propose(context_of([9]), 8).num_nodes == 1
 
 
 # --- credit -----------------------------------------------------------------------------------------------------------
@@ -284,10 +277,9 @@ def test_a_wrong_tree_of_a_source_that_is_alone_is_its_own_error() -> None:
 def test_credit_goes_to_all_sources_that_named_an_accepted_token() -> None:
     one = ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.8, (1, 2): 0.8, (5,): 0.1}), "one")
     two = ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.8, (1, 3): 0.2}), "two")
-    drafter = merging(one, two)
-    drafter.start(context_of([9]))
-    steps(drafter, [1, 2, 7], 4)
-    figures = drafter.figures(context_of([9, 1, 2, 7]))
+    session = session_of(one, two)
+    steps(session, [1, 2, 7], 4)
+    figures = session.figures(context_of([9, 1, 2, 7]))
     assert {name: figures["one"][name] for name in ("calls", "skipped", "proposed", "accepted", "alone", "credit")} == {
         "calls": 4,
         "skipped": 0,
@@ -307,15 +299,17 @@ def test_sources_are_shown_their_own_part_of_the_step() -> None:
     one = ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.8, (1, 2): 0.8, (1, 2, 3): 0.8}), "one")
     two = ScriptedDrafter(lambda _: paths_tree(9, {(4,): 0.01, (1,): 0.8, (6,): 0.001}), "two")
     silent = ScriptedDrafter(lambda context: TokenTree.root_only(torch.tensor([9])), "silent")
-    drafter = merging(one, two, silent)
-    tree = drafter.propose(context_of([9]), 16)
+    session = session_of(one, two, silent)
+    tree = session.propose(context_of([9]), 16)
     verified = tree.first(4)
     assert set(paths_of(verified)) == {(1,), (1, 2), (1, 2, 3)}
-    drafter.observe(context_of([9, 1, 2, 8]), Step([0], verified.padded_to(8), [2]))
+    step = step_of(verified.padded_to(8), [1, 2, 8])
+    session.observe(context_of([9, 1, 2, 8]), step)
     assert [paths_of(source.steps[0].tree) for source in (one, two)] == [
         pytest.approx({(1,): 0.8, (1, 2): 0.8, (1, 2, 3): 0.8}),
-        pytest.approx({(1,): 0.8}),
+        pytest.approx({(4,): 0.01, (1,): 0.8, (6,): 0.001}),
     ]
+    assert all(source.steps[0].new_tokens is step.new_tokens for source in (one, two, silent))
     assert [list(source.steps[0].accepted) for source in (one, two, silent)] == [[2], [1], [0]]
     assert silent.steps[0].tree.num_nodes == 1
 
@@ -324,10 +318,10 @@ def test_sources_that_learn_from_the_target_see_the_whole_step() -> None:
     watching, other = RecyclingDrafter(top_k=2), ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.8}))
     drafter = merging(watching, other)
     assert drafter.num_top_tokens == 2
-    drafter.start(context_of([9]))
-    tree = drafter.propose(context_of([9]), 8)
+    session = drafter.start(context_of([9]))
+    tree = session.propose(context_of([9]), 8)
     top_tokens = np.array([[[1, 50], [60, 61]]])
-    drafter.observe(context_of([9, 1, 60]), Step([0], tree, [1], top_tokens, new_tokens=[np.array([1, 60])]))
+    session.observe(context_of([9, 1, 60]), step_of(tree, [1, 60], top_tokens=top_tokens))
     assert watching._table is not None
     assert watching._table[[9, 1]].tolist() == [[1, 50], [60, 61]]
 
@@ -338,6 +332,8 @@ def test_needs_are_those_of_all_sources() -> None:
     assert drafter.needs_step_seconds
     assert drafter.num_top_tokens == 0
     assert not MergedDrafter([LookaheadDrafter()]).needs_hidden_states
+    drafter = MergedDrafter([LookaheadDrafter(), RecyclingDrafter(top_k=5), RecyclingDrafter(top_k=3)])
+    assert drafter.needs(torch.device("cpu"), 1, False) == Needs(False, 5)
 
 
 # --- all together -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from specdec.drafters import (
 from specdec.drafters.base import DrafterSwitchedOffWarning
 from specdec.tree import TokenTree
 from tests.conformance import FailingDrafter, OracleDrafter, draft_of, reference
-from tests.drafters.merging import ScriptedDrafter, context_of, merging, paths_of, paths_tree
+from tests.drafters.merging import ScriptedDrafter, context_of, paths_of, paths_tree, session_of
 from tests.tiny_models import VOCAB, prompts, tiny_model
 
 # --- sources that fail, and drawn drafts ------------------------------------------------------------------------------
@@ -70,11 +70,11 @@ def test_a_wrong_tree_is_not_merged(case: str) -> None:
         def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
             return make()
 
-    drafter = merging(Wrong(), ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.5})))
+    session = session_of(Wrong(), ScriptedDrafter(lambda _: paths_tree(9, {(1,): 0.5})))
     with pytest.warns(DrafterSwitchedOffWarning, match=message):
-        assert set(paths_of(drafter.propose(context_of([9]), 8))) == {(1,)}
+        assert set(paths_of(session.propose(context_of([9]), 8))) == {(1,)}
     with pytest.raises((TypeError, ValueError), match=message):
-        merging(Wrong()).propose(context_of([9], strict=True), 8)
+        session_of(Wrong()).propose(context_of([9], strict=True), 8)
 
 
 @pytest.mark.parametrize("verifier", ["block", "traversal"])

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -18,9 +19,19 @@ from torch import Tensor
 
 import specdec
 from specdec.budget import Budget
-from specdec.drafters import DraftContext, DraftModelDrafter
+from specdec.drafters import DraftModelDrafter
+from specdec.drafters.base import DraftContext, DraftSession, Step
 from specdec.drafters.small_model import pipelined
-from specdec.drafters.small_model.pipelined import offload_hooks
+from specdec.drafters.small_model.growth import DraftNodes
+from specdec.drafters.small_model.pipelined import (
+    LARGEST_THRESHOLD,
+    LEAST_THRESHOLD,
+    adjusted,
+    choose_branches,
+    offload_hooks,
+    outcome,
+    subtrees_after,
+)
 from specdec.tree import TokenTree
 from tests.conformance import assert_identical, draft_of
 from tests.drafters.test_draft_model import Checked
@@ -113,12 +124,18 @@ def test_what_was_drafted_ahead_saves_levels(offloaded: Any, every_load: None) -
     levels: dict[str, list[int]] = {"ahead": [], "not": []}
 
     class Counting(DraftModelDrafter):
-        def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-            before = self._thread.call.passes.num_fed if self._thread.call.nodes is not None else 0
-            tree = super().propose(context, max_nodes)
-            call = self._thread.call
-            levels["ahead" if call.goes_on else "not"].append(call.passes.num_fed - before * call.goes_on)
-            return tree
+        def start(self, context: DraftContext) -> DraftSession:
+            session: Any = super().start(context)
+            propose = session.propose
+
+            def counted(*args: Any) -> TokenTree:
+                before = session.passes.num_fed if session.nodes is not None else 0
+                tree: TokenTree = propose(*args)
+                levels["ahead" if session.went_on else "not"].append(session.passes.num_fed - before * session.went_on)
+                return tree
+
+            session.propose = counted
+            return session  # type: ignore[no-any-return]
 
     drafter = Counting(copy.deepcopy(tiny_model()), pipelined=True, max_depth=3, top_k=1)
     fast = specdec.accelerate(offloaded, drafter, strict=True, budget=Budget(64, fixed=True))
@@ -133,13 +150,10 @@ class CheckedAhead(Checked):
 
     went_on = 0
 
-    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
-        tree = DraftModelDrafter.propose(self, context, max_nodes)
-        call = self._thread.call
-        assert call.passes.lengths == [len(sequence) - 1 for sequence in context.sequences]
-        for i, sequence in enumerate(context.sequences):
-            self._compare(call, i, sequence)
-        self.went_on += call.goes_on
+    def checked(self, session: Any, propose: Any, _: Any, context: DraftContext, size: int) -> TokenTree:
+        tree: TokenTree = propose(context, size)
+        self.compare(session, context)
+        self.went_on += session.went_on
         return tree
 
 
@@ -319,3 +333,101 @@ def test_same_tokens_with_weights_mapped_from_a_checkpoint(tmp_path: Path, every
 def test_weights_of_any_type_are_read(dtype: torch.dtype) -> None:
     shapes = [(), (0,), (3,), (70, 90)]
     pipelined.read_pages(torch.nn.Parameter(torch.zeros(shape).to(dtype), requires_grad=False) for shape in shapes)
+
+
+# --- pacing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "drafted", "accepted", "after"),
+    [
+        (0.01, 8, 8, 0.005),
+        (0.01, 0, 0, 0.01),
+        (0.01, 1, 0, 0.02),
+        (0.01, 3, 1, 0.01 * 2 ** (2 / 3)),
+        (0.01, 9, 4, 0.01 * 2 ** (5 / 9)),
+        (LEAST_THRESHOLD, 8, 8, LEAST_THRESHOLD),
+        (0.09, 8, 0, LARGEST_THRESHOLD),
+    ],
+)
+def test_threshold_adjusts_itself(before: float, drafted: int, accepted: int, after: float) -> None:
+    assert adjusted(before, drafted, accepted) == pytest.approx(after)
+
+
+def test_threshold_starts_as_in_the_paper() -> None:
+    assert pipelined.FIRST_THRESHOLD == 0.01
+
+
+@pytest.mark.parametrize(("accepted", "expected"), [(3, (3, 3)), (2, (3, 2)), (0, (3, 0)), (4, (4, 4))])
+def test_outcome_of_a_tree(accepted: int, expected: tuple[int, int]) -> None:
+    """The likeliest path is 1, 2, 3; another one 4, 5, 6, 7; the last node is padding."""
+    tree = TokenTree(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 9]]), torch.tensor([[-1, 0, 1, 2, 0, 4, 5, 6, -1]]))
+    assert outcome(Step([0], tree, [accepted])) == expected
+
+
+def drafted(parents: list[int], ranks: list[int], scores: list[float], fed: list[int]) -> DraftNodes:
+    """A row of nodes whose tokens are their indices."""
+    nodes = DraftNodes.of_roots(np.zeros(1, np.int64), 16)
+    count = len(parents)
+    for node in range(1, count):
+        parent = parents[node]
+        nodes.tokens[0, node], nodes.parents[0, node] = node, parent
+        nodes.depths[0, node] = nodes.depths[0, parent] + 1
+        nodes.paths[0, node] = nodes.paths[0, parent] * scores[node]
+    nodes.ranks[0, :count], nodes.scores[0, :count], nodes.fed[0, :count] = ranks, scores, fed
+    nodes.counts[0] = count
+    return nodes
+
+
+@pytest.mark.parametrize(
+    ("scores", "fed", "least", "width", "expected"),
+    [
+        # Two branches from the root, none with a token yet: their due is 0.6 / 0.95 and 0.35 / 0.95 of the next one.
+        ([1, 0.6, 0.35, 0.01], [0, -1, -1, -1], 0.01, 1, [1]),
+        # The second one has its turn before the first one's comes again.
+        ([1, 0.6, 0.35, 0.01], [0, -1, -1, -1], 0.01, 4, [1, 2]),
+        # The first one's turn would come again at once.
+        ([1, 0.95, 0.3, 0.01], [0, -1, -1, -1], 0.01, 4, [1]),
+        # What is unlikely opens no branch, unless it is the best token.
+        ([1, 0.6, 0.29, 0.01], [0, -1, -1, -1], 0.01, 4, [1]),
+        ([1, 0.2, 0.19, 0.01], [0, -1, -1, -1], 0.01, 4, [1]),
+        ([1, 0.6, 0.35, 0.01], [0, -1, -1, -1], 0.5, 4, [1]),
+        ([1, 0.6, 0.35, 0.01], [0, -1, -1, -1], 0.7, 4, []),
+    ],
+)
+def test_the_branch_that_lacks_most_is_served(
+    scores: list[float], fed: list[int], least: float, width: int, expected: list[int]
+) -> None:
+    nodes = drafted([-1, 0, 0, 0], [0, 0, 1, 2], scores, fed)
+    level = np.zeros((1, width), np.int64)
+    taken = choose_branches(nodes, 0.3, least, np.array([9]), 1, level)
+    assert level[0, :taken].tolist() == expected
+    assert nodes.fed[0, expected].tolist() == list(range(1, 1 + taken))
+
+
+def test_tokens_that_a_branch_was_given_count() -> None:
+    # The branch of 1 was given one token and goes on at 4, of confidence 0.54; that of 2, of 0.4, was given none.
+    nodes = drafted([-1, 0, 0, 0, 1], [0, 0, 1, 2, 0], [1, 0.6, 0.4, 0.01, 0.9], [0, 1, -1, -1, -1])
+    level = np.zeros((1, 1), np.int64)
+    assert choose_branches(nodes, 0.3, 0.01, np.array([9]), 2, level) == 1
+    assert level[0, 0] == 2
+    assert choose_branches(nodes, 0.3, 0.01, np.array([1]), 2, level) == 0, "none may be deeper"
+
+
+def test_what_is_left_after_the_chosen_tokens() -> None:
+    #        0 -> 1 -> 3 -> 5 -> 6
+    #          -> 2      -> 4 (a sibling of 3)
+    nodes = drafted(
+        [-1, 0, 0, 1, 1, 3, 5], [0, 0, 1, 0, 1, 0, 0], [1, 0.5, 0.2, 0.5, 0.3, 0.8, 0.9], [0, 2, 1, 3, -1, 5, -1]
+    )
+    below = subtrees_after(nodes, np.array([[1, 3]]), np.array([2]))
+    assert below is not None
+    assert below.nodes.counts.tolist() == [3]
+    assert below.nodes.tokens[0, :3].tolist() == [3, 5, 6]
+    assert below.nodes.parents[0, :3].tolist() == [-1, 0, 1]
+    assert below.nodes.depths[0, :3].tolist() == [0, 1, 2]
+    assert below.nodes.fed[0, :3].tolist() == [0, 1, -1]
+    np.testing.assert_allclose(below.nodes.paths[0, :3], [1, 0.8, 0.72])
+    assert (below.places.tolist(), below.parents.tolist()) == ([[3, 5]], [[-1, 0]])
+    for known in ([4, 0], [1, 4], [9, 9]):
+        assert subtrees_after(nodes, np.array([known]), np.array([2])) is None

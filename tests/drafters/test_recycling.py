@@ -15,7 +15,7 @@ from specdec.drafters import DraftContext, RecyclingDrafter, Step
 from specdec.drafters.base import DraftSession
 from specdec.drafters.recycling import RecyclingSession
 from specdec.drafters.trees.recycled_lists import LAST, grow_recycled, keep_lists
-from specdec.drafting import RANKED_NODES, GuardedDrafter
+from specdec.drafting import RANKED_NODES, CallFacts, GuardedDrafter
 from specdec.kernels import largest
 from specdec.report import SpeculationReport
 from specdec.tree import TokenTree
@@ -272,18 +272,18 @@ def test_top_tokens_are_those_of_the_logits() -> None:
         assert (found[..., 0] == logits.argmax(-1).numpy()).all()
         assert torch.equal(logits.gather(-1, torch.from_numpy(found)), logits.topk(count).values)
         assert torch.equal(torch.from_numpy(values), logits.topk(count).values)
-    guard = GuardedDrafter(RecyclingDrafter(top_k=4), 50, SpeculationReport(), strict=True, num_top_tokens=4)
+    guard = GuardedDrafter(RecyclingDrafter(top_k=4), SpeculationReport(), CallFacts(50, True, num_top_tokens=4))
     for values, count in ((logits, 4), (logits.bfloat16(), 4), (logits[..., :3], 3)):
         tokens = guard.top_tokens(values, torch.tensor([[1], [-1]]))
         assert tokens is not None and tokens.shape == (2, 3, count)
         assert torch.equal(values.gather(-1, tokens), values.topk(count).values)
     nothing = torch.zeros((2, 0), dtype=torch.int64)
-    assert GuardedDrafter(None, 50, SpeculationReport(), strict=True).top_tokens(logits, nothing) is None
+    assert GuardedDrafter(None, SpeculationReport(), CallFacts(50, True)).top_tokens(logits, nothing) is None
 
 
 def test_behind_unlikely_nodes_top_tokens_are_known_only_where_they_were_right() -> None:
     logits = torch.randn((2, 40, 200), generator=torch.Generator().manual_seed(0))
-    guard = GuardedDrafter(RecyclingDrafter(top_k=4), 200, SpeculationReport(), strict=True, num_top_tokens=4)
+    guard = GuardedDrafter(RecyclingDrafter(top_k=4), SpeculationReport(), CallFacts(200, True, num_top_tokens=4))
     accepted = torch.tensor([[3, 30, 35], [20, -1, -1]])
     tokens = guard.top_tokens(logits, accepted)
     assert tokens is not None
@@ -326,8 +326,8 @@ def test_loop_hands_over_top_tokens_of_every_node() -> None:
     assert all(ids[position] == top for position, top in seen.items())
 
 
-def test_steps_without_a_draft_are_told_of_all_at_once() -> None:
-    """While drafting rests the drafter has no work; afterwards it knows what it would have known."""
+def test_steps_without_a_draft_are_observed_too() -> None:
+    """While drafting pauses the drafter learns what it would have learned."""
     told: list[int] = []
 
     class Watching(RecyclingSession):
@@ -341,7 +341,7 @@ def test_steps_without_a_draft_are_told_of_all_at_once() -> None:
         def nodes_to_draft(self) -> int:
             return 1 if self.rests else 2
 
-        def choose(self, tree: TokenTree, spent: float = 0.0, trial: Any = None) -> TokenTree:
+        def choose(self, tree: TokenTree, spent: float = 0.0) -> TokenTree:
             return tree.first(1)
 
     tables = []
@@ -351,7 +351,7 @@ def test_steps_without_a_draft_are_told_of_all_at_once() -> None:
         told.clear()
         assert_identical(tiny_model(), drafter, prompts(9), budget=budget, max_new_tokens=90, eos_token_id=None)
         tables.append(drafter._table)
-        assert told == ([64, 25] if rests else [1] * 89)
+        assert told == [1] * 89
     assert tables[0] is not None
     assert np.array_equal(tables[0], tables[1])
     told.clear()

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import specdec
+from specdec.compat import CACHE
 from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, SpecReasonDrafter
 from specdec.drafters.base import DrafterSwitchedOffWarning
 from specdec.generation import FallbackWarning
@@ -15,7 +17,7 @@ from specdec.tree import TokenTree
 from specdec.verifiers import StepVerifier
 from tests.compiled.builders import built_by, uncompiled
 from tests.conformance import draft_of, lookahead, spec_reason
-from tests.drafters.reasoning import NO_END, always, asking, check_audit, continued, never, run
+from tests.drafters.reasoning import NO_END, always, asking, by_length, check_audit, continued, never, run
 from tests.drafters.small_tokenizers import byte_level, sentencepiece, words
 from tests.drafters.test_judge_prompts import DEEPSEEK_R1
 from tests.tiny_models import FIRST_TOKEN, new_model, prompts, tiny_model, tiny_tokenizer
@@ -109,6 +111,10 @@ def test_the_forced_end_is_the_thinking_end_by_default() -> None:
     result = run(prompts(5), settings={"thinking_end": "<-Z>", "token_budget": 11}, eos_token_id=None)
     forced = next(record for record in result.records if record.kind == "forced end")
     assert "<-Z>" in forced.text  # the line breaks have no token of their own here
+    kwargs: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 40}
+    out = result.fast.generate(**prompts(5), **kwargs, eos_token_id=None)
+    assert out.sequences.tolist() == result.ids.tolist()
+    assert len(out.scores) == 40
 
 
 def test_first_steps_are_the_targets() -> None:
@@ -285,11 +291,41 @@ def test_a_prompt_too_long_for_the_draft_model_is_the_targets() -> None:
     assert result.records[-1].author == "target"
 
 
-def test_rows_that_go_in_lockstep_are_left_to_the_model() -> None:
-    fast = specdec.accelerate(tiny_model(), spec_reason(**NO_END), StepVerifier(0.5, always), capability="chain")
-    with pytest.warns(FallbackWarning, match="steps are judged by row"):
-        ids = fast.generate(**prompts(4, 7), max_new_tokens=12)
+def test_rows_of_targets_that_take_chains_only() -> None:
+    for capability in ("chain", "tree"):
+        results = run(prompts(4, 7), by_length, settings=NO_END, capability=capability, max_new_tokens=12)
+        assert results.ids.tolist() == run(prompts(4, 7), by_length, settings=NO_END, max_new_tokens=12).ids.tolist()
+
+
+def test_a_batch_with_a_cache_of_its_own_is_left_to_the_model() -> None:
+    fast = specdec.accelerate(tiny_model(), spec_reason(**NO_END), StepVerifier(0.5, always))
+    cache: dict[str, Any] = {CACHE: DynamicCache(config=tiny_model().config)}
+    with pytest.warns(FallbackWarning, match="row after row"):
+        ids = fast.generate(**prompts(4, 7), **cache, max_new_tokens=12)
     assert ids.tolist() == tiny_model().generate(**prompts(4, 7), max_new_tokens=12).tolist()
+
+
+def test_a_cache_that_is_handed_in_goes_on() -> None:
+    fast = specdec.accelerate(tiny_model(), spec_reason(**NO_END), StepVerifier(0.5, by_length))
+    kwargs: dict[str, Any] = {CACHE: DynamicCache(config=tiny_model().config), "eos_token_id": None}
+    ids = fast.generate(**prompts(7), **kwargs, max_new_tokens=12)
+    assert kwargs[CACHE].get_seq_length() == 7 + 12 - 1
+    again = fast.generate(ids, **kwargs, max_new_tokens=12)
+    assert again.tolist() == fast.generate(ids, eos_token_id=None, max_new_tokens=12).tolist()
+
+
+def test_a_draft_model_that_breaks_leaves_the_rest_to_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("specdec.drafters.reasoning.writer.StepWriter.write", broken)
+    fast = specdec.accelerate(tiny_model(), spec_reason(**NO_END), StepVerifier(0.5, always))
+    with pytest.warns(DrafterSwitchedOffWarning, match="out of memory"):
+        ids = fast.generate(**prompts(7), max_new_tokens=20, eos_token_id=None)
+    assert ids[0, 7:].tolist() == target_text(ids[0, :7].tolist(), 20)
+    assert "out of memory" in fast.report.drafter_error
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(prompts(7), always, settings=NO_END)
 
 
 def test_calls_after_one_another_and_other_targets() -> None:

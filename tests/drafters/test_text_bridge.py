@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specdec.drafters.tokenizers.text_bridge import TAIL, TextBridge, common_prefix, split_text
-from specdec.drafters.tokenizers.vocabularies import vocabulary_map
+from specdec.drafters.tokenizers.vocabulary_map import vocabulary_map
 from tests.drafters.small_tokenizers import PAD, TEXT, byte_level, reordered, sentencepiece, word_piece
 
 TOKENIZERS: dict[str, Any] = {

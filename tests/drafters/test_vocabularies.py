@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from specdec.drafters.tokenizers.draft_vocabulary import TokenIntersection
 from specdec.drafters.tokenizers.token_text import token_text
-from specdec.drafters.tokenizers.vocabularies import OverlapMass, VocabularyMap, same_vocabulary, vocabulary_map
+from specdec.drafters.tokenizers.vocabulary_map import VocabularyMap, same_vocabulary, vocabulary_map
 from tests.drafters.small_tokenizers import EOS, PAD, TEXT, byte_level, reordered, sentencepiece, word_piece, words
 
 
@@ -205,13 +206,12 @@ def test_nothing_in_common() -> None:
 def test_overlap_mass() -> None:
     vocabularies = vocabulary_map(byte_level(430), byte_level(400))
     probs = torch.randn(2, 5, 400, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    mass = OverlapMass()
-    assert mass.mean is None
-    mass.add(vocabularies, probs[0])
-    mass.add(vocabularies, probs[1, :1])
-    assert mass.count == 6
+    vocabulary = TokenIntersection(vocabularies)
+    assert vocabulary.figures()["overlap_mass"] is None
+    vocabulary.observe(probs[0].log())
+    vocabulary.observe(probs[1, :1].log())
     seen = probs.flatten(0, 1)[:6, byte_level().pad_token_id]
-    assert mass.mean == pytest.approx(float(1 - seen.mean()), abs=1e-6)
+    assert vocabulary.figures()["overlap_mass"] == pytest.approx(float(1 - seen.mean()), abs=1e-6)
 
 
 def test_maps_are_kept_by_content() -> None:

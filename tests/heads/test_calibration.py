@@ -42,7 +42,7 @@ def test_only_accuracies_are_needed(tmp_path: Path) -> None:
         ({"tree": [[0], [0, 0], [0, 0, 0]]}, r"path \[0, 0, 0\] is longer than the number of heads, 2"),
         ({"tree": [[0], [0, 2]]}, r"rank 2 in path \[0, 2\] is not one of the 2 measured ranks of head 2"),
         ({"tree": [[-1]]}, "rank -1"),
-        ({"tree": [[1, 0], [1]]}, r"path \[1, 0\] stands without, or before, the path \[1\]"),
+        ({"tree": [[1, 0], [1]]}, r"path \[1, 0\] comes without, or before, the path \[1\]"),
     ],
 )
 def test_values_that_can_not_be(changes: dict[str, Any], named: str, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -52,13 +52,39 @@ def quiet(hook: Hook) -> Hook:
     return hook
 
 
+def out_of_sight(model: Any) -> str | None:
+    """What runs in the model's passes besides its own code, and may treat rows of a batch differently; or None."""
+    if kind := hooked(model):
+        return f"a hook on {kind}"
+    for module in model.modules():  # accelerate's move tensors between devices
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            return f"the patched forward of {type(module).__name__}"
+    return None
+
+
+def changes(model: Any) -> Hashable:
+    """What may change in a model from call to call and decide how it can be run: hooks, adapters, mode, autocast."""
+    odd = []
+    for index, module in enumerate(model.modules()):
+        hooks = _hooks(module)
+        adapters = vars(module).get("_active_adapter"), vars(module).get("_disable_adapters")
+        if hooks or module.training or "forward" in vars(module) or any(adapters):
+            names = [str(getattr(getattr(hook, "func", hook), "__qualname__", type(hook))) for hook in hooks]
+            odd.append((index, module.training, "forward" in vars(module), str(adapters), *names))
+    kind = model.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return tuple(odd), autocast
+
+
 def hooked(model: Any) -> str | None:
     """The kind of a module whose forward hooks must be called in each pass, which a graph does not do; or None."""
-    for module in model.modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if getattr(hook, "needs_every_pass", True) and getattr(hook, "__module__", None) != OUTPUTS:
-                return type(module).__name__
-    return None
+    return next((type(module).__name__ for module in model.modules() if _hooks(module)), None)
+
+
+def _hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Forward hooks that do something in every pass."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return [h for h in hooks if getattr(h, "needs_every_pass", True) and getattr(h, "__module__", None) != OUTPUTS]
 
 
 def _values(values: Mapping[str, Any]) -> Iterator[Any]:

@@ -158,8 +158,7 @@ class CapturedStep(Step):
 
     def __post_init__(self) -> None:
         if (follow := self.verifier.follow) is not None and not_whole(self) is None:
-            store = self.target.store
-            self.selection = self.target.tail = Selection(store, self.target, self.sampler, follow, self.near_ties)
+            self.selection = Selection(self.target.store, self.target, self.sampler, follow, self.near_ties)
 
     def run(self, tree: TokenTree, rows: Sequence[int]) -> Outcome:
         started, self._ahead = self._ahead, None
@@ -171,7 +170,7 @@ class CapturedStep(Step):
             if started is not None and self._may_run_ahead(tree, rows):
                 self._ahead = self._start(tree, rows, after=started)
         if started is None:
-            self.selection = self.target.tail = None
+            self.selection = None
             return super().run(tree, rows)
         with self.report.timed("verify"):
             packed = started.download.wait()[self.target.places]

@@ -88,8 +88,6 @@ class StaticTarget(TreeTarget):
         self.is_static = True
         if store.graphs.failure is None:
             self.manner += ", static" if store.graphs.recorder is None else ", captured"
-        self.tail: Tail | None = None
-        """What trial passes have behind them, as real ones do."""
         self.is_committed = False
         """The last step has committed on the device, so that `commit` need only take note."""
         self.places: list[int] = []
@@ -138,15 +136,6 @@ class StaticTarget(TreeTarget):
         logits = self.store.kept("logits", (self.cache.batch_size, tree.num_nodes))
         assert logits is not None
         return logits if len(self.places) == len(logits) else logits[self.places]
-
-    def trial_pass(self, tokens: Tensor, nodes: int) -> None:
-        if not self.is_static or self.tail is None:
-            super().trial_pass(tokens, nodes)
-            return
-        tokens = tokens[:, :nodes]
-        parents = ((torch.arange(nodes) > 0).long() - 1).expand(tokens.shape)
-        if self.launch(TokenTree(tokens, parents), self.tail) and self.device.type != "cpu":
-            torch.get_device_module(self.device).synchronize(self.device)
 
     def launch(self, tree: TokenTree, tail: Tail | None, roots: Tensor | None = None, ahead: int = 0) -> bool:
         """Starts a static step; nothing is waited for once the step of this shape is captured.
@@ -276,7 +265,7 @@ class StaticTarget(TreeTarget):
             self.cache.addresses(),
             self.positions is None or self.positions.shape[:-2],
             self.prompt_mask is None,
-            self.hidden_states is None,
+            None if self.hidden_states is None else self.hidden_states.layers,
             self.compiled is None,
             None if self.attention is None else self.attention.name,
             repr(sorted(self.extra.items())),
