@@ -126,7 +126,7 @@ def distill(
         },
     )
     fast = accelerate(model, drafter)
-    kwargs = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     kwargs |= {"temperature": temperature} if temperature > 0 else {}
     with progress_bar(console) as progress:
         task = progress.add_task("distilling", total=len(chosen), note="")

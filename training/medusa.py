@@ -179,7 +179,7 @@ class _Run:
         )
         self.steps = config.steps or self.plan.steps(config.epochs)
         optimizer = torch.optim.AdamW(self.recipe.parameter_groups(config), weight_decay=config.weight_decay)
-        name = SCHEDULES.get(config.schedule or "", config.schedule)
+        name = SCHEDULES.get(config.schedule or "", config.schedule) or "constant_with_warmup"
         schedule = get_scheduler(name, optimizer, config.warmup_steps, max(self.steps, config.warmup_steps + 1))
         self.trained, self.optimizer, self.schedule = accelerator.prepare(self.recipe, optimizer, schedule)
         self.checkpoints = Checkpoints(accelerator, config)

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +220,16 @@ class _Writer:
         wanted_requests = math.ceil(wanted * REQUESTS_PER_TEXT)
         requests = list(self._turns(f"request for {kind}", words, wanted_requests, Novelty(MIN_PROMPT_WORDS)))
         starts = [self.encoder.prompt(_turn(row), None, "a request") for row in requests]
-        found, novelty = [], Novelty(MIN_TEXT_WORDS)
+        found: list[Row] = []
+        novelty = Novelty(MIN_TEXT_WORDS)
+
+        def sample(batch: list[Any], rng: np.random.Generator) -> list[str]:
+            return self._sampled(rng, batch, TEXT_TOKENS, self.ends)
+
         for first in range(0, len(starts), self.batch_size):
             if len(found) < wanted:
                 batch = starts[first : first + self.batch_size]
-                found += self._batch(
-                    kind, novelty, lambda rng, batch=batch: self._sampled(rng, batch, TEXT_TOKENS, self.ends)
-                )
+                found += self._batch(kind, novelty, partial(sample, batch))
         return found[:wanted]
 
     def _batch(self, kind: str, novelty: Novelty, sample: Callable[[np.random.Generator], list[str]]) -> list[Row]:

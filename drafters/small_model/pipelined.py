@@ -195,7 +195,8 @@ def _move_subtree(nodes: DraftNodes, row: int, root: int, below: DraftNodes, pla
             moved[node] = moved.max() + 1
     kept = np.flatnonzero(moved >= 0)
     count = below.counts[row] = len(kept)
-    for old, new in zip(nodes[:-1], below[:-1], strict=True):
+    arrays: tuple[Any, ...] = below[:-1]
+    for old, new in zip(nodes[:-1], arrays, strict=True):
         new[row, :count] = old[row, kept]
     below.parents[row, :count] = moved[nodes.parents[row, kept]]
     below.depths[row, :count] -= nodes.depths[row, root]

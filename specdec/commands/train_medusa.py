@@ -74,7 +74,8 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
     shown = "" if default in (None, "", False) else f" [default: {default}]"
     flags = [f"--{flag}/--no-{flag}"] if setting.annotation is bool else [f"--{flag}"]
     kinds = [kind for kind in (bool, int, float) if setting.annotation in (kind, kind | None)]
-    annotation = Annotated[[*kinds, str][0] | None, typer.Option(*flags, help=setting.help + shown, show_default=False)]
+    kind: Any = [*kinds, str][0]
+    annotation = Annotated[kind | None, typer.Option(*flags, help=setting.help + shown, show_default=False)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
