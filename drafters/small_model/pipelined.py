@@ -195,8 +195,9 @@ def _move_subtree(nodes: DraftNodes, row: int, root: int, below: DraftNodes, pla
             moved[node] = moved.max() + 1
     kept = np.flatnonzero(moved >= 0)
     count = below.counts[row] = len(kept)
-    arrays: tuple[Any, ...] = below[:-1]
-    for old, new in zip(nodes[:-1], arrays, strict=True):
+    sources: tuple[Any, ...] = nodes[:-1]
+    targets: tuple[Any, ...] = below[:-1]
+    for old, new in zip(sources, targets, strict=True):
         new[row, :count] = old[row, kept]
     below.parents[row, :count] = moved[nodes.parents[row, kept]]
     below.depths[row, :count] -= nodes.depths[row, root]
