@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdec.common.smollm2 import packaged_heads
 from specdec.drafters.base import DraftContext, Drafter, DraftSession, Step
 from specdec.heads.eagle3 import Eagle3Head
 from specdec.heads.output_embedding import OutputEmbedding
@@ -68,7 +69,12 @@ class Eagle3Drafter(Drafter):
         if self._head is None:
             head = self.head
             if not isinstance(head, Eagle3Head):
-                source = self._source(model) if head is None else head
+                source = own_head(model) if head is None else head
+                if source is None:
+                    raise ValueError(
+                        f"no head is given, and the model's folder {model.config.name_or_path!r} has no {FOLDER!r}; pass "
+                        "Eagle3Drafter(head=...): a head, a folder or a hub name"
+                    )
                 head = Eagle3Head.from_pretrained(source).to(
                     OutputEmbedding(model).device, OutputEmbedding(model).dtype
                 )
@@ -79,17 +85,6 @@ class Eagle3Drafter(Drafter):
     def start(self, context: DraftContext) -> DraftSession:
         assert self._head is not None, "bind() comes first"
         return Eagle3Session(self, self._head, context)
-
-    @staticmethod
-    def _source(model: Any) -> Path:
-        name = model.config.name_or_path
-        folder = Path(name) / FOLDER
-        if not name or not folder.is_dir():
-            raise ValueError(
-                f"no head is given, and the model's folder {name!r} has no {FOLDER!r}; pass Eagle3Drafter(head=...): a "
-                "head, a folder or a hub name"
-            )
-        return folder
 
 
 class Eagle3Session(DraftSession):
@@ -286,3 +281,10 @@ class Eagle3Session(DraftSession):
 
 def _log(probability: float) -> float:
     return float("-inf") if probability <= 0 else float(torch.tensor(probability).log())
+
+
+def own_head(model: Any) -> Path | None:
+    """The folder `eagle3` in the model's own folder, else the head that the package holds for the model."""
+    name = model.config.name_or_path
+    folder = Path(name) / FOLDER
+    return folder if name and folder.is_dir() else packaged_heads(name, FOLDER)

@@ -66,9 +66,9 @@ def is_smollm2(name_or_path: str) -> bool:
     return name_or_path in (SMOLLM2, HUB_NAME) or CONVERTED in parts[-1:] or snapshots in parts
 
 
-def packaged_heads(name_or_path: str) -> Path | None:
-    """Folder of the Medusa heads that the package holds for SmolLM2-135M-Instruct; None for other models."""
-    folder = Path(str(files("specdec").joinpath("assets", SMOLLM2, "medusa")))
+def packaged_heads(name_or_path: str, kind: str = "medusa") -> Path | None:
+    """Folder of the heads of a kind that the package holds for SmolLM2-135M-Instruct; None for other models."""
+    folder = Path(str(files("specdec").joinpath("assets", SMOLLM2, kind)))
     return folder if is_smollm2(name_or_path) and folder.is_dir() else None
 
 
