@@ -60,7 +60,8 @@ class AutoDrafter(MergedDrafter):
             found.bind(model)
         except (ValueError, OSError) as error:
             warnings.warn(
-                f"the heads in the model's folder are left out: {error}. Pass drafter={found.name!r} to insist on them.",
+                f"the heads in the model's folder are left out: {error}. Pass drafter={found.name!r} to insist on "
+                "them.",
                 DrafterSwitchedOffWarning,
                 stacklevel=2,
             )

@@ -72,8 +72,8 @@ class Eagle3Drafter(Drafter):
                 source = own_head(model) if head is None else head
                 if source is None:
                     raise ValueError(
-                        f"no head is given, and the model's folder {model.config.name_or_path!r} has no {FOLDER!r}; pass "
-                        "Eagle3Drafter(head=...): a head, a folder or a hub name"
+                        f"no head is given, and the model's folder {model.config.name_or_path!r} has no {FOLDER!r}; "
+                        "pass Eagle3Drafter(head=...): a head, a folder or a hub name"
                     )
                 head = Eagle3Head.from_pretrained(source).to(
                     OutputEmbedding(model).device, OutputEmbedding(model).dtype
