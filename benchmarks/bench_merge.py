@@ -5,8 +5,7 @@
 
 The sources share part of their paths, as real ones do, and one of their paths is right now and then. "draft" is the
 merged drafter's `propose` without its sources' own, "observe" is all that it learns from a step, "choose" and "count"
-are the budget's share. A step is all of them. The last of several sources seems dear, so that it is decided in each
-step whether to ask it.
+are the budget's share. A step is all of them. The last of several sources is expensive, so that it pauses.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from specdec.budget import Budget
 from specdec.common.provenance import circumstances, write_json
 from specdec.drafters.base import DraftContext, Drafter, Step
 from specdec.drafters.merged import MergedDrafter
+from specdec.drafters.merging.session import MergedSession
 from specdec.tree import NODE_BUCKETS, TokenTree
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,14 +79,14 @@ class Recorded(Drafter):
 
 
 def one_step(
-    drafter: MergedDrafter, budget: Budget, texts: list[Any], length: int, right: Any, passing: Clock
+    session: MergedSession, budget: Budget, texts: list[Any], length: int, right: Any, passing: Clock
 ) -> dict[str, float]:
     """One step's times in microseconds; `right` are the tokens that the target would have picked, `[rows, depth]`."""
     rows = len(texts)
     clock = time.perf_counter_ns
     context = DraftContext(list(range(rows)), [text[:length] for text in texts], [1] * rows, [100] * rows)
     began = clock()
-    tree = drafter.propose(context, budget.nodes_to_draft())
+    tree = session.propose(context, budget.nodes_to_draft())
     drafted = clock()
     chosen = budget.choose(tree, 1e-5)
     chose = clock()
@@ -107,7 +107,7 @@ def one_step(
     picked = [right[row][: len(nodes) + 1].tolist() for row, nodes in enumerate(accepted)]
     passing.passed += PASS_SECONDS
     observing = clock()
-    drafter.observe(context, step)
+    session.observe(context, step)
     observed = clock()
     budget.observe(chosen, accepted, picked)
     counted = clock()
@@ -124,6 +124,7 @@ def measure(rows: int, nodes: int, sources: int, steps: int) -> list[dict[str, f
     if sources > 1:
         recorded[-1].clock = passing
     drafter.bind(Model())
+    session = drafter.start(DraftContext([], [], [], []))
     budget.set_size(rows, 100)
     budget.times.seconds = {size: PASS_SECONDS * (1 + size / 256) for size in NODE_BUCKETS if size <= nodes}
     out = []
@@ -131,7 +132,7 @@ def measure(rows: int, nodes: int, sources: int, steps: int) -> list[dict[str, f
     for _ in range(steps):
         texts = [np.zeros(200, np.int32) for _ in range(rows)]
         right = rng.integers(1, 1 + COMMON, (rows, 12))
-        out.append(one_step(drafter, budget, texts, 100, right, passing))
+        out.append(one_step(session, budget, texts, 100, right, passing))
     return out
 
 

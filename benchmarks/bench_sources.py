@@ -41,8 +41,7 @@ from specdec.common.embedded import heldout_prompts, load_embedded
 from specdec.common.provenance import circumstances, write_json
 from specdec.drafters import AutoDrafter, Drafter, DraftModelDrafter, LookaheadDrafter, MergedDrafter, RecyclingDrafter
 from specdec.drafters.medusa import MedusaDrafter, own_heads
-from specdec.drafters.merging.known import Known
-from specdec.drafters.merging.worth import Worth
+from specdec.drafters.merging.known import SourceWorth
 from specdec.report import SpeculationReport
 from specdec.target import TreeTarget
 from specdec.tree import TokenTree
@@ -112,8 +111,7 @@ def run_part(
     """Samples of one run over `count` prompts of each kind, from the `first` one on, with new drafters."""
     mode, size = part.split("-")
     if mode == "nodes":  # however long a source takes
-        Worth.is_dear = lambda self, *_: False  # type: ignore[method-assign]
-        Known.idle_sources = lambda self, *_: set()  # type: ignore[method-assign]
+        SourceWorth.skips = lambda self: False  # type: ignore[method-assign]
     batch = 1 if mode == "nodes" else int(size)
     prompts = {kind: prompts_of(kind, first, count, batch, tokenizer, model.config.vocab_size) for kind in KINDS}
     fast: dict[str, SpeculativeModel] = {}
@@ -159,7 +157,6 @@ def figures_of(report: SpeculationReport, seconds: float) -> dict[str, float]:
         "tokens": report.num_generated_tokens,
         "passes": report.num_row_passes,
         "drafts": report.num_drafts,
-        "calibrate": round(report.seconds["calibrate"], 5),
     }
 
 

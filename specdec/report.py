@@ -16,7 +16,7 @@ from rich.table import Table
 from specdec.inspection.audit import StepAudit
 from specdec.inspection.trace import Trace
 
-PHASES = ("prefill", "compile", "calibrate", "draft", "target", "verify", "commit")
+PHASES = ("prefill", "compile", "draft", "target", "verify", "commit")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ from specdec.compat import CACHE, DummyLayer, has_default_cache
 from specdec.report import SpeculationReport
 from specdec.target import CausalLM, accepts, input_device
 
-Tokens: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
+Tokens: TypeAlias = Tensor | Sequence[Any]
 """Token ids: of one row, or one sequence per row."""
 
 
@@ -198,7 +199,7 @@ class Session:
         more = ids.new_zeros((len(rows), longest))
         for i, row in enumerate(rows):
             more[i, : len(row)] = ids.new_tensor(row)
-        given = {
+        given: dict[str, Any] = {
             "attention_mask": torch.cat([mask, mask.new_ones(more.shape)], 1),
             "logits_to_keep": longest + 1,
             CACHE: self._cache,
@@ -373,7 +374,8 @@ def _can_crop(layer: Any) -> bool:
     """Whether a layer can be cut back to what it was some tokens ago."""
     if not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states"):
         return False
-    return not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
+    window: float = getattr(layer, "sliding_window", None) or math.inf
+    return layer.get_seq_length() < window
 
 
 def _first(value: Any) -> int:

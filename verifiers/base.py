@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,8 +61,8 @@ class Verifier(ABC):
     judges_steps: bool = False
     """Whether it judges whole reasoning steps, which a drafter that can `generate_steps` then writes."""
 
-    follow: ClassVar[Callable[[TokenTree, Tensor], Acceptance] | None] = None
-    """The path that the target's picks, `[batch, nodes]`, take through a tree, on the device: set by a class whose
+    follow: ClassVar[Any] = None
+    """A static method of a tree and the target's picks, `[batch, nodes]`, to an `Acceptance`: set by a class whose
     `verify` is that and nothing else, so that it can be captured in a CUDA graph."""
 
     @abstractmethod

@@ -147,7 +147,7 @@ class RowLoop:
         generate = steps.generate_with(self.decoding, call.model, call.config, self.processors, streamer)
         cache = None if call.batch > 1 or sequences.padding[row] else call.model_kwargs.get(CACHE)
         prompt = sequences.real(row).tolist()
-        criteria = {"stopping_criteria": self.stop.others} if self.stop.others else {}
+        criteria: dict[str, Any] = {"stopping_criteria": self.stop.others} if self.stop.others else {}
         arguments = [prompt], None, cache, self.report
         self.target = Session(call.model, generate, lambda: self.decoding.report, *arguments, **criteria)
         ends = frozenset(eos_tokens(call.config))
@@ -250,7 +250,8 @@ class RowLoop:
 
     def _salvage(self, record: StepRecord, step: list[int], logits: Tensor, left: int) -> Bound:
         """Keeps what the target picks itself behind each token of a rejected step while they agree, and goes on."""
-        bound, picks = "", list[int]()
+        bound: Bound = ""
+        picks: list[int] = []
         for at, token in enumerate(step):
             picks.append(self._pick(logits[at : at + 1]))
             self._keep(picks[-1:])

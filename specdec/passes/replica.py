@@ -32,7 +32,7 @@ def replica_of(model: Any) -> Any:
             values[name] = dict(values[name])
         parts = module._modules.items()
         values["_modules"] = {name: None if part is None else copies[id(part)] for name, part in parts}
-        values["_compiled_call_impl"] = None  # of `model.compile()`: it calls the module it was made for
+        values.pop("_compiled_call_impl", None)  # of `model.compile()`: it calls the module it was made for
         copies[id(module)].__dict__.update(values)
     return copies[id(model)]
 
@@ -49,9 +49,9 @@ def _own(value: Any, copies: dict[int, Any]) -> Any:
     if isinstance(value, types.MethodType) and id(value.__self__) in copies:
         return types.MethodType(value.__func__, copies[id(value.__self__)])
     if isinstance(value, functools.partial):
-        own = functools.partial(value.func, *(_own(part, copies) for part in value.args), **value.keywords)
-        own.__dict__.update(value.__dict__)
-        return own
+        bound = functools.partial(value.func, *(_own(part, copies) for part in value.args), **value.keywords)
+        bound.__dict__.update(value.__dict__)
+        return bound
     return value
 
 

@@ -12,7 +12,7 @@ import torch
 from specdec.compat import CACHE
 from specdec.drafters import DraftContext, Drafter
 from specdec.inspection.audit import StepAudit
-from specdec.inspection.trace_text import trace_text
+from specdec.inspection.trace_view import trace_text
 from specdec.tree import TokenTree
 from tests.conformance import OracleDrafter, answers_of, assert_identical, draft_of, lookahead, reference, spec_reason
 from tests.drafters.reasoning import NO_END, always, asking, by_length, continued, counted, never, run

@@ -45,9 +45,7 @@ _PASS: ContextVar[_Pass | None] = ContextVar("specdec_pass", default=None)
 
 
 @contextmanager
-def switched_attention(
-    replica: Any, plan: TreePlan, backend: TreeAttention
-) -> Iterator[Tensor | dict[str, Tensor] | None]:
+def switched_attention(replica: Any, plan: TreePlan, backend: TreeAttention) -> Iterator[Tensor | dict[str, Tensor]]:
     """Inside, the backend computes a replica's attention; see `replica_of`.
 
     Yields:

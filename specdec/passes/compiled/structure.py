@@ -22,7 +22,9 @@ from specdec.passes.cuda_graphs.fingerprint import PLAIN
 
 SMALL = 64
 """Tensors of at most this many elements count by value: torch writes the smallest into the code it generates."""
-NOT_DESCRIBED = frozenset({"_modules", "_parameters", "_buffers", "_is_full_backward_hook", "_version"})
+NOT_DESCRIBED = frozenset(
+    {"_modules", "_parameters", "_buffers", "_is_full_backward_hook", "_version", "_compiled_call_impl"}
+)
 _NOT_OF_THE_FORWARD = frozenset({"_name_or_path", "transformers_version"})
 
 
