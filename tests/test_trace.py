@@ -35,7 +35,8 @@ def test_trace_holds_every_token_and_agrees_with_the_report(do_sample: bool) -> 
     inputs, kwargs = prompts(9, 5, 7), {"max_new_tokens": 24, "do_sample": do_sample}
     torch.manual_seed(3)
     plain = tiny_model().generate(**inputs, **kwargs)
-    fast = specdec.accelerate(tiny_model(), [LookaheadDrafter(), RecyclingDrafter()], budget=Budget(16, fixed=True))
+    sources, budget = [LookaheadDrafter(), RecyclingDrafter()], Budget(16, fixed=True)
+    fast = specdec.accelerate(tiny_model(), sources, budget=budget, deterministic=True)  # all are asked in each step
     torch.manual_seed(3)
     output = fast.generate(**inputs, **kwargs, trace=True)
     assert torch.equal(output, plain)
