@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 
-from specdec.compat import CACHE, PREFILL_ONLY, cache_layers, prefill, token_types
+from specdec.compat import CACHE, PREFILL_ONLY, prefill, token_types
 from specdec.kv_cache import ATTENTION_LAYER_TYPES, TreeCache, store
 from specdec.passes.attention.base import TreeAttention
 from specdec.passes.attention.plan import TreePlan
 from specdec.passes.attention.switch import switched_attention
 from specdec.passes.hidden_states import FINAL, HiddenStates
 from specdec.passes.masks import MaskFormat
+from specdec.passes.models import CausalLM as CausalLM
+from specdec.passes.models import accepts as accepts
+from specdec.passes.models import cache_layer_types as cache_layer_types
+from specdec.passes.models import embedding_rows as embedding_rows
+from specdec.passes.models import input_device as input_device
+from specdec.passes.models import is_on_one_device as is_on_one_device
+from specdec.passes.models import unwrapped as unwrapped
 from specdec.passes.moe import ExpertsSwitch
 from specdec.passes.replica import replica_of
 from specdec.rows.sequences import Sequences
@@ -34,59 +39,10 @@ if TYPE_CHECKING:
 MAX_NEW_SLOTS = 1024
 """New tokens that get slots from the start; for more the cache grows."""
 
-CausalLM: TypeAlias = Any
-"""A `PreTrainedModel` that is a `GenerationMixin`; transformers has no type for the two together."""
-
 DECODE_KWARGS_HANDLED = frozenset(
     {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
 )
 """Arguments of the model's forward that a pass sets itself or that belong to the prefill."""
-
-INNER_MODELS = ("pretrained_model", "model", "module")
-"""Where wrappers whose `generate` delegates keep the transformers model: value heads, control vectors."""
-
-
-def cache_layer_types(model: CausalLM) -> list[str]:
-    """What each layer keeps between steps, in transformers' words (`"full_attention"`, `"linear_attention"`, ...)."""
-    return [kind for kind, _ in cache_layers(model.config.get_text_config(decoder=True))]
-
-
-def accepts(model: CausalLM, name: str) -> bool:
-    """Whether the model's forward takes an argument of this name."""
-    return name in inspect.signature(model.forward).parameters
-
-
-def is_on_one_device(model: CausalLM) -> bool:
-    """Whether accelerate has not spread the model over several devices."""
-    return len(set(map(str, getattr(model, "hf_device_map", {}).values()))) <= 1
-
-
-def input_device(model: CausalLM) -> torch.device:
-    """Where the model takes its inputs: accelerate runs a model elsewhere than where it keeps offloaded weights."""
-    device: torch.device = model.device
-    if device.type != "meta":
-        return device
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    for part in (*getattr(hook, "hooks", ()), hook):
-        if getattr(part, "execution_device", None) is not None:
-            return torch.device(part.execution_device)
-    return device
-
-
-def embedding_rows(model: CausalLM) -> int:
-    """Token ids that the model can take are below."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    return int(weight.shape[0] if weight is not None else model.config.get_text_config().vocab_size)
-
-
-def unwrapped(model: Any) -> CausalLM:
-    """The transformers model inside a PEFT model or another wrapper that generates by it; any other model itself."""
-    if hasattr(model, "get_base_model"):
-        return unwrapped(model.get_base_model())
-    if isinstance(model, GenerationMixin):
-        return model
-    inner = (getattr(model, name, None) for name in INNER_MODELS)
-    return next((unwrapped(part) for part in inner if hasattr(part, "generate")), model)
 
 
 class CacheNotFilledError(RuntimeError):
@@ -324,9 +280,11 @@ class TreeTarget(TargetModel):
             logits: Tensor = self.runner(**inputs, **self.extra).logits
             return logits, None if self.hidden_states is None else self.hidden_states.last_pass
 
-        if self.compiled is None or (self.hidden_states is not None and self.hidden_states.layers != (FINAL,)):
+        if self.compiled is None:
             return as_it_is()[0]
-        logits, hidden = self.compiled(self.model, self.cache, tokens, positions, mask, self.extra, as_it_is)
+        states = (FINAL,) if self.hidden_states is None else self.hidden_states.layers
+        inputs_and_masks = self.cache, tokens, positions, mask, self.extra
+        logits, hidden = self.compiled(self.model, *inputs_and_masks, as_it_is, states=states)
         if self.hidden_states is not None:
             self.hidden_states.last_pass = hidden
         return logits

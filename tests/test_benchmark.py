@@ -159,9 +159,9 @@ def test_drafters_of_one_kind_do_not_learn_from_each_other() -> None:
         return prepared.speculation.budget
 
     first = budget_of("a", "greedy")
-    assert budget_of("a", "greedy").tried is first.tried
-    assert budget_of("b", "greedy").tried is not first.tried
-    assert budget_of("a", "incompressible").tried is not first.tried
+    assert budget_of("a", "greedy").learned is first.learned
+    assert budget_of("b", "greedy").learned is not first.learned
+    assert budget_of("a", "incompressible").learned is not first.learned
 
 
 def test_every_setting_is_measured_and_methods_of_each_guarantee_apart() -> None:

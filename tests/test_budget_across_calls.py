@@ -81,7 +81,6 @@ def test_step_times_of_one_kind_of_attention_say_nothing_of_another() -> None:
     calls: dict[str, dict[str, Any]] = {
         "model": {},
         "sdpa": {"attention": "sdpa"},
-        "several": {"attention": ["model", "sdpa"]},
         "static": {"cuda_graphs": "eager"},
     }
     for kwargs in (*calls.values(), *calls.values()):

@@ -46,7 +46,7 @@ BLOCK = re.compile(
 )
 TARGETS = ("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "MODEL")
 DRAFTS: tuple[str, ...] = ()
-OTHERS = ("HuggingFaceTB/SmolLM2-135M",)
+OTHERS = ("HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen3-32B", "RedHatAI/Qwen3-32B-speculator.eagle3")
 HUB_NAME = re.compile(r"(?<=[\"' =])[A-Z][\w-]*/[\w.-]*[A-Z0-9][\w.-]*(?=[\"' ]|$)", re.M)
 TEMPLATE = "{% for turn in messages %}# {{ turn['role'] }}: {{ turn['content'] }}\n{% endfor %}"
 RUN = ("generate", "trace", "replay")
@@ -101,6 +101,7 @@ def files(folder: Path) -> None:
     """What commands and blocks read."""
     (folder / "main.py").write_text(heldout_prompts(1)[0].text)
     (folder / "prompt.txt").write_text("def main():\n")
+    (folder / "task.txt").write_text("Name a prime.\n")
     lines = [{"prompt": [5, 6, 7], "answer": [5, 6, 7, 8, 5, 6, 7, 8]}] * 3
     (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "prompts.jsonl").write_text('{"prompt": "def f():"}\n')
@@ -148,6 +149,7 @@ def bash_lines() -> Iterator[tuple[Block, str]]:
 def test_line_of_bash_means_something(
     block: Block, line: str, hub: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    line = re.sub(r"(?<=--model )smollm2\b", hub["MODEL"], line)  # in place of a model of 135 million parameters
     words = shlex.split(HUB_NAME.sub(lambda m: hub.get(m[0], m[0]), line), comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words = words[1:]
@@ -177,7 +179,7 @@ def specdec_line(words: list[str]) -> None:
     if isinstance(settings.get("drafter"), str):
         DrafterFlags(settings["drafter"], settings.get("drafter_option") or [], settings.get("model") or "embedded")
     for text in settings["drafter"] or [] if words[0] == "bench" else []:
-        _parsed(text, settings["model"])
+        _parsed(text, settings["model"], settings.get("draft_model"))
 
 
 def make_line(words: list[str]) -> None:

@@ -59,7 +59,6 @@ def test_no_draft_is_told_with_its_reason(capsys: pytest.CaptureFixture[str], mo
     [
         ("auto", "the model's own (sdpa); on a CPU nothing else is tried"),
         ("sdpa", "sdpa; demanded by attention='sdpa'"),
-        (["model", "sdpa"], "the fastest of model, sdpa (so far "),
     ],
 )
 def test_attention_is_told_with_its_reason(attention: Any, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -274,8 +274,10 @@ class RowLoop:
         new = self.target.tokens[0][length:]
         self.target.rollback(len(new))
         if self.keeps_scores:
-            parts = [self.target.output.scores or new, self.target.output.logits or new]
-            self.steps.scores[self.row] += [(s[0], x[0]) for s, x in zip(*parts, strict=True)]
+            # Whichever of the two is not asked for is not looked at either.
+            scores = self.target.output.scores or self.target.output.logits
+            logits = self.target.output.logits or scores
+            self.steps.scores[self.row] += [(s[0], x[0]) for s, x in zip(scores, logits, strict=True)]
         trace, inner = self.report.trace, self.decoding.report.trace
         if trace is not None and inner is not None:
             number = len(trace.passes)

@@ -29,7 +29,7 @@ class HiddenStates:
 
     def __init__(self, model: Any, layers: Sequence[int] = (FINAL,)) -> None:
         self.layers = tuple(layers)
-        self._modules = [_reader(model, layer) for layer in layers]
+        self._modules: list[Any] = [state_reader(model, layer) for layer in layers]
         self._passes: list[list[Tensor]] = [[] for _ in layers]
         """By layer, the states of each pass since the last commit, `[rows, nodes, hidden]`."""
         self._committed: list[Tensor] = []
@@ -60,7 +60,7 @@ class HiddenStates:
     @property
     def last_pass(self) -> Tensor | None:
         """States of all nodes of the last pass, layer after layer, `[rows, nodes, layers * hidden]`."""
-        return _joined([passes[-1] for passes in self._passes]) if all(self._passes) else None
+        return joined([passes[-1] for passes in self._passes]) if all(self._passes) else None
 
     @last_pass.setter
     def last_pass(self, states: Tensor | None) -> None:
@@ -107,22 +107,23 @@ class HiddenStates:
         Returns:
             Per row, `[positions, layers * hidden]`; after the prefill with the prompt's padding.
         """
-        states = _joined([self._committed[self.layers.index(layer)] for layer in layers])
+        states = joined([self._committed[self.layers.index(layer)] for layer in layers])
         return list(states) if self._paths is None else [states[i, list(path)] for i, path in enumerate(self._paths)]
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """States of several layers side by side, `[..., layers * hidden]`, where the last layer is."""
     return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].device) for part in parts], -1)
 
 
-def _reader(model: Any, layer: int) -> nn.Module:
-    """The module whose input a state is.
+def state_reader(model: Any, layer: int) -> nn.Module | None:
+    """The module whose input a state is; None for the final state of a model without an output embedding.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The model has no such layer.
     """
     if layer == FINAL:
-        embedding: nn.Module = model.get_output_embeddings()
+        embedding: nn.Module | None = model.get_output_embeddings()
         return embedding
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]

@@ -13,6 +13,7 @@ from torch import Tensor
 import specdec
 from specdec.budget import Budget
 from specdec.drafters import SpecReasonDrafter
+from specdec.passes.capability import probe
 from specdec.verifiers import JudgedStep, StepVerifier
 from tests.conformance import spec_reason
 from tests.tiny_models import tiny_model
@@ -110,6 +111,8 @@ def counted(model: Any) -> Iterator[list[int]]:
         lambda module, args, kwargs: passes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     try:
+        probe(model)  # which is done anew where hooks have changed
+        passes.clear()
         yield passes
     finally:
         hook.remove()

@@ -32,6 +32,7 @@ from specdec.drafters.small_model.pipelined import (
     outcome,
     subtrees_after,
 )
+from specdec.passes.capability import probe
 from specdec.tree import TokenTree
 from tests.conformance import assert_identical, draft_of
 from tests.drafters.test_draft_model import Checked
@@ -259,16 +260,18 @@ def test_hooks_are_put_back_after(error: type[BaseException], where: str, offloa
 @contextmanager
 def raised_in(module: Any, error: type[BaseException], at: int, target: Any) -> Iterator[None]:
     """Raises at some forward of the target's, or of the draft model's while the target runs."""
-    num_calls = 0
+    num_calls, is_armed = 0, False
 
     def fail(*args: Any) -> None:
         nonlocal num_calls
-        num_calls += 1
+        num_calls += is_armed
         if num_calls >= at and (module is target or any(pre_forwards(target))):
             raise error("for a test")
 
     handle = (module.lm_head if module is target else module).register_forward_pre_hook(fail)
     try:
+        probe(module)  # which is done anew where hooks have changed
+        is_armed = True
         yield
     finally:
         handle.remove()

@@ -175,8 +175,8 @@ def test_no_noise_is_drawn_for_positions_that_a_rule_has_decided(rule: str, monk
     kept: list[int] = []
     right = NoiseQueue.at
 
-    def at(self: NoiseQueue, position: int, row: int) -> Tensor:
-        noise = right(self, position, row)
+    def at(self: NoiseQueue, position: int, row: int, *dtype: Any) -> Tensor:
+        noise = right(self, position, row, *dtype)
         kept.append(len(self._draws))
         return noise
 

@@ -31,6 +31,7 @@ from specdec.passes.compiled.passes import (
     obstacle,
 )
 from specdec.passes.cuda_graphs.fingerprint import fingerprint
+from specdec.passes.hidden_states import FINAL
 
 START_AFTER = 10.0
 """Seconds a model must have spent in eager passes of this process before it is compiled; raising it spares short
@@ -121,11 +122,12 @@ class EagerPasses:
         mask: Mask,
         extra: Mapping[str, Any],
         eager: Callable[[], Result],
+        states: tuple[int, ...] = (FINAL,),
     ) -> Result:
         """One pass, as `CompiledPasses` takes it."""
         auto = self.auto
         if auto.waited >= START_AFTER and auto.failure is None and cache.static is None:
-            layout, small, pools = inputs_of(cache, tokens, positions, mask, extra)
+            layout, small, pools = inputs_of(cache, tokens, positions, mask, extra, states)
             auto.start(model, layout, small + pools)
         started = time.perf_counter()
         result = eager()
@@ -147,8 +149,9 @@ class KeptPasses(EagerPasses):
         mask: Mask,
         extra: Mapping[str, Any],
         eager: Callable[[], Result],
+        states: tuple[int, ...] = (FINAL,),
     ) -> Result:
-        return self.auto.passes(model, cache, tokens, positions, mask, extra, eager, may_compile=False)
+        return self.auto.passes(model, cache, tokens, positions, mask, extra, eager, may_compile=False, states=states)
 
 
 _AUTO: WeakKeyDictionary[nn.Module, AutoPasses] = WeakKeyDictionary()

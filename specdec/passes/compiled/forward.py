@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
 from specdec.compat import CACHE, DummyLayer
+from specdec.passes.hidden_states import FINAL, joined, state_reader
 from specdec.passes.replica import configs_of, keep_hooks_apart, replica_of, set_attention
 
 IMPLEMENTATION = "specdec_grouped_sdpa"
@@ -30,12 +32,14 @@ class Layout:
         mask_kinds: Layer types that have a mask each; None for one mask for all.
         has_positions: Whether the model is given positions.
         extra: What else its forward is given, by name.
+        states: Which hidden states are returned; see `HiddenStates`.
     """
 
     places: tuple[tuple[int, int] | None, ...]
     mask_kinds: tuple[str, ...] | None
     has_positions: bool
     extra: tuple[tuple[str, Any], ...]
+    states: tuple[int, ...] = (FINAL,)
 
     @property
     def num_masks(self) -> int:
@@ -106,8 +110,8 @@ class SlotForward(nn.Module):
                 pool, `[layers, batch, heads, slots, head_dim]`, which are written to.
 
         Returns:
-            Logits, `[batch, nodes, vocab]`, and what the output embedding was given, `[batch, nodes, hidden]`, if it
-            was called.
+            Logits, `[batch, nodes, vocab]`, and the states of the layout, `[batch, nodes, layers * hidden]`; none where
+            the model has no output embedding that it calls.
         """
         layout = self.layout
         (tokens, rows, slots), rest = inputs[:3], inputs[3:]
@@ -125,34 +129,36 @@ class SlotForward(nn.Module):
             else:
                 keys, values = pools[2 * at[0] : 2 * at[0] + 2]
                 layers.append(_SlotLayer(keys, values, at[1], rows, slots, width))
-        with _output_embedding_inputs(self.model) as hidden:
+        with _states_taken(self.model, layout.states) as states:
             given[CACHE] = Cache(layers=layers)
             logits = self.model(input_ids=tokens, use_cache=True, return_dict=True, **given).logits
-        return (logits, *hidden[:1])
+        return (
+            logits,
+            *([joined([states[place] for place in sorted(states)])] if len(states) == len(layout.states) else []),
+        )
 
 
 @contextmanager
-def _output_embedding_inputs(model: Any) -> Iterator[list[Tensor]]:
-    """Gives a list that is filled, inside, with what the output embedding is given."""
-    found: list[Tensor] = []
+def _states_taken(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Gives a dictionary that is filled, inside, with the first states of each layer, by its place among them."""
+    found: dict[int, Tensor] = {}
 
-    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(next(iter((*args, *kwargs.values()))))
+    def take(place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.setdefault(place, next(iter((*args, *kwargs.values()))))
 
-    embedding = model.get_output_embeddings()
-    hook = None if embedding is None else embedding.register_forward_pre_hook(take, with_kwargs=True)
-    try:
+    with ExitStack() as hooks:
+        for place, layer in enumerate(layers):
+            module = state_reader(model, layer)
+            if module is not None:
+                hooks.callback(module.register_forward_pre_hook(partial(take, place), with_kwargs=True).remove)
         yield found
-    finally:
-        if hook is not None:
-            hook.remove()
 
 
 def exportable(model: Any) -> Any:
     """A replica to export: on a CPU with SDPA it does not copy keys for each query head that shares them."""
     replica = replica_of(model)
-    if (embedding := replica.get_output_embeddings()) is not None:
-        keep_hooks_apart(embedding)
+    for module in replica.modules():
+        keep_hooks_apart(module)
     if model.device.type == "cpu":
         register_grouped_attention()
         set_attention([c for c in configs_of(replica) if c._attn_implementation == "sdpa"], IMPLEMENTATION)

@@ -17,6 +17,7 @@ from specdec.passes.capability import Capability, probe
 from specdec.passes.compiled import package
 from specdec.passes.compiled.forward import Layout, SlotForward, exportable
 from specdec.passes.cuda_graphs.fingerprint import fingerprint, hooked
+from specdec.passes.hidden_states import FINAL
 from specdec.passes.tolerance import differ, noise_of
 
 EXAMPLE = {"rows": 3, "nodes": 7, "width": 263, "slots": 521}
@@ -24,7 +25,7 @@ EXAMPLE = {"rows": 3, "nodes": 7, "width": 263, "slots": 521}
 CompileMode = bool | Literal["auto"]
 Mask = Tensor | Mapping[str, Tensor] | None
 Result = tuple[Tensor, Tensor | None]
-"""Logits, `[batch, nodes, vocab]`, and what the output embedding was given, `[batch, nodes, hidden]`, if known."""
+"""Logits, `[batch, nodes, vocab]`, and the hidden states that are wanted, `[batch, nodes, layers * hidden]`."""
 
 
 def check_compile_mode(mode: Any) -> None:
@@ -95,6 +96,7 @@ class CompiledPasses:
         extra: Mapping[str, Any],
         eager: Callable[[], Result],
         may_compile: bool = True,
+        states: tuple[int, ...] = (FINAL,),
     ) -> Result:
         """One pass.
 
@@ -107,13 +109,14 @@ class CompiledPasses:
             extra: What else the model's forward is given.
             eager: Runs the same pass by the model itself.
             may_compile: Compile where nothing is found on the disk; else the model runs as it is.
+            states: Which hidden states are wanted; see `HiddenStates`.
         """
         batch, nodes = tokens.shape
-        layout, small, pools = inputs_of(cache, tokens, positions, mask, extra)
+        layout, small, pools = inputs_of(cache, tokens, positions, mask, extra, states)
         if self.failure is not None or not all(part.is_contiguous() for part in pools):
             return eager()
         shapes = tuple((part.ndim, part.dtype) for part in small), tuple((p.shape[2::2], p.dtype) for p in pools)
-        key = layout.places, layout.mask_kinds, repr(layout.extra), shapes, tokens.device
+        key = layout.places, layout.mask_kinds, repr(layout.extra), states, shapes, tokens.device
         sort = key, batch == 1, nodes == 1
         if cache.static is not None and sort not in self._compared:  # captured perhaps: no time for anything new
             return eager()
@@ -206,7 +209,12 @@ def obstacle(model: Any) -> str | None:
 
 
 def inputs_of(
-    cache: TreeCache, tokens: Tensor, positions: Tensor | None, mask: Mask, extra: Mapping[str, Any]
+    cache: TreeCache,
+    tokens: Tensor,
+    positions: Tensor | None,
+    mask: Mask,
+    extra: Mapping[str, Any],
+    states: tuple[int, ...],
 ) -> tuple[Layout, list[Tensor], list[Tensor]]:
     """How the inputs of a pass are laid out, those made for it, and the pools of the cache."""
     batch, nodes = tokens.shape
@@ -221,7 +229,7 @@ def inputs_of(
         mask = torch.ones((batch, 1, nodes, width), dtype=torch.bool, device=tokens.device)
     masks, kinds = ([mask], None) if isinstance(mask, Tensor) else ([*mask.values()], tuple(mask))
     pools, places = cache.pools()
-    layout = Layout(places, kinds, positions is not None, tuple(sorted(extra.items())))
+    layout = Layout(places, kinds, positions is not None, tuple(sorted(extra.items())), states)
     return layout, [tokens, rows, slots, *([] if positions is None else [positions]), *masks], pools
 
 
