@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -87,6 +88,13 @@ class Budget:
         self._rows, self._length, self._is_sampled, self._manner = 1, 0, False, ""
         self._num_calls = 0
         self._proposed: TokenTree | None = None
+        self._origin = self
+
+    def of_call(self) -> Budget:
+        """A copy for one call, as calls may run in several threads at once; `end` hands back what it has decided."""
+        new = copy.copy(self)
+        new._origin = self
+        return new
 
     def begin(self, model: nn.Module, kind: tuple[Hashable, ...], is_sampled: bool = False, manner: str = "") -> None:
         """Takes up what is known of a kind of call, from this budget's calls or another's of the same model and owner.
@@ -217,6 +225,8 @@ class Budget:
         model = self._target()
         if model is not None and not self.deterministic and self._num_calls.bit_count() == 1:
             keep_times(model)
+        if self._origin is not self:
+            self._origin.__dict__.update({name: value for name, value in vars(self).items() if name != "_origin"})
 
     def fresh(self) -> Budget:
         """A deterministic budget of the same settings, for one call."""

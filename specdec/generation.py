@@ -166,14 +166,16 @@ class Speculation:
         prepared = model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
         call = Call(*prepared, synced_gpus or runs_in_step(model), streamer, trace or self.is_traced)
         self.bind(model)
-        if not self.settings.deterministic and self.settings.memory == "process":
-            return self._run(call)
-        one = self._fresh()
-        one.bind(model)
+        is_fresh = self.settings.deterministic or self.settings.memory == "call"
+        one = self._fresh() if is_fresh else copy.copy(self)  # calls in other threads have reports of their own
         try:
+            if is_fresh:
+                one.bind(model)
             return one._run(call)
         finally:
-            self.report, self.settings = one.report, replace(self.settings, budget=one.budget)
+            self.report = one.report
+            if is_fresh:
+                self.settings = replace(self.settings, budget=one.budget)
 
     def _run(self, call: Call) -> Any:
         """Speculates if that is possible, else leaves the call to the model."""
@@ -317,15 +319,16 @@ class Speculation:
         sampler.keeps_margins = near_ties is not None
         ranks = Ranks.of(target.model) if self.drafter is not None else None
         drafts = ranks is None or ranks.is_first
-        drafter = self._guarded_drafter(self.drafter if drafts else None, target, sampler, is_sampled_from)
-        self.budget.begin(target.model, drafter.kind(), call.config.do_sample, target.manner)
+        budget = self.budget.of_call()
+        drafter = self._guarded_drafter(self.drafter if drafts else None, target, sampler, is_sampled_from, budget)
+        budget.begin(target.model, drafter.kind(), call.config.do_sample, target.manner)
         return Decoder(
             target=target,
             drafter=drafter,
             step=step_for(target, self.verifier, sampler, drafter, self.report, near_ties),
             sampler=sampler,
             stop=stop,
-            budget=self.budget,
+            budget=budget,
             sequences=sequences,
             streamer=StreamFeeder(call.streamer, sequences, pad_token(call.config)),
             report=self.report,
@@ -344,7 +347,12 @@ class Speculation:
         return NearTies(self.report.near_tie_gap)
 
     def _guarded_drafter(
-        self, drafter: Drafter | None, target: TargetModel, sampler: Sampler, is_sampled_from: bool
+        self,
+        drafter: Drafter | None,
+        target: TargetModel,
+        sampler: Sampler,
+        is_sampled_from: bool,
+        budget: Budget,
     ) -> GuardedDrafter:
         """The drafter, with what it may know of the target."""
         of_call = sampler.sequences.device, len(sampler.sequences), sampler.noise is not None
@@ -359,7 +367,7 @@ class Speculation:
             sampler=sampler,
             is_sampled_from=is_sampled_from,
         )
-        return GuardedDrafter(drafter, self.report, facts, self.budget)
+        return GuardedDrafter(drafter, self.report, facts, budget)
 
 
 def check_ids(model: CausalLM, input_ids: Tensor) -> None:

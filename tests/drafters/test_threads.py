@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import torch
 
 import specdec
 from specdec.budget import Budget
-from specdec.drafters import DraftContext, Drafter, LookaheadDrafter, RecyclingDrafter, Step
+from specdec.drafters import AutoDrafter, DraftContext, Drafter, LookaheadDrafter, RecyclingDrafter, Step
 from specdec.tree import TokenTree
-from tests.conformance import RandomMedusaDrafter
+from tests.conformance import Answers, OracleDrafter, RandomEagle3Drafter, RandomMedusaDrafter, answers_of
 from tests.tiny_models import prompts, tiny_model
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
@@ -23,12 +24,14 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
 }
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_one_wrapper_serves_three_threads(name: str) -> None:
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("name", [*DRAFTERS, "eagle3", "auto"])
+def test_one_wrapper_serves_three_threads(name: str, fixed: bool) -> None:
     model, kwargs = tiny_model(), {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
-    batches = [prompts(4 + seed, 11 - seed, seed=seed) for seed in range(4)]
+    batches = [prompts(*range(4 + seed, 12 - 2 * seed), seed=seed) for seed in range(3)]  # of 8, 5 and 2 rows
+    drafter = RandomEagle3Drafter(max_nodes=8) if name == "eagle3" else DRAFTERS.get(name, AutoDrafter)()
     expected = [model.generate(**batch, **kwargs) for batch in batches]
-    fast = specdec.accelerate(model, DRAFTERS[name](), budget=Budget(16, fixed=True), strict=True)
+    fast = specdec.accelerate(model, drafter, budget=Budget(16, fixed=fixed), strict=True)
 
     def work(thread: int) -> None:
         for call in range(16):
@@ -37,7 +40,7 @@ def test_one_wrapper_serves_three_threads(name: str) -> None:
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(work, range(3)))
-    assert fast.report.num_draft_tokens > 0
+    assert fast.report.num_draft_tokens > 0 or not fixed
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -78,3 +81,48 @@ def test_sessions_side_by_side_do_not_see_each_other(name: str) -> None:
             assert own == {int(token) for token in other.tokens[0, 1:][other.parents[0, 1:] == 0]}
         else:
             assert own & {30, 31} == {int(t) for t in other.tokens[0, 1:][other.parents[0, 1:] == 0]} & {30, 31}
+
+
+class Interrupting(Drafter):
+    """Runs another call of the same wrapper while it proposes, as a thread might."""
+
+    name = "interrupting"
+
+    def __init__(self, answers: Answers) -> None:
+        self.inner, self.num_calls = OracleDrafter(answers), 0
+        self.fast: Any = None
+
+    def propose(self, context: DraftContext, max_nodes: int) -> TokenTree:
+        self.num_calls += 1
+        tree = self.inner.propose(context, max_nodes)
+        if self.num_calls == 2:
+            self.fast.generate(**prompts(5), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        return tree
+
+
+def test_a_call_in_the_midst_of_another_leaves_its_report_and_budget_alone() -> None:
+    model, kwargs = tiny_model(), {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**prompts(4, 9, 7), **kwargs)
+    drafter = Interrupting(answers_of(expected, 9, set()))
+    fast = drafter.fast = specdec.accelerate(model, drafter, budget=Budget(16, fixed=True), strict=True)
+    assert torch.equal(fast.generate(**prompts(4, 9, 7), **kwargs), expected)
+    assert drafter.num_calls > 4
+    assert fast.report.num_generated_tokens == 3 * 24
+    assert fast.report.num_row_passes == 3 * 24 - fast.report.num_accepted_tokens
+
+
+def test_each_call_counts_what_became_of_its_own_proposal() -> None:
+    shared = Budget(8)
+    first, second = shared.of_call(), shared.of_call()
+    trees = [TokenTree.from_rows([[5, 6]] * rows, [[-1, 0]] * rows, [[0.0, 0.9]] * rows) for rows in (3, 1)]
+    for budget, tree in zip((first, second), trees, strict=True):
+        budget.begin(tiny_model(), ("test",))
+        budget.set_size(len(tree.tokens), 10)
+        for nodes in (1, 2, 4, 8):
+            budget.record(nodes, 1.0)
+        budget.choose(tree)
+    first.observe(trees[0], [[1], [], []], [[6, 7], [8], [8]])
+    second.observe(trees[1], [[]], [[8]])
+    assert first.learned is second.learned
+    assert float(first.learned.tried.sum()) == pytest.approx(4, rel=0.1)
+    assert float(first.learned.hit.sum()) == pytest.approx(1, rel=0.1)
