@@ -23,11 +23,11 @@ REFERENCE = {
         "specdec.inspection.trace",
         "specdec.budget",
     ],
-    "drafters": ["base", "lookahead", "medusa", "draft_model", "recycling", "merged", "auto"],
+    "drafters": ["base", "lookahead", "medusa", "eagle3", "draft_model", "recycling", "merged", "auto"],
     "verifiers": ["base", "exact", "block", "traversal", "typical"],
-    "heads": ["medusa", "config"],
+    "heads": ["medusa", "eagle3", "config"],
     "training": ["config", "medusa", "distillation", "tree_tuning"],
-    "benchmark": ["settings", "contenders", "runner", "results", "prompts", "comparison"],
+    "benchmark": ["settings", "methods", "runner", "results", "prompts", "comparison"],
 }
 """Modules by page."""
 MORE = {
