@@ -17,6 +17,7 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 REFERENCE = {
     "specdec": [
         "specdec.api",
+        "specdec.session",
         "specdec.generation",
         "specdec.report",
         "specdec.tree",
