@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +20,7 @@ from torch import Tensor
 from specdec.heads import calibration
 from specdec.heads.calibration import HeadCalibration
 from specdec.heads.config import MedusaConfig, check_token_map
+from specdec.heads.files import fetch
 
 if TYPE_CHECKING:
     from specdec.heads.medusa import MedusaHeads
@@ -90,13 +89,13 @@ class Checkpoint(NamedTuple):
 
 def read_checkpoint(source: str | Path, revision: str | None = None, token: str | bool | None = None) -> Checkpoint:
     """Reads heads from a folder or the hub; see `MedusaHeads.from_pretrained`."""
-    weights = next((path for name in WEIGHT_FILES if (path := _fetch(source, name, revision, token))), None)
+    weights = next((path for name in WEIGHT_FILES if (path := fetch(source, name, revision, token))), None)
     if weights is None:
         raise FileNotFoundError(
             f"no heads in {str(source)!r}: none of {', '.join(WEIGHT_FILES)} is there, nor in the hub's local cache; "
             "give the folder or the hub name that holds them"
         )
-    config_path = _fetch(source, CONFIG_FILE, revision, token)
+    config_path = fetch(source, CONFIG_FILE, revision, token)
     config = _read_config(config_path) if config_path else {}
     tensors = _read_tensors(weights)
     try:
@@ -104,21 +103,8 @@ def read_checkpoint(source: str | Path, revision: str | None = None, token: str 
     except ValueError as error:
         raise ValueError(f"{weights}: {error}") from error
     _warn_of_wrong_config(config, sizes, str(config_path))
-    calibrated = _fetch(source, calibration.FILE_NAME, revision, token)
+    calibrated = fetch(source, calibration.FILE_NAME, revision, token)
     return Checkpoint(sizes, assembled, _read_calibration(calibrated, sizes.num_heads) if calibrated else None)
-
-
-def _fetch(source: str | Path, name: str, revision: str | None, token: str | bool | None) -> Path | None:
-    """A file of the folder or of the hub's repository; None if it has no such file."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(str(source), name, revision=revision, token=token))
-    except EntryNotFoundError:
-        return None
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(f"{str(source)!r} is neither a folder nor a repository of the hub") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:

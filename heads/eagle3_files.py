@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from specdec.heads.eagle3 import NUM_STATES, Eagle3Config, Eagle3Head, default_target_layers
+from specdec.heads.files import fetch
 
 CONFIG_FILE, WEIGHT_FILES = "config.json", ("model.safetensors", "pytorch_model.bin")
 LAYER_PREFIXES = ("midlayer.", "layers.0.")
@@ -25,7 +24,7 @@ IGNORED = frozenset({"t2d", "verifier_lm_head.weight", "verifier_norm.weight", "
 
 def read_head(source: str | Path, revision: str | None = None, token: str | bool | None = None) -> Eagle3Head:
     """See `Eagle3Head.from_pretrained`."""
-    found = {name: _fetch(source, name, revision, token) for name in (CONFIG_FILE, *WEIGHT_FILES)}
+    found = {name: fetch(source, name, revision, token) for name in (CONFIG_FILE, *WEIGHT_FILES)}
     weights = next((found[name] for name in WEIGHT_FILES if found[name]), None)
     described = found[CONFIG_FILE]
     if weights is None or described is None:
@@ -183,17 +182,6 @@ def _file_name(name: str, prefix: str, config: Eagle3Config) -> str:
         if first == "input_norms" and config.norm_before_fc
         else name.replace("input_norms.", "fc_norm.")
     )
-
-
-def _fetch(source: str | Path, name: str, revision: str | None, token: str | bool | None) -> Path | None:
-    """A file of the folder or of the hub's repository; None if it has no such file."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(str(source), name, revision=revision, token=token))
-    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError):
-        return None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -190,7 +190,7 @@ def test_version_2_to_a_layout_with_projections_needs_the_model(layout: Any, tmp
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 
-    from specdec.heads import checkpoints
+    from specdec.heads import files
 
     new_heads().save_pretrained(tmp_path)
     asked = []
@@ -201,7 +201,7 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise EntryNotFoundError(filename)
         return str(tmp_path / filename)
 
-    monkeypatch.setattr(checkpoints, "hf_hub_download", download)
+    monkeypatch.setattr(files, "hf_hub_download", download)
     assert_same(new_heads(), MedusaHeads.from_pretrained("someone/heads", revision="v1", token="secret"))
     assert [name for _, name, _ in asked] == ["medusa_lm_head.safetensors", "config.json", "medusa_tree.json"]
     assert all(call[::2] == ("someone/heads", {"revision": "v1", "token": "secret"}) for call in asked)
